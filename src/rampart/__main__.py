@@ -1,0 +1,94 @@
+"""`python -m rampart STEP --name value …`: one subcommand for each entry point of the MLproject."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import sys
+from typing import Any
+
+import click
+
+from rampart.console import configure_logging
+from rampart.errors import RampartError
+from rampart.settings import STEPS, names, resolve
+
+ABOUT = {
+    "main": "The whole study: every arm trained, attacked, verified, embedded, and all of them compared.",
+    "train": "Train one arm.",
+    "evaluate": "Measure a model's accuracy and attack a test set at several ε.",
+    "verify": "Prove or refute the robustness of test images.",
+    "embed": "Draw UMAP of a model's embeddings.",
+    "compare": "Build every table and figure from the tracking server.",
+}
+
+
+def documentation(step: str) -> dict[str, str]:
+    """What each setting means, from the Args of the dataclasses that it stands in."""
+    found = {}
+    for kind in inspect.getmro(STEPS[step]):
+        for name, text in re.findall(r"^        (\w+): (.+(?:\n            .+)*)", kind.__doc__ or "", re.M):
+            found.setdefault(name, " ".join(text.split()))
+    return found
+
+
+def command(step: str) -> click.Command:
+    """A subcommand whose options are the step's settings. Values stay texts: `resolve` gives them their types."""
+    known = documentation(step)
+    fields = {field.name: field for field in dataclasses.fields(STEPS[step])}
+    options: list[click.Parameter] = []
+    for name in names(step):
+        default = fields[name].default if name in fields else None
+        shown = f" [code's default: {default}]" if name in fields else ""
+        option = click.Option([f"--{name}", name.replace(".", "__")], metavar="TEXT", help=known.get(name, "") + shown)
+        option.hidden = name not in fields
+        options.append(option)
+
+    def callback(**values: Any) -> None:
+        from rampart.study import run_step
+
+        run_step(step, {name.replace("__", "."): text for name, text in values.items() if text is not None})
+
+    about = ABOUT[step] + " Defaults come from the profile; -P name=value of `mlflow run` is --name value here."
+    return click.Command(step, params=options, callback=callback, help=about)
+
+
+cli = click.Group("rampart", commands=[command(step) for step in STEPS], help=__doc__)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line and returns its exit code: 0, 2 for bad input, 130 for an interrupt."""
+    configure_logging()
+    words = sys.argv[1:] if arguments is None else arguments
+    try:
+        cli.main(words, prog_name="rampart", standalone_mode=False)
+    except click.NoSuchOption as error:
+        return _reject(words, error.option_name.lstrip("-"))
+    except click.ClickException as error:
+        click.echo(f"error: {error.format_message()}", err=True)
+        return 2
+    except RampartError as error:
+        click.echo(f"error: {error}", err=True)
+        return 2
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted: what was finished is kept", err=True)
+        return 130
+    return 0
+
+
+def _reject(words: list[str], name: str) -> int:
+    """A setting that the step does not have: said as for any other bad setting, and the run FAILED."""
+    from rampart.tracking import open_run
+
+    step = next((word for word in words if word in STEPS), "main")
+    try:
+        with open_run(step):
+            resolve(step, {name: ""})
+    except RampartError as error:
+        click.echo(f"error: {error}", err=True)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,34 @@
+"""An arm: one cell of the study."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+
+from rampart.training.recipe import Contrastive, MethodName
+
+
+@dataclass(frozen=True, order=True)
+class Arm:
+    """Method x augmentation x contrastive; `name` is how tables, runs and figures call it."""
+
+    method: MethodName
+    augment: bool
+    contrastive: Contrastive
+
+    @property
+    def name(self) -> str:
+        parts = [self.method, "aug" if self.augment else "", f"supcon-{self.contrastive}"]
+        return "+".join(part for part in parts if part and part != "supcon-none")
+
+    @property
+    def slug(self) -> str:
+        """The name as a part of a metric's or file's name."""
+        return self.name.replace("+", "-")
+
+
+def grid(
+    methods: tuple[MethodName, ...], augment: tuple[bool, ...], contrastive: tuple[Contrastive, ...]
+) -> list[Arm]:
+    """All arms of a study, in the order of its tables."""
+    return [Arm(m, a, c) for a, m, c in product(augment, methods, contrastive)]

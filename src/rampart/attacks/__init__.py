@@ -1,0 +1,3 @@
+from rampart.attacks.pgd import AttackResult, pgd, perturb
+
+__all__ = ["AttackResult", "perturb", "pgd"]

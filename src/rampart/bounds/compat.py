@@ -1,0 +1,54 @@
+"""Lets auto_LiRPA 0.3 (the package index's) run on today's torch and numpy; does nothing for 0.7 and newer."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+import types
+from typing import Any
+
+from rampart.errors import RampartError
+
+INSTALL = "install it with 'make setup' (or pip install --no-deps auto-LiRPA==0.3)"
+
+
+def import_auto_lirpa() -> types.ModuleType:
+    """The package `auto_LiRPA`, patched where it is old."""
+    try:
+        version = importlib.metadata.version("auto_LiRPA")
+    except importlib.metadata.PackageNotFoundError:
+        version = "0.7"  # on PYTHONPATH without metadata: a checkout, which is new
+    if tuple(int(part) for part in version.split(".")[:2]) < (0, 7):
+        _patch()
+    try:
+        import auto_LiRPA
+    except ImportError as error:
+        raise RampartError(f"engine auto_lirpa needs auto_LiRPA ({error}): {INSTALL}") from error
+    return auto_LiRPA
+
+
+def _patch() -> None:
+    import numpy as np
+    import torch
+    import torch.onnx.symbolic_helper as helper
+
+    # (1) numpy 2 moved isin out of numpy.lib.arraysetops.
+    if "numpy.lib.arraysetops" not in sys.modules:
+        sets = types.ModuleType("numpy.lib.arraysetops")
+        sets.isin = np.isin  # type: ignore[attr-defined]
+        sys.modules["numpy.lib.arraysetops"] = sets
+    # (2) torch 2 keeps the opset version in an object of globals.
+    if not hasattr(helper, "_set_opset_version"):
+        try:
+            from torch.onnx._internal.torchscript_exporter._globals import GLOBALS
+        except ImportError:
+            from torch.onnx._globals import GLOBALS  # type: ignore[no-redef]
+
+        def set_opset_version(version: int) -> None:
+            GLOBALS.export_onnx_opset_version = version
+
+        helper._set_opset_version = set_opset_version  # type: ignore[attr-defined]
+    # (3) torch 2 dropped reading a node's attribute by subscript.
+    node: Any = torch._C.Node
+    if not hasattr(node, "__getitem__"):
+        node.__getitem__ = lambda self, key: getattr(self, self.kindOf(key))(key)

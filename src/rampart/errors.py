@@ -1,0 +1,49 @@
+"""The errors that a user can mend. Each message is one line and says what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class RampartError(Exception):
+    """Bad input or an unusable environment; the command line prints it without a traceback and exits with 2."""
+
+
+class SettingsError(RampartError):
+    """A setting that is unknown, out of range, or of the wrong kind."""
+
+
+class DataError(RampartError):
+    """A dataset that is missing, unreadable, or inconsistent."""
+
+
+class ModelError(RampartError):
+    """A model that is missing or does not fit what was asked of it."""
+
+
+class UnsupportedLayer(ModelError):
+    """A layer that a bound engine cannot express; `path` is its place in the model."""
+
+    def __init__(self, path: str, kind: str, reason: str = "") -> None:
+        self.path, self.kind = path, kind
+        super().__init__(f"no bounds for layer '{path or 'model'}' ({kind})" + (f": {reason}" if reason else ""))
+
+
+class TrainingDiverged(RampartError):
+    """A loss that became NaN or infinite."""
+
+
+def unknown(kind: str, given: str, choices: Iterable[str]) -> str:
+    """One line that names the nearest valid choice, and the others where they are few."""
+    valid = sorted(choices)
+    near = difflib.get_close_matches(given, valid, n=1, cutoff=0.5)
+    message = f"unknown {kind} '{given}'" + (f": did you mean '{near[0]}'?" if near else "")
+    # A long list would bury the hint.
+    return message if near and len(valid) > 12 else f"{message} (valid: {', '.join(valid)})"
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises SettingsError with `message` unless `condition` holds."""
+    if not condition:
+        raise SettingsError(message)

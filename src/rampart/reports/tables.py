@@ -1,0 +1,84 @@
+"""The study's tables in readable form; every row ends with the runs that its numbers came from."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from rampart.ledger import VERDICTS
+from rampart.settings import eps_text
+
+ARM = ["method", "augmentation", "SupCon"]
+
+
+def accuracy(summary: pd.DataFrame) -> pd.DataFrame:
+    """Clean test accuracy by arm, in percent (the study's Figure 3)."""
+    rows = summary[(summary["metric"] == "accuracy") & (summary["step"] == "evaluate")]
+    table = _arms(rows)
+    table["accuracy %"] = [_percent(row) for _, row in rows.iterrows()]
+    return _with_runs(table, rows)
+
+
+def by_eps(summary: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """`robust_accuracy` (the study's Figure 4) or `asr` by arm and ε, in percent."""
+    rows = summary[summary["metric"] == metric]
+    return _pivoted(rows, [(f"ε {eps_text(eps)}", rows["eps"] == eps) for eps in sorted(rows["eps"].unique())], _percent)
+
+
+def verdicts(summary: pd.DataFrame) -> pd.DataFrame:
+    """Images by verdict and arm (the study's Table 1), and the share proved robust."""
+    rows = summary[summary["step"] == "verify"]
+    columns = [(name, rows["metric"] == name) for name in (*VERDICTS, "misclassified", "images")]
+    table = _pivoted(rows, columns, _count)
+    certified = _pivoted(rows, [("certified %", rows["metric"] == "certified_accuracy")], _percent)
+    table.insert(len(table.columns) - 1, "certified %", certified["certified %"])
+    table.insert(len(ARM), "ε", [eps_text(eps) for eps in rows.drop_duplicates("arm")["eps"]])
+    return table
+
+
+def markdown(table: pd.DataFrame) -> str:
+    return table.to_markdown(index=False, disable_numparse=True)
+
+
+def latex(table: pd.DataFrame, caption: str, label: str) -> str:
+    """booktabs; needs \\usepackage{booktabs}."""
+    plain = table.map(lambda v: str(v).replace("±", "+-")).rename(columns=lambda c: c.replace("ε", "eps"))
+    text = plain.to_latex(index=False, escape=True, caption=caption, label=label)
+    return text.replace("+-", "$\\pm$").replace("eps", "$\\varepsilon$")
+
+
+def _pivoted(rows: pd.DataFrame, columns: list, text) -> pd.DataFrame:  # type: ignore[no-untyped-def, type-arg]
+    """One row an arm; each column holds the text of the row that its mask picks, '-' where there is none."""
+    arms = rows.drop_duplicates("arm")
+    table = _arms(arms)
+    for name, mask in columns:
+        picked = {row["arm"]: text(row) for _, row in rows[mask].iterrows()}
+        table[name] = [picked.get(arm, "-") for arm in arms["arm"]]
+    return _with_runs(table, arms)
+
+
+def _arms(rows: pd.DataFrame) -> pd.DataFrame:
+    other = rows["method"] == "other"
+    return pd.DataFrame(
+        {
+            "method": rows["arm"].where(other, rows["method"]),
+            "augmentation": ["yes" if augment else "-" for augment in rows["augment"]],
+            "SupCon": ["-" if kind == "none" else kind for kind in rows["contrastive"]],
+        }
+    ).reset_index(drop=True)
+
+
+def _with_runs(table: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    return table.assign(runs=rows["runs"].to_list())
+
+
+def _percent(row: pd.Series) -> str:
+    return f"{100 * row['mean']:.2f}" + (f" ± {100 * row['std']:.2f}" if row["seeds"] > 1 else "")
+
+
+def _count(row: pd.Series) -> str:
+    return f"{row['mean']:.1f} ± {row['std']:.1f}" if row["seeds"] > 1 else f"{row['mean']:.0f}"
+
+
+def short_runs(table: pd.DataFrame) -> pd.DataFrame:
+    """Run ids cut to eight characters, for the terminal."""
+    return table.assign(runs=table["runs"].map(lambda ids: " ".join(run[:8] for run in ids.split())))

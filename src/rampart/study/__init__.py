@@ -1,0 +1,3 @@
+from rampart.study.steps import run_step
+
+__all__ = ["run_step"]

@@ -1,0 +1,130 @@
+"""Runs a study: every arm and seed through its steps, arms side by side in processes, then the comparison."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+from collections.abc import Mapping
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from rampart.arms import Arm, grid
+from rampart.console import configure_logging
+from rampart.errors import RampartError
+from rampart.settings import ARM_STEPS, ModelSettings, StudySettings, nested, resolve
+from rampart.study.identity import identity
+from rampart.study.steps import data_of, run_step
+from rampart.tracking import Run, sweep
+from rampart.tracking.queries import find_runs
+
+log = logging.getLogger(__name__)
+
+# Slowest first, so that no worker is left alone with a long arm at the end.
+COST = {"certified": 0, "adversarial": 1, "normal": 2}
+
+
+def run_study(run: Run, settings: StudySettings, given: Mapping[str, str]) -> None:
+    """Runs what is missing of the study's arms, then compares them.
+
+    Raises:
+        RampartError: an arm failed; the others are finished and compared before that is said.
+    """
+    run.name(f"study {settings.profile}")
+    jobs = [
+        (arm, settings.seed + offset)
+        for offset in range(settings.seeds)
+        for arm in grid(settings.methods, settings.augment, settings.contrastive)
+    ]
+    # Every arm's settings are checked before the first is trained.
+    for arm, seed in jobs:
+        for step in ARM_STEPS:
+            resolve(step, arm_texts(given, step, arm, seed, settings.profile, "checked"))
+    # Data that cannot be read, too; and a folder is decoded once, not in every worker.
+    data_of(settings)
+    workers = settings.workers or default_workers()
+    threads = settings.threads or max((os.cpu_count() or 1) // workers, 1)
+    log.info("study %s: %d arms x %d seeds, %d at a time", settings.profile, len(jobs) // settings.seeds, settings.seeds, workers)
+    jobs.sort(key=lambda job: COST[job[0].method])
+    members: list[dict[str, object]] = []
+    failures: dict[str, str] = {}
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_worker) as pool:
+        futures: dict[Future[list[dict[str, object]]], str] = {
+            pool.submit(run_arm, arm, seed, dict(given), settings.profile, threads, run.id, run.experiment): f"{arm.name} s{seed}"
+            for arm, seed in jobs
+        }
+        with tqdm(total=len(futures), desc="study", unit="arm", disable=None) as bar:
+            for future in as_completed(futures):
+                name = futures[future]
+                try:
+                    done = future.result()
+                    members += done
+                    kept = all(row["reused"] for row in done)
+                    log.info("[%d/%d] %s %s", bar.n + 1, len(futures), name, "was there already" if kept else "finished")
+                except BrokenProcessPool:
+                    failures[name] = "its process was killed (out of memory?)"
+                except Exception as error:  # whatever stops one arm must not stop the others
+                    failures[name] = " ".join(str(error).split())
+                    log.error("%s failed: %s", name, failures[name])
+                bar.update()
+    sweep(run.experiment)
+    if members:
+        run.table(pd.DataFrame(members).sort_values(["arm", "seed", "step"]), "members.parquet")
+        run_step("compare", {"profile": settings.profile, "study": run.id}, run.id)
+    if failures:
+        first, reason = next(iter(failures.items()))
+        raise RampartError(
+            f"{len(failures)} of {len(jobs)} arms failed, {first}: {reason}; what finished is kept, "
+            "so the same command goes on from there"
+        )
+
+
+def default_workers() -> int:
+    """As many as there are GPUs, or on CPUs one for each core: the study's networks are too small to share cores well."""
+    return max(torch.cuda.device_count() or (os.cpu_count() or 1), 1)
+
+
+def run_arm(
+    arm: Arm, seed: int, given: dict[str, str], profile: str, threads: int, study: str, experiment: str
+) -> list[dict[str, object]]:
+    """Train, evaluate, verify and embed one arm in this process; a step that was done before is not done again.
+
+    Returns one row a step: arm, seed, step, run, reused.
+    """
+    os.environ["MLFLOW_EXPERIMENT_ID"] = experiment
+    rows: list[dict[str, object]] = []
+    model = ""
+    for step in ARM_STEPS:
+        texts = arm_texts(given, step, arm, seed, profile, model)
+        texts.setdefault("threads", str(threads))
+        settings = resolve(step, texts)
+        assert not isinstance(settings, StudySettings) and hasattr(settings, "dataset")
+        key = identity(step, settings, data_of(settings).digest, model if isinstance(settings, ModelSettings) else "")
+        known = find_runs(experiment, {"identity": key}, max_results=1)
+        run_id = str(known["run_id"][0]) if len(known) else run_step(step, texts, study)
+        rows.append({"arm": arm.name, "seed": seed, "step": step, "run": run_id, "reused": bool(len(known))})
+        if step == "train":
+            model = f"runs:/{run_id}/model"
+    return rows
+
+
+def arm_texts(
+    given: Mapping[str, str], step: str, arm: Arm, seed: int, profile: str, model: str
+) -> dict[str, str]:
+    """What the user would give to run one step of one arm alone."""
+    texts = {"profile": profile, "seed": str(seed), **nested(given, step)}
+    if step == "train":
+        return texts | {"method": arm.method, "augment": str(arm.augment), "contrastive": arm.contrastive}
+    return texts | {"model": model}
+
+
+def _worker() -> None:
+    """A worker's process: its parent's run is not its own, and only the parent draws a progress bar."""
+    os.environ.pop("MLFLOW_RUN_ID", None)
+    os.environ["TQDM_DISABLE"] = "1"
+    configure_logging(quiet=True)

@@ -1,0 +1,39 @@
+"""What makes two executions of a step the same: settings, data, the model that goes in, and the code that runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from functools import lru_cache
+from pathlib import Path
+
+from rampart.settings import Settings
+
+# They change where or how fast a step runs, not what it computes.
+IRRELEVANT = {"device", "threads", "data_root", "eps_space"}
+_TRAINING = ("data", "models", "losses", "attacks", "bounds", "training")
+CODE = {
+    "train": _TRAINING,
+    "evaluate": ("data", "models", "attacks", "evaluation", "ledger.py"),
+    "verify": ("data", "models", "attacks", "bounds", "verification", "ledger.py"),
+    "embed": ("data", "models", "evaluation"),
+}
+
+
+def identity(step: str, settings: Settings, digest: str, model: str = "") -> str:
+    """A hash of the step's settings, the dataset's digest, the identity of its model, and the code behind it."""
+    relevant = {k: v for k, v in asdict(settings).items() if k not in IRRELEVANT | {"model"}}
+    parts = [step, json.dumps(relevant, sort_keys=True), digest, model, code_version(step)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+
+@lru_cache
+def code_version(step: str) -> str:
+    """A hash of the source files that the step runs; reports can change without training anything again."""
+    top = Path(__file__).parents[1]
+    sha = hashlib.sha256()
+    for part in CODE[step]:
+        for file in sorted((top / part).rglob("*.py")) if (top / part).is_dir() else [top / part]:
+            sha.update(str(file.relative_to(top)).encode() + file.read_bytes())
+    return sha.hexdigest()[:16]

@@ -1,0 +1,208 @@
+"""The entry points: each runs one step of the core inside one MLflow run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rampart.arms import Arm
+from rampart.data import Dataset, load_dataset, to_pixels
+from rampart.errors import SettingsError
+from rampart.evaluation import embed, evaluate
+from rampart.ledger import attack_rates, verdict_counts
+from rampart.models import Classifier
+from rampart.reports import figures
+from rampart.reports.compare import compare
+from rampart.settings import (
+    DEFAULT_PROFILE,
+    Common,
+    CompareSettings,
+    EmbedSettings,
+    EvaluateSettings,
+    ModelSettings,
+    Settings,
+    StudySettings,
+    TrainSettings,
+    VerifySettings,
+    as_text,
+    resolve,
+)
+from rampart.study.identity import identity
+from rampart.tracking import Run, fetch_model, open_run, source_run
+from rampart.tracking.queries import run_tags
+from rampart.training import train
+from rampart.verification import verify_split
+from rampart.verification.selection import stratified_order
+
+log = logging.getLogger(__name__)
+
+# Tags that tell which arm a run is of; a step on a model takes them over from the run that trained it.
+ARM_TAGS = ("method", "augment", "contrastive", "arm", "seed", "train_profile")
+
+
+def run_step(step: str, given: Mapping[str, str], study: str | None = None) -> str:
+    """Runs `step` with the settings that the user gave as texts, as a run of its own under `study`'s; returns its id.
+
+    Raises:
+        RampartError: bad input; the run is FAILED then.
+    """
+    with open_run(step, study) as run:
+        settings = resolve(step, given)
+        run.params(as_text(settings, given))
+        run.tags({"profile": settings.profile})
+        if isinstance(settings, Common):
+            prepare(settings)
+        BODIES[step](run, settings, given)
+        log.info("%s: done; open run %s (experiment %s) in the MLflow UI: make ui", step, run.id, run.experiment)
+    return run.id
+
+
+def prepare(settings: Common) -> torch.device:
+    """Threads and device of this process; raises SettingsError where the device is not there."""
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    name = settings.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise SettingsError(f"device '{name}' is not there ({torch.cuda.device_count()} GPUs): use device=auto or cpu")
+    return device
+
+
+def data_of(settings: Common) -> Dataset:
+    return _load(settings.dataset, settings.data_root, settings.val_fraction, settings.split_seed)
+
+
+# A study's worker runs several arms on the same data.
+_load = lru_cache(maxsize=1)(load_dataset)
+
+
+def _open_data(run: Run, settings: Common) -> Dataset:
+    data = data_of(settings)
+    run.dataset(data, settings.dataset, settings.val_fraction, settings.split_seed)
+    log.info(
+        "profile %s, dataset %s (%d train, %d validation, %d test images)%s",
+        settings.profile,
+        settings.dataset,
+        len(data.train),
+        len(data.val),
+        len(data.test),
+        "; for CIFAR-10: -P profile=paper" if settings.profile == DEFAULT_PROFILE else "",
+    )
+    return data
+
+
+def _train(run: Run, settings: Settings, given: Mapping[str, str]) -> None:
+    assert isinstance(settings, TrainSettings)
+    arm = Arm(settings.method, settings.augment, settings.contrastive)
+    run.name(f"{arm.name} s{settings.seed}")
+    run.tags({"method": arm.method, "augment": arm.augment, "contrastive": arm.contrastive, "arm": arm.name})
+    run.tags({"seed": settings.seed, "train_profile": settings.profile})
+    device = prepare(settings)
+    data = _open_data(run, settings)
+    model = train(settings, data, run, settings, settings.seed, device)
+    uri = run.model(model, to_pixels(data.val.images[:2]))
+    run.tags({"identity": identity("train", settings, data.digest)})
+    log.info("%s s%d: trained, logged as %s", arm.name, settings.seed, uri)
+
+
+def _open_model(run: Run, settings: ModelSettings) -> tuple[Classifier, str, str | None]:
+    """(model on its device, what it is called, the run that trained it); names and tags `run` accordingly."""
+    source = source_run(settings.model)
+    model = fetch_model(settings.model).to(prepare(settings))
+    known = run_tags(source) if source else {}
+    label = f"{known['arm']} s{known['seed']}" if "arm" in known else Path(settings.model).stem
+    run.name(f"{run.step} {label}")
+    run.tags({name: known[name] for name in ARM_TAGS if name in known})
+    run.tags({"model_run": source or "", "model": settings.model})
+    return model, label, source
+
+
+def _finish(run: Run, settings: ModelSettings, data: Dataset) -> None:
+    run.tags({"identity": identity(run.step, settings, data.digest, settings.model)})
+
+
+def _evaluate(run: Run, settings: Settings, given: Mapping[str, str]) -> None:
+    assert isinstance(settings, EvaluateSettings)
+    model, label, _ = _open_model(run, settings)
+    data = _open_data(run, settings)
+    ledger = evaluate(model, data.test.to(prepare(settings)), settings, settings.seed)
+    rates = attack_rates(ledger)
+    run.table(ledger, "ledger.parquet")
+    run.metrics(rates)
+    _finish(run, settings, data)
+    shown = zip(
+        as_text(settings, {})["eps"].split(","),
+        [rates[key] for key in rates if key.startswith("asr/")],
+        strict=True,
+    )
+    log.info(
+        "%s: accuracy %.2f %%, attack success %s",
+        label,
+        100 * rates["accuracy"],
+        ", ".join(f"{100 * rate:.2f} % at {eps}" for eps, rate in shown),
+    )
+
+
+def _verify(run: Run, settings: Settings, given: Mapping[str, str]) -> None:
+    assert isinstance(settings, VerifySettings)
+    model, label, _ = _open_model(run, settings)
+    data = _open_data(run, settings)
+    ledger, examples = verify_split(model, data.test.to(prepare(settings)), settings)
+    counts = verdict_counts(ledger)
+    run.table(ledger, "ledger.parquet")
+    if examples:
+        path = Path(run.scratch) / "counterexamples.npz"
+        np.savez(path, **{str(image): example.cpu().numpy() for image, example in examples.items()})
+        run.file(path)
+    run.metrics(counts)
+    _finish(run, settings, data)
+    said = [f"{int(n)} {k.split('/')[1]}" for k, n in counts.items() if n and k.split("/")[1] in SAID]
+    log.info("%s: %d images at ε %s: %s", label, len(ledger), as_text(settings, {})["eps"], ", ".join(said))
+
+
+SAID = ("safe-incomplete", "safe", "unsafe", "timeout", "unknown", "error", "misclassified")
+
+
+def _embed(run: Run, settings: Settings, given: Mapping[str, str]) -> None:
+    assert isinstance(settings, EmbedSettings)
+    model, label, source = _open_model(run, settings)
+    data = _open_data(run, settings)
+    chosen = stratified_order(data.test, settings.seed)[: settings.points]
+    points = embed(model, data.test.to(prepare(settings)), chosen, settings, settings.seed)
+    # The picture belongs to the model; a model from a file has no run but this one.
+    home = source or run.id
+    run.table(points, "umap.parquet", home)
+    run.figure(figures.umap_panels({label: points}, data.classes), "umap.png", home)
+    _finish(run, settings, data)
+    log.info("%s: UMAP of %d embeddings in run %s (umap.png, umap.parquet)", label, len(points), home)
+
+
+def _compare(run: Run, settings: Settings, given: Mapping[str, str]) -> None:
+    assert isinstance(settings, CompareSettings)
+    run.name(f"compare {settings.profile}")
+    compare(run, settings)
+
+
+def _main(run: Run, settings: Settings, given: Mapping[str, str]) -> None:
+    assert isinstance(settings, StudySettings)
+    from rampart.study.executor import run_study
+
+    run_study(run, settings, given)
+
+
+BODIES: dict[str, Callable[[Run, Any, Mapping[str, str]], None]] = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "verify": _verify,
+    "embed": _embed,
+    "compare": _compare,
+    "main": _main,
+}

@@ -1,0 +1,83 @@
+"""Models in MLflow: logged as an exported graph and as plain weights, fetched as our class without pickle."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+
+from rampart.errors import ModelError
+from rampart.models import Classifier, load_model, save_model
+from rampart.tracking import store
+
+import mlflow
+import numpy as np
+import torch
+from mlflow.exceptions import MlflowException
+from mlflow.models import ModelSignature
+from mlflow.types import Schema, TensorSpec
+
+WEIGHTS = "model.safetensors"
+
+
+def log_model(model: Classifier, example: torch.Tensor, scratch: Path) -> None:
+    """Logs `model` to the active run under the name `model`; `example` is float [2, C, H, W] in [0, 1]."""
+    import mlflow.pytorch
+
+    weights = scratch / WEIGHTS
+    save_model(model, weights)
+    shape, classes = model.architecture.in_shape, model.architecture.classes
+    signature = ModelSignature(
+        Schema([TensorSpec(np.dtype(np.float32), (-1, *shape), "pixels")]),
+        Schema([TensorSpec(np.dtype(np.float32), (-1, classes), "logits")]),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        mlflow.pytorch.log_model(
+            model,
+            name="model",
+            signature=signature,
+            input_example=example.cpu().numpy(),
+            # Given, because to find them out takes MLflow seconds.
+            pip_requirements=[f"torch=={version('torch')}", f"mlflow=={version('mlflow')}"],
+            extra_files=[str(weights)],
+        )
+
+
+def fetch_model(uri: str) -> Classifier:
+    """The model at `runs:/<run id>/model`, `models:/<name>/<version>`, `models:/<name>@<alias>`, or in a file.
+
+    Also takes a run's weights file: `runs:/<run id>/checkpoints/last.safetensors`.
+
+    Raises:
+        ModelError: there is none, or it is no model of ours.
+    """
+    if not uri.startswith(("runs:/", "models:/")):
+        return load_model(uri)
+    store.initialise()
+    direct = uri.endswith((".safetensors", ".npz"))
+    source = uri if direct else f"{uri.rstrip('/')}/extra_files/{WEIGHTS}"
+    logging.getLogger("mlflow.artifacts").setLevel(logging.ERROR)
+    with tempfile.TemporaryDirectory(prefix="rampart-") as folder:
+        try:
+            path = mlflow.artifacts.download_artifacts(source, dst_path=folder)
+        except (MlflowException, OSError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ModelError(
+                f"no model at '{uri}' ({reason}): give model=runs:/<run id>/model of a finished train run"
+            ) from error
+        return load_model(path)
+
+
+def source_run(uri: str) -> str | None:
+    """The id of the run that the model at `uri` came from; None for a file."""
+    if uri.startswith("runs:/"):
+        return uri.removeprefix("runs:/").split("/")[0]
+    if uri.startswith("models:/"):
+        try:
+            return mlflow.models.get_model_info(uri).run_id
+        except MlflowException as error:
+            raise ModelError(f"no model at '{uri}': {' '.join(str(error).split())[:200]}") from error
+    return None

@@ -1,0 +1,60 @@
+"""All that is read from the tracking server: runs as a tidy frame, and the tables in their artifacts."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from rampart.errors import RampartError
+from rampart.tracking import store
+
+import mlflow
+import pandas as pd
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+
+def find_runs(
+    experiment: str, tags: Mapping[str, str], status: str | None = "FINISHED", max_results: int = 100_000
+) -> pd.DataFrame:
+    """Runs of an experiment whose rampart tags have these values, newest first; columns as mlflow.search_runs names
+    them (run_id, status, start_time, params.*, metrics.*, tags.*). Filtered on the server, paged by MLflow."""
+    store.initialise()
+    parts = [f"tags.`rampart.{name}` = '{value}'" for name, value in tags.items()]
+    if status:
+        parts.append(f"attributes.status = '{status}'")
+    found = mlflow.search_runs(
+        [experiment], " and ".join(parts), max_results=max_results, order_by=["attributes.start_time DESC"]
+    )
+    assert isinstance(found, pd.DataFrame)
+    return found
+
+
+def run_tags(run_id: str) -> dict[str, str]:
+    """A run's rampart tags, without their prefix.
+
+    Raises:
+        RampartError: there is no such run.
+    """
+    store.initialise()
+    try:
+        tags = MlflowClient().get_run(run_id).data.tags
+    except MlflowException as error:
+        raise RampartError(f"no run '{run_id}' in {mlflow.get_tracking_uri()}: look it up in the MLflow UI") from error
+    return {k.removeprefix("rampart."): v for k, v in tags.items() if k.startswith("rampart.")}
+
+
+def read_table(run_id: str, name: str) -> pd.DataFrame | None:
+    """A Parquet artifact of a run; None where it has none of that name."""
+    client = MlflowClient()
+    if name not in {artifact.path for artifact in client.list_artifacts(run_id)}:
+        return None
+    with tempfile.TemporaryDirectory(prefix="rampart-") as folder:
+        return pd.read_parquet(Path(client.download_artifacts(run_id, name, folder)))
+
+
+def artifact_place(run_id: str, name: str) -> str:
+    """Where an artifact lies: a path on this machine for a local store, else its URI."""
+    uri = f"{MlflowClient().get_run(run_id).info.artifact_uri}/{name}"
+    return uri.removeprefix("file://") if uri.startswith(("file://", "/")) else uri

@@ -1,0 +1,170 @@
+"""One MLflow run for one step, whatever becomes of it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rampart import __version__
+from rampart.data import Dataset
+from rampart.errors import RampartError
+from rampart.models import Classifier, save_model
+from rampart.tracking.store import experiment_id, initialise, process_tags, sweep
+
+import mlflow
+import pandas as pd
+import torch
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, RunTag
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+LAST_CHECKPOINT = "checkpoints/last.safetensors"
+
+
+class Run:
+    """The active run of a step. Also the Recorder that training reports to."""
+
+    def __init__(self, run_id: str, experiment: str, step: str) -> None:
+        self.id, self.experiment, self.step = run_id, experiment, step
+        self.client = MlflowClient()
+        self.scratch = Path(tempfile.mkdtemp(prefix="rampart-"))
+
+    def close(self) -> None:
+        shutil.rmtree(self.scratch, ignore_errors=True)
+
+    def name(self, name: str) -> None:
+        self.client.set_tag(self.id, "mlflow.runName", name)
+
+    def describe(self, text: str) -> None:
+        """The run's description in the UI (Markdown)."""
+        self.client.set_tag(self.id, "mlflow.note.content", text)
+
+    def params(self, texts: Mapping[str, str]) -> None:
+        """Logs parameters; those that `mlflow run` has logged already stand."""
+        known = self.client.get_run(self.id).data.params
+        self.client.log_batch(self.id, params=[Param(k, v) for k, v in texts.items() if k not in known])
+
+    def tags(self, values: Mapping[str, object]) -> None:
+        self.client.log_batch(self.id, tags=[RunTag(f"rampart.{k}", str(v)) for k, v in values.items()])
+
+    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
+        now = int(pd.Timestamp.now().timestamp() * 1000)
+        self.client.log_batch(self.id, metrics=[Metric(k, float(v), now, step) for k, v in values.items()])
+
+    def checkpoint(self, model: Classifier) -> str:
+        path = self.scratch / Path(LAST_CHECKPOINT).name
+        save_model(model, path)
+        self.client.log_artifact(self.id, str(path), str(Path(LAST_CHECKPOINT).parent))
+        return f"runs:/{self.id}/{LAST_CHECKPOINT}"
+
+    def file(self, path: Path, folder: str | None = None) -> None:
+        self.client.log_artifact(self.id, str(path), folder)
+
+    def text(self, text: str, name: str) -> None:
+        self.client.log_text(self.id, text, name)
+
+    def table(self, frame: pd.DataFrame, name: str, run_id: str | None = None) -> None:
+        """A table as a Parquet artifact of this run, or of another."""
+        path = self.scratch / name
+        frame.to_parquet(path, index=False)
+        self.client.log_artifact(run_id or self.id, str(path))
+
+    def figure(self, figure: Figure, name: str, run_id: str | None = None) -> None:
+        self.client.log_figure(run_id or self.id, figure, name, save_kwargs={"dpi": 150, "bbox_inches": "tight"})
+
+    def dataset(self, data: Dataset, source: str, val_fraction: float, split_seed: int) -> None:
+        """The data as inputs of this run, one a split, with digest, sizes and how train was split."""
+        from mlflow.data.numpy_dataset import from_numpy
+
+        for context in ("train", "val", "test"):
+            split = getattr(data, context)
+            # The arrays are described, not stored; `digest` is of the whole dataset, whatever its split.
+            described = from_numpy(
+                split.images.cpu().numpy(),
+                source=source,
+                targets=split.labels.cpu().numpy(),
+                name=data.name,
+                digest=data.digest,
+            )
+            mlflow.log_input(described, context=context)
+        self.tags({"dataset": data.name, "dataset_digest": data.digest, "class_names": ",".join(data.classes)})
+        self.tags({"split": f"{len(data.train)}/{len(data.val)}/{len(data.test)} by {val_fraction:g}, {split_seed}"})
+
+    def model(self, model: Classifier, example: torch.Tensor) -> str:
+        """The model as `runs:/<id>/model`: exported graph, signature, and safetensors among its extra files."""
+        from rampart.tracking.models import log_model
+
+        log_model(model, example, self.scratch)
+        return f"runs:/{self.id}/model"
+
+
+@contextmanager
+def open_run(step: str, parent: str | None = None) -> Iterator[Run]:
+    """Starts a run (or goes on with the one that `mlflow run` has started) and ends it as what became of it.
+
+    An error ends it FAILED, an interrupt KILLED; both leave their message in the tag rampart.error.
+    """
+    initialise()
+    resumed = os.environ.get("MLFLOW_RUN_ID")
+    if resumed:
+        experiment = MlflowClient().get_run(resumed).info.experiment_id
+        active = mlflow.start_run(resumed)
+    else:
+        experiment = experiment_id()
+        active = mlflow.start_run(experiment_id=experiment, run_name=step, nested=True, parent_run_id=parent)
+    run = Run(active.info.run_id, experiment, step)
+    status = "FAILED"
+    try:
+        run.tags({"step": step, **versions(), **git(), **({"study": parent} if parent else {})})
+        run.client.log_batch(run.id, tags=[RunTag(k, v) for k, v in process_tags().items()])
+        sweep(experiment)
+        yield run
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        run.tags({"error": "interrupted"})
+        raise
+    except BaseException as error:
+        run.tags({"error": f"{'' if isinstance(error, RampartError) else type(error).__name__ + ': '}{error}"[:4000]})
+        raise
+    finally:
+        run.close()
+        mlflow.end_run(status)
+
+
+@lru_cache(maxsize=1)
+def versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    found = {name: version(name) for name in ("mlflow", "numpy", "torchvision")}
+    found |= {"torch": torch.__version__, "python": platform.python_version(), "version": __version__}
+    return {f"version.{name}": text for name, text in found.items()} | {"machine": _machine()}
+
+
+def _machine() -> str:
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{os.cpu_count()} cores {platform.machine()}{gpu}"
+
+
+@lru_cache(maxsize=1)
+def git() -> dict[str, str]:
+    """Commit and whether the working tree differs from it; empty outside of a checkout or without git."""
+
+    def ask(*words: str) -> str:
+        top = Path(__file__).parents[3]
+        return subprocess.run(["git", *words], cwd=top, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return {"git.commit": ask("rev-parse", "HEAD"), "git.dirty": str(bool(ask("status", "--porcelain")))}
+    except (OSError, subprocess.CalledProcessError):
+        return {}

@@ -1,0 +1,79 @@
+"""The tracking store: made ready before its first use, cleaned of runs whose process is gone."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+
+import mlflow
+import psutil
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from rampart.errors import RampartError
+
+log = logging.getLogger(__name__)
+
+
+def initialise() -> None:
+    """Creates or migrates the store's database, so that processes started next do not do so side by side."""
+    for noisy in ("mlflow", "alembic"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    last: Exception | None = None
+    # Two processes on a fresh SQLite file: the one that loses the race finds the tables made a moment later.
+    for pause in (0.0, 1.0, 3.0):
+        time.sleep(pause)
+        try:
+            mlflow.search_experiments(max_results=1)
+            return
+        except Exception as error:  # SQLAlchemy's, alembic's and requests' errors share no base class
+            last = error
+    reason = " ".join(str(last).split())[:200]
+    raise RampartError(
+        f"the tracking store {mlflow.get_tracking_uri()} does not answer ({reason}): check MLFLOW_TRACKING_URI"
+    ) from last
+
+
+def experiment_id() -> str:
+    """Of the experiment that runs go to: `mlflow run`'s, MLFLOW_EXPERIMENT_NAME's, or the default."""
+    given = os.environ.get("MLFLOW_EXPERIMENT_ID")
+    if given:
+        return given
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "Default")
+    found = mlflow.get_experiment_by_name(name)
+    return found.experiment_id if found else mlflow.create_experiment(name)
+
+
+def process_tags() -> dict[str, str]:
+    """What tells later whether the process behind a run still lives."""
+    process = psutil.Process()
+    return {"rampart.host": socket.gethostname(), "rampart.process": f"{process.pid}:{process.create_time():.2f}"}
+
+
+def sweep(experiment: str) -> list[str]:
+    """Marks RUNNING runs of this host KILLED if their process is gone; returns their ids."""
+    client = MlflowClient()
+    swept = []
+    running = f"attributes.status = 'RUNNING' and tags.`rampart.host` = '{socket.gethostname()}'"
+    for run in client.search_runs([experiment], running, max_results=1000):
+        pid, _, created = run.data.tags.get("rampart.process", "").partition(":")
+        if pid and not _alive(int(pid), created):
+            try:
+                client.set_tag(run.info.run_id, "rampart.error", "killed: its process ended without a word")
+                client.set_terminated(run.info.run_id, "KILLED")
+            except MlflowException as error:  # deleted or ended by somebody else meanwhile
+                log.warning("run %s could not be marked KILLED: %s", run.info.run_id, error)
+                continue
+            swept.append(run.info.run_id)
+    if swept:
+        log.info("marked %d run(s) KILLED whose process is gone", len(swept))
+    return swept
+
+
+def _alive(pid: int, created: str) -> bool:
+    try:
+        return f"{psutil.Process(pid).create_time():.2f}" == created
+    except psutil.Error:
+        return False

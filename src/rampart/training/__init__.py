@@ -1,0 +1,5 @@
+from rampart.training.loop import Recorder
+from rampart.training.recipe import Recipe
+from rampart.training.train import train
+
+__all__ = ["Recipe", "Recorder", "train"]

@@ -1,0 +1,154 @@
+"""The one training loop: a stage of epochs, with validation, the best epoch kept, and a checkpoint each."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from rampart.data import Augmentation, Dataset, batches
+from rampart.errors import TrainingDiverged
+from rampart.models import Classifier
+from rampart.training.criterion import Criterion
+from rampart.training.methods import Method
+from rampart.training.recipe import Recipe
+from rampart.training.schedules import lr_factor, warmed_eps
+
+log = logging.getLogger(__name__)
+
+
+class Recorder(Protocol):
+    """What training tells as it goes; `tracking` keeps it in MLflow, tests in a list."""
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None: ...
+
+    def checkpoint(self, model: Classifier) -> str:
+        """Keeps the model of an epoch, in place of the one before, and says where."""
+        ...
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One optimisation: of the whole network (`train`), of the `encoder`, or of the `head` alone."""
+
+    name: str
+    epochs: int
+    method: Method
+    criterion: Criterion
+
+
+@dataclass
+class Streams:
+    """Random states: `order` on the CPU, `device` (augmentation and attack starts) where the data are."""
+
+    order: torch.Generator
+    device: torch.Generator
+
+
+def fit(
+    stage: Stage,
+    model: Classifier,
+    data: Dataset,
+    recipe: Recipe,
+    augmentation: Augmentation | None,
+    streams: Streams,
+    recorder: Recorder,
+    first_epoch: int,
+) -> int:
+    """Trains `stage` and leaves the chosen epoch's weights in `model`; returns that epoch, counted from `first_epoch`.
+
+    Raises:
+        TrainingDiverged: a loss became NaN or infinite; the last good checkpoint is named.
+    """
+    trained: torch.nn.Module = {"encoder": model.encoder, "head": model.head}.get(stage.name, model)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for parameter in trained.parameters():
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.Adam(trained.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
+    steps = math.ceil(len(data.train) / recipe.batch_size)
+    total = stage.epochs * steps
+    best, best_score, best_state = first_epoch, -math.inf, copy.deepcopy(model.state_dict())
+    kept = recorder.checkpoint(model)
+    with tqdm(total=total, desc=stage.name, unit="batch", disable=None, leave=False) as bar:
+        for epoch in range(first_epoch, first_epoch + stage.epochs):
+            # A frozen part keeps its running statistics, too.
+            model.eval()
+            trained.train()
+            loss_sum, seen, started = torch.zeros((), device=data.train.labels.device), 0, time.perf_counter()
+            eps = 0.0
+            for i, (x, y) in enumerate(batches(data.train, recipe.batch_size, streams.order, drop_single=True)):
+                progress = ((epoch - first_epoch) * steps + i) / total
+                eps = warmed_eps(recipe.eps, recipe.eps_warmup, progress)
+                for group in optimizer.param_groups:
+                    group["lr"] = recipe.lr * lr_factor(recipe.schedule, progress)
+                if augmentation is not None:
+                    x = augmentation(x, streams.device)
+                loss = stage.method.batch_loss(x, y, stage.criterion, eps, streams.device)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                # Kept on the device: fetching it would wait for the device at every step.
+                loss_sum += loss.detach() * len(y)
+                seen += len(y)
+                bar.update()
+            mean_loss = loss_sum.item() / seen
+            seconds = time.perf_counter() - started
+            if not math.isfinite(mean_loss):
+                raise TrainingDiverged(
+                    f"the loss became {mean_loss} in epoch {epoch} ({stage.name}): lower lr (now {recipe.lr:g}) or eps; "
+                    f"the last good checkpoint is {kept}"
+                )
+            score, validation = validate(stage, model, data, recipe, streams.device)
+            recorder.metrics(
+                {
+                    f"{stage.name}/loss": mean_loss,
+                    f"{stage.name}/epsilon": eps,
+                    f"{stage.name}/learning_rate": optimizer.param_groups[0]["lr"],
+                    f"{stage.name}/images_per_second": seen / seconds,
+                    **validation,
+                },
+                step=epoch,
+            )
+            kept = recorder.checkpoint(model)
+            bar.set_postfix({"loss": f"{mean_loss:.3f}", **{k: f"{v:.3f}" for k, v in validation.items()}})
+            # Of equal epochs the later one: it has seen more images at full ε.
+            if recipe.select == "last" or score >= best_score:
+                best, best_score, best_state = epoch, score, copy.deepcopy(model.state_dict())
+    model.load_state_dict(best_state)
+    log.info("%s: kept epoch %d of %d (score %.4f)", stage.name, best, first_epoch + stage.epochs - 1, best_score)
+    return best
+
+
+def validate(
+    stage: Stage, model: Classifier, data: Dataset, recipe: Recipe, generator: torch.Generator
+) -> tuple[float, dict[str, float]]:
+    """(score, higher is better; metrics) on the validation split, at the full ε whatever the warm-up."""
+    model.eval()
+    encoder_alone = not stage.criterion.needs_logits
+    sums: dict[str, Tensor | float] = {}
+
+    def add(name: str, value: Tensor) -> None:
+        sums[name] = sums.get(name, 0.0) + value
+
+    for x, y in batches(data.val, max(recipe.batch_size, 256)):
+        with torch.no_grad():
+            if encoder_alone:
+                # SupCon on clean embeddings: its value under attack or bounds would cost as much as an epoch.
+                add("val/supcon_loss", stage.criterion.on_images(model, x, y) * len(y))
+                continue
+            add("val/accuracy", (model(x).argmax(1) == y).sum())
+        if stage.method.score_name != "accuracy":
+            add(f"val/{stage.method.score_name}", stage.method.survives(x, y, recipe.eps, generator).sum())
+    metrics = {name: float(value) / len(data.val) for name, value in sums.items()}
+    if encoder_alone:
+        return -metrics["val/supcon_loss"], metrics
+    return metrics[f"val/{stage.method.score_name}"], metrics

@@ -1,0 +1,65 @@
+"""Trains one arm: a recipe's stages, one after the other."""
+
+from __future__ import annotations
+
+import torch
+
+from rampart.data import Augmentation, Dataset
+from rampart.models import Classifier, build_model
+from rampart.training.criterion import Criterion
+from rampart.training.loop import Recorder, Stage, Streams, fit
+from rampart.training.methods import METHODS, Normal
+from rampart.training.recipe import Recipe
+
+
+def train(
+    recipe: Recipe,
+    data: Dataset,
+    recorder: Recorder,
+    augmentation: Augmentation | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> Classifier:
+    """Trains the recipe's arm on data.train, choosing epochs on data.val; data.test is never read.
+
+    Args:
+        augmentation: of training images, used where `recipe.augment` holds; default the study's.
+        seed: of initial weights, batch order, augmentation and attack starts; the same seed gives the same model on
+            the same machine with the same number of threads.
+
+    Returns:
+        The chosen epoch's model, in eval mode, on `device`.
+    """
+    device = torch.device(device)
+    torch.manual_seed(seed)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+    model = build_model(recipe.architecture, data.in_shape, len(data.classes), recipe.width).to(device)
+    streams = Streams(torch.Generator().manual_seed(seed), torch.Generator(device).manual_seed(seed + 1))
+    if not recipe.augment:
+        augmentation = None
+    elif augmentation is None:
+        augmentation = Augmentation()
+    on_device = data.to(device)
+    epoch = 1
+    for stage in stages(recipe, model):
+        best = fit(stage, model, on_device, recipe, augmentation, streams, recorder, epoch)
+        recorder.metrics({f"{stage.name}/best_epoch": best}, step=epoch + stage.epochs - 1)
+        epoch += stage.epochs
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    return model.eval()
+
+
+def stages(recipe: Recipe, model: Classifier) -> list[Stage]:
+    """One stage, or the encoder's and the head's for `double`."""
+    method = METHODS[recipe.method](model, recipe)
+    cross_entropy = Criterion(0.0, recipe.temperature)
+    if recipe.contrastive == "double":
+        head = method if recipe.head == "method" else Normal(model, recipe)
+        return [
+            Stage("encoder", recipe.encoder_epochs, method, Criterion(1.0, recipe.temperature)),
+            Stage("head", recipe.head_epochs, head, cross_entropy),
+        ]
+    weight = recipe.supcon_weight if recipe.contrastive == "single" else 0.0
+    return [Stage("train", recipe.epochs, method, Criterion(weight, recipe.temperature))]

@@ -1,0 +1,73 @@
+"""Verifies chosen images of a split into a ledger."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from rampart.data import Split, to_pixels
+from rampart.errors import require
+from rampart.evaluation.attacked import logits_of
+from rampart.verification.cascade import verify
+from rampart.verification.selection import Selection, choose
+
+COLUMNS = ("image", "label", "prediction", "correct", "eps", "verdict", "stage", "lower_bound", "seconds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerificationPlan:
+    """What is verified.
+
+    Args:
+        eps: radius in pixels.
+        images: how many.
+        selection: `common` (the same images for every model) or `survivors` (those that the model classifies
+            correctly and on which PGD fails at survive_eps: the study's way).
+        survive_eps: radius in pixels of that PGD.
+        selection_seed: of the order in which images are taken.
+        attack_first: whether PGD looks for a counterexample before bounds are computed.
+        timeout: seconds an image after which no further stage is begun.
+    """
+
+    eps: float = 2 / 255
+    images: int = 20
+    selection: Selection = "common"
+    survive_eps: float = 4 / 255
+    selection_seed: int = 0
+    attack_first: bool = False
+    timeout: float = 180.0
+
+    def __post_init__(self) -> None:
+        for name in ("eps", "survive_eps"):
+            require(0 <= getattr(self, name) <= 1, f"{name} must lie between 0 and 1, not {getattr(self, name):g}")
+        require(self.images >= 1, f"images must be 1 or more, not {self.images}")
+        require(self.timeout > 0, f"timeout must be above 0 seconds, not {self.timeout:g}")
+
+
+def verify_split(model: nn.Module, split: Split, plan: VerificationPlan) -> tuple[pd.DataFrame, dict[int, torch.Tensor]]:
+    """The ledger (COLUMNS; an image that the model gets wrong has no verdict) and counterexamples by image."""
+    chosen = choose(model, split, plan.images, plan.selection, plan.survive_eps, plan.selection_seed)
+    rows, examples = [], {}
+    counts: Counter[str] = Counter()
+    with tqdm(chosen, desc="verify", unit="image", disable=None, leave=False) as bar:
+        for index in bar:
+            image, label = to_pixels(split.images[index]), int(split.labels[index])
+            with torch.no_grad():
+                prediction = int(logits_of(model, image[None]).argmax())
+            row = {"image": index, "label": label, "prediction": prediction, "correct": prediction == label}
+            row["eps"] = plan.eps
+            if prediction == label:
+                found = verify(model, image, label, plan.eps, plan.timeout, plan.attack_first)
+                row |= {"verdict": found.status, "stage": found.stage}
+                row |= {"lower_bound": found.lower_bound, "seconds": found.seconds}
+                if found.counterexample is not None:
+                    examples[index] = found.counterexample
+            counts[str(row.get("verdict", "misclassified"))] += 1
+            bar.set_postfix(counts)
+            rows.append(row)
+    return pd.DataFrame(rows, columns=list(COLUMNS)), examples

@@ -27,8 +27,6 @@ class Arm:
         return self.name.replace("+", "-")
 
 
-def grid(
-    methods: tuple[MethodName, ...], augment: tuple[bool, ...], contrastive: tuple[Contrastive, ...]
-) -> list[Arm]:
+def grid(methods: tuple[MethodName, ...], augment: tuple[bool, ...], contrastive: tuple[Contrastive, ...]) -> list[Arm]:
     """All arms of a study, in the order of its tables."""
     return [Arm(m, a, c) for a, m, c in product(augment, methods, contrastive)]

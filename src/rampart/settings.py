@@ -232,10 +232,10 @@ def as_text(settings: Settings, given: Mapping[str, str]) -> dict[str, str]:
 
 
 def eps_text(eps: float) -> str:
-    """A radius as people write it: 8/255, 1/510, or a decimal."""
+    """A radius as people write it: 8/255, 1/510, or a decimal; also from the six digits that metric names keep."""
     for denominator in (255, 510):
         count = eps * denominator
-        if abs(count - round(count)) < 1e-9 * denominator:
+        if abs(count - round(count)) < 1e-4:
             return f"{round(count)}/{denominator}" if round(count) else "0"
     return f"{eps:.6g}"
 

@@ -160,4 +160,6 @@ def _store(cache: Path, pools: Pools) -> None:
             )
         os.replace(file.name, cache)
     except OSError as error:
-        raise DataError(f"cannot write the cache '{cache}' ({error}): set XDG_CACHE_HOME to a folder with room") from error
+        raise DataError(
+            f"cannot write the cache '{cache}' ({error}): set XDG_CACHE_HOME to a folder with room"
+        ) from error

@@ -64,7 +64,7 @@ def robust_curves(summary: pd.DataFrame) -> Figure:
     """Robust accuracy by arm over ε, 0 being clean accuracy (Figure 4)."""
     rows = summary[summary["metric"].isin(["robust_accuracy", "accuracy"]) & (summary["step"] == "evaluate")]
     radii = sorted({0.0, *rows["eps"].dropna()})
-    figure, panels = _panels(rows, height=3.4)
+    figure, panels = _panels(rows, height=3.8)
     for axes, (_, part) in zip(panels, rows.groupby("augment"), strict=True):
         for _, line in part.groupby("arm", sort=False):
             line = line.fillna({"eps": 0.0}).sort_values("eps")
@@ -83,8 +83,13 @@ def robust_curves(summary: pd.DataFrame) -> Figure:
         axes.set_xticks(range(len(radii)), [eps_text(eps) for eps in radii])
         axes.set_xlabel("PGD radius ε (pixels in [0, 1])")
         axes.set_ylim(-2, 102)
-        axes.legend(fontsize=7, loc="upper right")
     panels[0].set_ylabel("robust accuracy (%)")
+    handles = {
+        label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncol=3, fontsize=8, handlelength=4, frameon=False
+    )
     return figure
 
 
@@ -104,10 +109,11 @@ def verdict_bars(summary: pd.DataFrame) -> Figure:
         )
         axes.bar_label(bars, [f"{count:.3g}" if count else "" for count in counts], label_type="center", size=7)
         left += counts
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_yticks(range(len(arms)), arms["arm"])
     axes.invert_yaxis()
     axes.set_xlabel(f"images, verified at ε {', '.join(sorted({eps_text(eps) for eps in arms['eps']}))}")
-    axes.legend(ncol=4, fontsize=7.5, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    axes.legend(ncol=4, fontsize=7.5, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return figure
 
 

@@ -21,7 +21,9 @@ def accuracy(summary: pd.DataFrame) -> pd.DataFrame:
 def by_eps(summary: pd.DataFrame, metric: str) -> pd.DataFrame:
     """`robust_accuracy` (the study's Figure 4) or `asr` by arm and ε, in percent."""
     rows = summary[summary["metric"] == metric]
-    return _pivoted(rows, [(f"ε {eps_text(eps)}", rows["eps"] == eps) for eps in sorted(rows["eps"].unique())], _percent)
+    return _pivoted(
+        rows, [(f"ε {eps_text(eps)}", rows["eps"] == eps) for eps in sorted(rows["eps"].unique())], _percent
+    )
 
 
 def verdicts(summary: pd.DataFrame) -> pd.DataFrame:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
-from collections.abc import Mapping
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from typing import TypedDict
 
 import pandas as pd
 import torch
@@ -16,7 +18,7 @@ from tqdm import tqdm
 from rampart.arms import Arm, grid
 from rampart.console import configure_logging
 from rampart.errors import RampartError
-from rampart.settings import ARM_STEPS, ModelSettings, StudySettings, nested, resolve
+from rampart.settings import ARM_STEPS, Common, StudySettings, nested, resolve
 from rampart.study.identity import identity
 from rampart.study.steps import data_of, run_step
 from rampart.tracking import Run, sweep
@@ -26,6 +28,17 @@ log = logging.getLogger(__name__)
 
 # Slowest first, so that no worker is left alone with a long arm at the end.
 COST = {"certified": 0, "adversarial": 1, "normal": 2}
+WORKER_STEPS = ("train", "evaluate", "verify")
+
+
+class Member(TypedDict):
+    """A step of a study and the run that did it, in this study or (`reused`) before."""
+
+    arm: str
+    seed: int
+    step: str
+    run: str
+    reused: bool
 
 
 def run_study(run: Run, settings: StudySettings, given: Mapping[str, str]) -> None:
@@ -48,24 +61,31 @@ def run_study(run: Run, settings: StudySettings, given: Mapping[str, str]) -> No
     data_of(settings)
     workers = settings.workers or default_workers()
     threads = settings.threads or max((os.cpu_count() or 1) // workers, 1)
-    log.info("study %s: %d arms x %d seeds, %d at a time", settings.profile, len(jobs) // settings.seeds, settings.seeds, workers)
+    log.info(
+        "study %s: %d arms x %d seeds, %d at a time",
+        settings.profile,
+        len(jobs) // settings.seeds,
+        settings.seeds,
+        workers,
+    )
     jobs.sort(key=lambda job: COST[job[0].method])
-    members: list[dict[str, object]] = []
+    members: list[Member] = []
     failures: dict[str, str] = {}
+    arms = Arms(dict(given), settings.profile, threads, run.id, run.experiment)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_worker) as pool:
-        futures: dict[Future[list[dict[str, object]]], str] = {
-            pool.submit(run_arm, arm, seed, dict(given), settings.profile, threads, run.id, run.experiment): f"{arm.name} s{seed}"
-            for arm, seed in jobs
-        }
+        futures = {pool.submit(arms.run, arm, seed, WORKER_STEPS): (arm, seed) for arm, seed in jobs}
         with tqdm(total=len(futures), desc="study", unit="arm", disable=None) as bar:
-            for future in as_completed(futures):
-                name = futures[future]
+            for count, future in enumerate(as_completed(futures), 1):
+                arm, seed = futures[future]
+                name = f"{arm.name} s{seed}"
                 try:
                     done = future.result()
+                    # Here, because UMAP takes a process most of a minute to load and compile.
+                    done += arms.run(arm, seed, ("embed",), done)
                     members += done
                     kept = all(row["reused"] for row in done)
-                    log.info("[%d/%d] %s %s", bar.n + 1, len(futures), name, "was there already" if kept else "finished")
+                    log.info("[%d/%d] %s %s", count, len(jobs), name, "was there already" if kept else "finished")
                 except BrokenProcessPool:
                     failures[name] = "its process was killed (out of memory?)"
                 except Exception as error:  # whatever stops one arm must not stop the others
@@ -89,33 +109,40 @@ def default_workers() -> int:
     return max(torch.cuda.device_count() or (os.cpu_count() or 1), 1)
 
 
-def run_arm(
-    arm: Arm, seed: int, given: dict[str, str], profile: str, threads: int, study: str, experiment: str
-) -> list[dict[str, object]]:
-    """Train, evaluate, verify and embed one arm in this process; a step that was done before is not done again.
+@dataclass(frozen=True)
+class Arms:
+    """What the steps of all arms of a study share; travels to the workers."""
 
-    Returns one row a step: arm, seed, step, run, reused.
-    """
-    os.environ["MLFLOW_EXPERIMENT_ID"] = experiment
-    rows: list[dict[str, object]] = []
-    model = ""
-    for step in ARM_STEPS:
-        texts = arm_texts(given, step, arm, seed, profile, model)
-        texts.setdefault("threads", str(threads))
-        settings = resolve(step, texts)
-        assert not isinstance(settings, StudySettings) and hasattr(settings, "dataset")
-        key = identity(step, settings, data_of(settings).digest, model if isinstance(settings, ModelSettings) else "")
-        known = find_runs(experiment, {"identity": key}, max_results=1)
-        run_id = str(known["run_id"][0]) if len(known) else run_step(step, texts, study)
-        rows.append({"arm": arm.name, "seed": seed, "step": step, "run": run_id, "reused": bool(len(known))})
-        if step == "train":
-            model = f"runs:/{run_id}/model"
-    return rows
+    given: dict[str, str]
+    profile: str
+    threads: int
+    study: str
+    experiment: str
+
+    def run(self, arm: Arm, seed: int, steps: tuple[str, ...], before: Sequence[Member] = ()) -> list[Member]:
+        """Runs steps of one arm in this process, `before` being those that it has behind it.
+
+        A step that was done with the same settings, data, model and code is not done again.
+        """
+        os.environ["MLFLOW_EXPERIMENT_ID"] = self.experiment
+        members: list[Member] = []
+        trained = [row["run"] for row in before if row["step"] == "train"]
+        for step in steps:
+            model = f"runs:/{trained[0]}/model" if trained else ""
+            texts = arm_texts(self.given, step, arm, seed, self.profile, model)
+            texts.setdefault("threads", str(self.threads))
+            settings = resolve(step, texts)
+            assert isinstance(settings, Common)
+            key = identity(step, settings, data_of(settings).digest, model)
+            known = find_runs(self.experiment, {"identity": key}, max_results=1)
+            run_id = str(known["run_id"][0]) if len(known) else run_step(step, texts, self.study)
+            members.append({"arm": arm.name, "seed": seed, "step": step, "run": run_id, "reused": bool(len(known))})
+            if step == "train":
+                trained = [run_id]
+        return members
 
 
-def arm_texts(
-    given: Mapping[str, str], step: str, arm: Arm, seed: int, profile: str, model: str
-) -> dict[str, str]:
+def arm_texts(given: Mapping[str, str], step: str, arm: Arm, seed: int, profile: str, model: str) -> dict[str, str]:
     """What the user would give to run one step of one arm alone."""
     texts = {"profile": profile, "seed": str(seed), **nested(given, step)}
     if step == "train":

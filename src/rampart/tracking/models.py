@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
 import warnings
 from importlib.metadata import version
@@ -59,7 +58,6 @@ def fetch_model(uri: str) -> Classifier:
     store.initialise()
     direct = uri.endswith((".safetensors", ".npz"))
     source = uri if direct else f"{uri.rstrip('/')}/extra_files/{WEIGHTS}"
-    logging.getLogger("mlflow.artifacts").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory(prefix="rampart-") as folder:
         try:
             path = mlflow.artifacts.download_artifacts(source, dst_path=folder)

@@ -84,6 +84,7 @@ class Run:
 
     def dataset(self, data: Dataset, source: str, val_fraction: float, split_seed: int) -> None:
         """The data as inputs of this run, one a split, with digest, sizes and how train was split."""
+        from mlflow.data.code_dataset_source import CodeDatasetSource
         from mlflow.data.numpy_dataset import from_numpy
 
         for context in ("train", "val", "test"):
@@ -91,7 +92,7 @@ class Run:
             # The arrays are described, not stored; `digest` is of the whole dataset, whatever its split.
             described = from_numpy(
                 split.images.cpu().numpy(),
-                source=source,
+                source=CodeDatasetSource(tags={"rampart.dataset": source}),
                 targets=split.labels.cpu().numpy(),
                 name=data.name,
                 digest=data.digest,

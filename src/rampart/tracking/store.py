@@ -19,8 +19,6 @@ log = logging.getLogger(__name__)
 
 def initialise() -> None:
     """Creates or migrates the store's database, so that processes started next do not do so side by side."""
-    for noisy in ("mlflow", "alembic"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
     last: Exception | None = None
     # Two processes on a fresh SQLite file: the one that loses the race finds the tables made a moment later.
     for pause in (0.0, 1.0, 3.0):

@@ -49,7 +49,9 @@ class VerificationPlan:
         require(self.timeout > 0, f"timeout must be above 0 seconds, not {self.timeout:g}")
 
 
-def verify_split(model: nn.Module, split: Split, plan: VerificationPlan) -> tuple[pd.DataFrame, dict[int, torch.Tensor]]:
+def verify_split(
+    model: nn.Module, split: Split, plan: VerificationPlan
+) -> tuple[pd.DataFrame, dict[int, torch.Tensor]]:
     """The ledger (COLUMNS; an image that the model gets wrong has no verdict) and counterexamples by image."""
     chosen = choose(model, split, plan.images, plan.selection, plan.survive_eps, plan.selection_seed)
     rows, examples = [], {}

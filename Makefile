@@ -1,0 +1,43 @@
+# The environment lies in .venv; it is made anew when requirements.txt changes.
+PYTHON ?= python3.11
+BIN := .venv/bin
+READY := .venv/ready
+RUN := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/mlflow run . --env-manager local --experiment-name rampart
+
+.PHONY: setup demo test test-all check ui clean
+
+setup: $(READY)
+
+$(READY): requirements.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+# Not compiled ahead: that takes longer than all that is ever imported.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt
+# The package index's auto_LiRPA asks for an old torch; rampart.bounds.compat makes it run on ours.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps auto-LiRPA==0.3
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $(READY)
+
+# The whole study on the embedded dataset.
+demo: setup
+	$(RUN) -P profile=quick
+
+test: check
+	$(BIN)/pytest
+
+test-all: check
+	$(BIN)/pytest -m "slow or not slow"
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The MLflow UI on the store that runs go to. The search makes the store ready first: a server that creates it would
+# give the default experiment a location that only servers can write to.
+ui: setup
+	$(BIN)/mlflow experiments search > /dev/null
+	$(BIN)/mlflow ui --no-serve-artifacts --port $${PORT:-5000}
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache
+	find src tests -name __pycache__ -type d -exec rm -rf {} +

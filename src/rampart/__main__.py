@@ -26,7 +26,7 @@ ABOUT = {
 
 def documentation(step: str) -> dict[str, str]:
     """What each setting means, from the Args of the dataclasses that it stands in."""
-    found = {}
+    found: dict[str, str] = {}
     for kind in inspect.getmro(STEPS[step]):
         for name, text in re.findall(r"^        (\w+): (.+(?:\n            .+)*)", kind.__doc__ or "", re.M):
             found.setdefault(name, " ".join(text.split()))

@@ -134,7 +134,7 @@ class CompareSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class StudySettings(Common):
-    """Which arms are run; `step.name=value` (train.lr=0.01) sets a step's setting, a bare name every step's that has it.
+    """Which arms are run. `step.name=value` (train.lr=0.01) sets one step's setting, a bare name every step's.
 
     Args:
         methods: of the arms.

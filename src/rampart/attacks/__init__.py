@@ -1,3 +1,3 @@
-from rampart.attacks.pgd import AttackResult, pgd, perturb
+from rampart.attacks.pgd import AttackResult, perturb, pgd
 
 __all__ = ["AttackResult", "perturb", "pgd"]

@@ -42,7 +42,7 @@ def _patch() -> None:
         try:
             from torch.onnx._internal.torchscript_exporter._globals import GLOBALS
         except ImportError:
-            from torch.onnx._globals import GLOBALS  # type: ignore[no-redef]
+            from torch.onnx._globals import GLOBALS
 
         def set_opset_version(version: int) -> None:
             GLOBALS.export_onnx_opset_version = version

@@ -1,4 +1,4 @@
-"""Loss fusion: one linear bound of the worst-case cross-entropy instead of one for each margin (Xu et al. 2020, §3.2)."""
+"""Loss fusion: one linear bound of the worst-case cross-entropy, not one for each margin (Xu et al. 2020, §3.2)."""
 
 from __future__ import annotations
 

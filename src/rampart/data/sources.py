@@ -80,15 +80,15 @@ def folder(path: str) -> Pools:
     cache = _cache_file(top, files)
     if cache.exists():
         with np.load(cache) as stored:
-            return Pools(*(stored[k] for k in ("train", "train_labels", "test", "test_labels")), classes)
+            return Pools(stored["train"], stored["train_labels"], stored["test"], stored["test_labels"], classes)
     size: tuple[int, int] | None = None
-    arrays = []
+    arrays: list[np.ndarray] = []
     for part in ("train", "test"):
         paths = [file for name in classes for file in files[part].get(name, [])]
         labels = [label for label, name in enumerate(classes) for _ in files[part].get(name, [])]
         images, size = _decode(paths, size)
         arrays += [images, np.asarray(labels, dtype=np.int64)]
-    pools = Pools(*arrays, classes)
+    pools = Pools(arrays[0], arrays[1], arrays[2], arrays[3], classes)
     _store(cache, pools)
     return pools
 

@@ -307,7 +307,7 @@ def _bias(module: nn.Conv2d | nn.Linear) -> Tensor:
 
 def _conv(module: nn.Conv2d, in_shape: Shape, out_shape: Shape) -> Conv:
     stride, dilation, padding = module.stride, module.dilation, module.padding
-    assert not isinstance(padding, str) and len(stride) == len(dilation) == len(padding) == 2
+    assert not isinstance(padding, str)
     places = (stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1])
     return Conv(module.weight, _bias(module), *places, module.groups, in_shape, out_shape)
 
@@ -320,7 +320,8 @@ def _batch_norm(path: str, module: nn.BatchNorm1d | nn.BatchNorm2d, x: Tensor) -
         dims = [0, *range(2, x.dim())]
         variance, mean = torch.var_mean(x, dims, correction=0)
     else:
-        assert module.running_var is not None and module.running_mean is not None
+        assert module.running_var is not None
+        assert module.running_mean is not None
         variance, mean = module.running_var, module.running_mean
     scale = (variance + module.eps).rsqrt()
     if module.weight is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
 
@@ -13,6 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from rampart.ledger import VERDICTS
 from rampart.settings import eps_text
@@ -27,7 +29,7 @@ VERDICT_COLOURS = {
     "error": "#000000",
     "misclassified": "#EEEEEE",
 }
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -109,7 +111,7 @@ def verdict_bars(summary: pd.DataFrame) -> Figure:
         )
         axes.bar_label(bars, [f"{count:.3g}" if count else "" for count in counts], label_type="center", size=7)
         left += counts
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_yticks(range(len(arms)), arms["arm"])
     axes.invert_yaxis()
     axes.set_xlabel(f"images, verified at ε {', '.join(sorted({eps_text(eps) for eps in arms['eps']}))}")
@@ -141,7 +143,7 @@ def umap_panels(points: dict[str, pd.DataFrame], classes: Sequence[str], columns
     return figure
 
 
-def _panels(rows: pd.DataFrame, height: float):  # type: ignore[no-untyped-def]
+def _panels(rows: pd.DataFrame, height: float) -> tuple[Figure, Any]:
     """One panel for each value of `augment` that occurs, side by side on one scale."""
     found = sorted(rows["augment"].unique())
     with plt.rc_context(STYLE):

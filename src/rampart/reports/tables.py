@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pandas as pd
 
 from rampart.ledger import VERDICTS
@@ -48,7 +50,9 @@ def latex(table: pd.DataFrame, caption: str, label: str) -> str:
     return text.replace("+-", "$\\pm$").replace("eps", "$\\varepsilon$")
 
 
-def _pivoted(rows: pd.DataFrame, columns: list, text) -> pd.DataFrame:  # type: ignore[no-untyped-def, type-arg]
+def _pivoted(
+    rows: pd.DataFrame, columns: list[tuple[str, pd.Series]], text: Callable[[pd.Series], str]
+) -> pd.DataFrame:
     """One row an arm; each column holds the text of the row that its mask picks, '-' where there is none."""
     arms = rows.drop_duplicates("arm")
     table = _arms(arms)

@@ -105,7 +105,7 @@ def run_study(run: Run, settings: StudySettings, given: Mapping[str, str]) -> No
 
 
 def default_workers() -> int:
-    """As many as there are GPUs, or on CPUs one for each core: the study's networks are too small to share cores well."""
+    """As many as there are GPUs; on CPUs one for each core, for the study's networks are too small to share cores."""
     return max(torch.cuda.device_count() or (os.cpu_count() or 1), 1)
 
 

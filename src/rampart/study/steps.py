@@ -125,7 +125,7 @@ def _open_model(run: Run, settings: ModelSettings) -> tuple[Classifier, str, str
     return model, label, source
 
 
-def _finish(run: Run, settings: ModelSettings, data: Dataset) -> None:
+def _finish(run: Run, settings: EvaluateSettings | VerifySettings | EmbedSettings, data: Dataset) -> None:
     run.tags({"identity": identity(run.step, settings, data.digest, settings.model)})
 
 
@@ -160,7 +160,8 @@ def _verify(run: Run, settings: Settings, given: Mapping[str, str]) -> None:
     run.table(ledger, "ledger.parquet")
     if examples:
         path = Path(run.scratch) / "counterexamples.npz"
-        np.savez(path, **{str(image): example.cpu().numpy() for image, example in examples.items()})
+        arrays: dict[str, Any] = {str(image): example.cpu().numpy() for image, example in examples.items()}
+        np.savez(path, **arrays)
         run.file(path)
     run.metrics(counts)
     _finish(run, settings, data)

@@ -7,16 +7,16 @@ import warnings
 from importlib.metadata import version
 from pathlib import Path
 
-from rampart.errors import ModelError
-from rampart.models import Classifier, load_model, save_model
-from rampart.tracking import store
-
 import mlflow
 import numpy as np
 import torch
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.types import Schema, TensorSpec
+
+from rampart.errors import ModelError
+from rampart.models import Classifier, load_model, save_model
+from rampart.tracking import store
 
 WEIGHTS = "model.safetensors"
 

@@ -6,13 +6,13 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from rampart.errors import RampartError
-from rampart.tracking import store
-
 import mlflow
 import pandas as pd
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+
+from rampart.errors import RampartError
+from rampart.tracking import store
 
 
 def find_runs(

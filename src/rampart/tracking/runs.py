@@ -13,17 +13,17 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rampart import __version__
-from rampart.data import Dataset
-from rampart.errors import RampartError
-from rampart.models import Classifier, save_model
-from rampart.tracking.store import experiment_id, initialise, process_tags, sweep
-
 import mlflow
 import pandas as pd
 import torch
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
+
+from rampart import __version__
+from rampart.data import Dataset
+from rampart.errors import RampartError
+from rampart.models import Classifier, save_model
+from rampart.tracking.store import experiment_id, initialise, process_tags, sweep
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -13,7 +13,7 @@ from rampart.models import Classifier
 
 
 class Outputs(NamedTuple):
-    """A batch's cross-entropy (a scalar) and its embeddings [B, D], or bounds that stand for them; None if not needed."""
+    """A batch's cross-entropy (a scalar) and embeddings [B, D], or bounds that stand for them; None if not needed."""
 
     cross_entropy: Tensor | None
     embeddings: Tensor | None

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from rampart.data import Augmentation, Dataset, batches
@@ -37,9 +37,10 @@ class Recorder(Protocol):
 
 @dataclass(frozen=True)
 class Stage:
-    """One optimisation: of the whole network (`train`), of the `encoder`, or of the `head` alone."""
+    """One optimisation of `trained`: the whole network, or a part of it while the rest stands still."""
 
     name: str
+    trained: nn.Module
     epochs: int
     method: Method
     criterion: Criterion
@@ -68,7 +69,7 @@ def fit(
     Raises:
         TrainingDiverged: a loss became NaN or infinite; the last good checkpoint is named.
     """
-    trained: torch.nn.Module = {"encoder": model.encoder, "head": model.head}.get(stage.name, model)
+    trained = stage.trained
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for parameter in trained.parameters():
@@ -104,7 +105,8 @@ def fit(
             seconds = time.perf_counter() - started
             if not math.isfinite(mean_loss):
                 raise TrainingDiverged(
-                    f"the loss became {mean_loss} in epoch {epoch} ({stage.name}): lower lr (now {recipe.lr:g}) or eps; "
+                    f"the loss became {mean_loss} in epoch {epoch} ({stage.name}): "
+                    f"lower lr (now {recipe.lr:g}) or eps; "
                     f"the last good checkpoint is {kept}"
                 )
             score, validation = validate(stage, model, data, recipe, streams.device)

@@ -33,6 +33,7 @@ class Recipe:
         schedule: of the learning rate over a stage: `constant`, `cosine` or `linear` (both down to 0).
         temperature: τ of SupCon.
         supcon_weight: a in a * SupCon + (1 - a) * cross-entropy, for `single`.
+        encoder_supcon_weight: the same a for the encoder of `double`; 1 is SupCon alone (the study).
         head: how the head of `double` is trained: `normal` (cross-entropy on clean images, as in the study) or
             `method` (by the arm's own method, through the frozen encoder).
         eps: radius in pixels of the attack or of the certified ball.
@@ -63,6 +64,7 @@ class Recipe:
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     temperature: float = 0.07
     supcon_weight: float = 0.5
+    encoder_supcon_weight: float = 1.0
     head: Literal["normal", "method"] = "normal"
     eps: float = 8 / 255
     eps_warmup: float = 0.0
@@ -81,6 +83,6 @@ class Recipe:
         for name in ("lr", "temperature", "attack_rel_step", "width"):
             require(getattr(self, name) > 0, f"{name} must be above 0, not {getattr(self, name)}")
         require(self.weight_decay >= 0, f"weight_decay must be 0 or more, not {self.weight_decay}")
-        for name in ("supcon_weight", "clean_weight", "eps_warmup"):
+        for name in ("supcon_weight", "encoder_supcon_weight", "clean_weight", "eps_warmup"):
             require(0 <= getattr(self, name) <= 1, f"{name} must lie between 0 and 1, not {getattr(self, name)}")
         require(0 <= self.eps <= 1, f"eps must lie between 0 and 1 (pixels), not {self.eps}")

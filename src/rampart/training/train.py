@@ -57,9 +57,12 @@ def stages(recipe: Recipe, model: Classifier) -> list[Stage]:
     cross_entropy = Criterion(0.0, recipe.temperature)
     if recipe.contrastive == "double":
         head = method if recipe.head == "method" else Normal(model, recipe)
+        shaping = Criterion(recipe.encoder_supcon_weight, recipe.temperature)
+        # With a share of cross-entropy the encoder needs a head to pass it on; it is trained anew afterwards.
+        trained = model if shaping.needs_logits else model.encoder
         return [
-            Stage("encoder", recipe.encoder_epochs, method, Criterion(1.0, recipe.temperature)),
-            Stage("head", recipe.head_epochs, head, cross_entropy),
+            Stage("encoder", trained, recipe.encoder_epochs, method, shaping),
+            Stage("head", model.head, recipe.head_epochs, head, cross_entropy),
         ]
     weight = recipe.supcon_weight if recipe.contrastive == "single" else 0.0
-    return [Stage("train", recipe.epochs, method, Criterion(weight, recipe.temperature))]
+    return [Stage("train", model, recipe.epochs, method, Criterion(weight, recipe.temperature))]

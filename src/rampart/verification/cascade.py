@@ -110,7 +110,7 @@ def _stages(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Iterator[tupl
         layout = Layout(model)
     except UnsupportedLayer:
         for method in ("ibp", "crown", "alpha-crown"):
-            yield method, margin_bounds(model, x, y, eps, method, "auto_lirpa")[0]  # type: ignore[arg-type]
+            yield method, margin_bounds(model, x, y, eps, method, "auto_lirpa")[0]
         return
     with torch.no_grad():
         chain = layout.resolve(x)

@@ -61,7 +61,12 @@ def verify_split(
             image, label = to_pixels(split.images[index]), int(split.labels[index])
             with torch.no_grad():
                 prediction = int(logits_of(model, image[None]).argmax())
-            row = {"image": index, "label": label, "prediction": prediction, "correct": prediction == label}
+            row: dict[str, object] = {
+                "image": index,
+                "label": label,
+                "prediction": prediction,
+                "correct": prediction == label,
+            }
             row["eps"] = plan.eps
             if prediction == label:
                 found = verify(model, image, label, plan.eps, plan.timeout, plan.attack_first)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -29,14 +32,14 @@ def digits() -> Dataset:
 
 
 @pytest.fixture(autouse=True)
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Every test works in a folder of its own, with a tracking store and a cache of its own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
         monkeypatch.delenv(name, raising=False)
-    yield tmp_path
+    return tmp_path
 
 
 @pytest.fixture(scope="session")
@@ -46,3 +49,52 @@ def study_models() -> dict[str, Path]:
     if not folder.is_dir():
         pytest.skip("the study's published models are not beside this checkout (../shared/data/paper-models)")
     return {path.stem: path for path in sorted(folder.glob("*.npz"))}
+
+
+# One small study serves all tests that look at what a study leaves behind.
+TINY_STUDY = {
+    "methods": "normal,certified",
+    "augment": "False",
+    "width": "0.125",
+    "epochs": "2",
+    "encoder_epochs": "1",
+    "head_epochs": "1",
+    "images": "6",
+    "points": "30",
+    "evaluate.eps": "4/255,16/255",
+    "threads": "1",
+}
+
+
+def run_rampart(step: str, settings: dict[str, str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """`python -m rampart step --name value …` as a user's process, its store in `folder`."""
+    words = [word for name, value in settings.items() for word in (f"--{name}", value)]
+    env = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
+    env |= {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
+    env |= {"PYTHONPATH": str(Path(__file__).parents[1] / "src")}
+    command = [sys.executable, "-m", "rampart", step, *words]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+
+
+@dataclass(frozen=True)
+class Study:
+    """A finished study: its folder, and what it printed."""
+
+    folder: Path
+    output: str
+
+
+@pytest.fixture(scope="session")
+def finished_study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    folder = tmp_path_factory.mktemp("study")
+    done = run_rampart("main", TINY_STUDY, folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return Study(folder, done.stdout)
+
+
+@pytest.fixture
+def study(finished_study: Study, store: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
+    """The finished study, its store being the one in use."""
+    monkeypatch.chdir(finished_study.folder)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{finished_study.folder}/mlflow.db")
+    return finished_study

@@ -36,12 +36,10 @@ def documentation(step: str) -> dict[str, str]:
 def command(step: str) -> click.Command:
     """A subcommand whose options are the step's settings. Values stay texts: `resolve` gives them their types."""
     known = documentation(step)
-    fields = {field.name: field for field in dataclasses.fields(STEPS[step])}
+    fields = {field.name for field in dataclasses.fields(STEPS[step])}
     options: list[click.Parameter] = []
     for name in names(step):
-        default = fields[name].default if name in fields else None
-        shown = f" [code's default: {default}]" if name in fields else ""
-        option = click.Option([f"--{name}", name.replace(".", "__")], metavar="TEXT", help=known.get(name, "") + shown)
+        option = click.Option([f"--{name}", name.replace(".", "__")], help=known.get(name, ""))
         option.hidden = name not in fields
         options.append(option)
 

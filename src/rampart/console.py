@@ -11,12 +11,7 @@ def configure_logging(quiet: bool = False) -> None:
     """Our own messages on stderr (warnings only if `quiet`); of libraries, warnings."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    # MLflow logs each migration of a fresh database, and warns at every model that a REST server would want its
-    # example as a table.
-    for name, level in {
-        "mlflow": logging.WARNING,
-        "alembic": logging.WARNING,
-        "mlflow.models.model": logging.ERROR,
-    }.items():
-        logging.getLogger(name).setLevel(level)
+    # MLflow logs each migration of a fresh database.
+    for noisy in ("mlflow", "alembic"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
     logging.getLogger("rampart").setLevel(logging.WARNING if quiet else logging.INFO)

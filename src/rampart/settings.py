@@ -141,8 +141,7 @@ class StudySettings(Common):
         augment: of the arms.
         contrastive: of the arms.
         seeds: how many seeds an arm: `seed`, `seed` + 1, …
-        workers: arms trained side by side, each in a process of its own; 0: one for every two cores, two at least where
-            there are two cores.
+        workers: arms run side by side, each in a process of its own; 0: one on a GPU, else one for each core.
     """
 
     methods: tuple[MethodName, ...] = get_args(MethodName)
@@ -233,10 +232,12 @@ def as_text(settings: Settings, given: Mapping[str, str]) -> dict[str, str]:
 
 def eps_text(eps: float) -> str:
     """A radius as people write it: 8/255, 1/510, or a decimal; also from the six digits that metric names keep."""
+    if abs(eps - round(eps, 3)) < 1e-9:
+        return f"{eps:g}"
     for denominator in (255, 510):
         count = eps * denominator
         if abs(count - round(count)) < 1e-4:
-            return f"{round(count)}/{denominator}" if round(count) else "0"
+            return f"{round(count)}/{denominator}"
     return f"{eps:.6g}"
 
 

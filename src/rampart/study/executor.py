@@ -20,7 +20,7 @@ from rampart.console import configure_logging
 from rampart.errors import RampartError
 from rampart.settings import ARM_STEPS, Common, StudySettings, nested, resolve
 from rampart.study.identity import identity
-from rampart.study.steps import data_of, run_step
+from rampart.study.steps import data_of, open_data, run_step
 from rampart.tracking import Run, sweep
 from rampart.tracking.queries import find_runs
 
@@ -58,7 +58,7 @@ def run_study(run: Run, settings: StudySettings, given: Mapping[str, str]) -> No
         for step in ARM_STEPS:
             resolve(step, arm_texts(given, step, arm, seed, settings.profile, "checked"))
     # Data that cannot be read, too; and a folder is decoded once, not in every worker.
-    data_of(settings)
+    open_data(run, settings)
     workers = settings.workers or default_workers()
     threads = settings.threads or max((os.cpu_count() or 1) // workers, 1)
     log.info(
@@ -69,29 +69,12 @@ def run_study(run: Run, settings: StudySettings, given: Mapping[str, str]) -> No
         workers,
     )
     jobs.sort(key=lambda job: COST[job[0].method])
-    members: list[Member] = []
-    failures: dict[str, str] = {}
     arms = Arms(dict(given), settings.profile, threads, run.id, run.experiment)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_worker) as pool:
-        futures = {pool.submit(arms.run, arm, seed, WORKER_STEPS): (arm, seed) for arm, seed in jobs}
-        with tqdm(total=len(futures), desc="study", unit="arm", disable=None) as bar:
-            for count, future in enumerate(as_completed(futures), 1):
-                arm, seed = futures[future]
-                name = f"{arm.name} s{seed}"
-                try:
-                    done = future.result()
-                    # Here, because UMAP takes a process most of a minute to load and compile.
-                    done += arms.run(arm, seed, ("embed",), done)
-                    members += done
-                    kept = all(row["reused"] for row in done)
-                    log.info("[%d/%d] %s %s", count, len(jobs), name, "was there already" if kept else "finished")
-                except BrokenProcessPool:
-                    failures[name] = "its process was killed (out of memory?)"
-                except Exception as error:  # whatever stops one arm must not stop the others
-                    failures[name] = " ".join(str(error).split())
-                    log.error("%s failed: %s", name, failures[name])
-                bar.update()
+    # What each step says of itself would drown the count of arms.
+    steps_log = logging.getLogger(run_step.__module__)
+    steps_log.setLevel(logging.WARNING)
+    members, failures = _run_side_by_side(arms, jobs, workers)
+    steps_log.setLevel(logging.NOTSET)
     sweep(run.experiment)
     if members:
         run.table(pd.DataFrame(members).sort_values(["arm", "seed", "step"]), "members.parquet")
@@ -104,9 +87,37 @@ def run_study(run: Run, settings: StudySettings, given: Mapping[str, str]) -> No
         )
 
 
+def _run_side_by_side(arms: Arms, jobs: list[tuple[Arm, int]], workers: int) -> tuple[list[Member], dict[str, str]]:
+    """All arms and seeds in a pool of processes: (the steps that are done, the reason for each arm that failed)."""
+    members: list[Member] = []
+    failures: dict[str, str] = {}
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_worker) as pool:
+        futures = {pool.submit(arms.run, arm, seed, WORKER_STEPS): (arm, seed) for arm, seed in jobs}
+        with tqdm(total=len(futures), desc="study", unit="arm", disable=None) as bar:
+            for count, future in enumerate(as_completed(futures), 1):
+                arm, seed = futures[future]
+                name = f"{arm.name} s{seed}"
+                try:
+                    done = future.result()
+                    members += done
+                    # Here, because UMAP takes a process most of a minute to load and compile.
+                    members += arms.run(arm, seed, ("embed",), done)
+                    kept = all(row["reused"] for row in done)
+                    log.info("[%d/%d] %s %s", count, len(jobs), name, "was there already" if kept else "finished")
+                except BrokenProcessPool:
+                    failures[name] = "its process was killed (out of memory?)"
+                    log.error("%s failed: %s", name, failures[name])
+                except Exception as error:  # whatever stops one arm must not stop the others
+                    failures[name] = " ".join(str(error).split())
+                    log.error("%s failed: %s", name, failures[name])
+                bar.update()
+    return members, failures
+
+
 def default_workers() -> int:
-    """As many as there are GPUs; on CPUs one for each core, for the study's networks are too small to share cores."""
-    return max(torch.cuda.device_count() or (os.cpu_count() or 1), 1)
+    """One on a GPU; on CPUs one for each core, for the study's networks are too small to share cores well."""
+    return 1 if torch.cuda.is_available() else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)

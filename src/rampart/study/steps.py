@@ -20,7 +20,6 @@ from rampart.models import Classifier
 from rampart.reports import figures
 from rampart.reports.compare import compare
 from rampart.settings import (
-    DEFAULT_PROFILE,
     Common,
     CompareSettings,
     EmbedSettings,
@@ -84,7 +83,7 @@ def data_of(settings: Common) -> Dataset:
 _load = lru_cache(maxsize=1)(load_dataset)
 
 
-def _open_data(run: Run, settings: Common) -> Dataset:
+def open_data(run: Run, settings: Common) -> Dataset:
     data = data_of(settings)
     run.dataset(data, settings.dataset, settings.val_fraction, settings.split_seed)
     log.info(
@@ -94,7 +93,7 @@ def _open_data(run: Run, settings: Common) -> Dataset:
         len(data.train),
         len(data.val),
         len(data.test),
-        "; for CIFAR-10: -P profile=paper" if settings.profile == DEFAULT_PROFILE else "",
+        "; for CIFAR-10: -P profile=paper" if settings.dataset == "digits" else "",
     )
     return data
 
@@ -106,7 +105,7 @@ def _train(run: Run, settings: Settings, given: Mapping[str, str]) -> None:
     run.tags({"method": arm.method, "augment": arm.augment, "contrastive": arm.contrastive, "arm": arm.name})
     run.tags({"seed": settings.seed, "train_profile": settings.profile})
     device = prepare(settings)
-    data = _open_data(run, settings)
+    data = open_data(run, settings)
     model = train(settings, data, run, settings, settings.seed, device)
     uri = run.model(model, to_pixels(data.val.images[:2]))
     run.tags({"identity": identity("train", settings, data.digest)})
@@ -132,7 +131,7 @@ def _finish(run: Run, settings: EvaluateSettings | VerifySettings | EmbedSetting
 def _evaluate(run: Run, settings: Settings, given: Mapping[str, str]) -> None:
     assert isinstance(settings, EvaluateSettings)
     model, label, _ = _open_model(run, settings)
-    data = _open_data(run, settings)
+    data = open_data(run, settings)
     ledger = evaluate(model, data.test.to(prepare(settings)), settings, settings.seed)
     rates = attack_rates(ledger)
     run.table(ledger, "ledger.parquet")
@@ -154,7 +153,7 @@ def _evaluate(run: Run, settings: Settings, given: Mapping[str, str]) -> None:
 def _verify(run: Run, settings: Settings, given: Mapping[str, str]) -> None:
     assert isinstance(settings, VerifySettings)
     model, label, _ = _open_model(run, settings)
-    data = _open_data(run, settings)
+    data = open_data(run, settings)
     ledger, examples = verify_split(model, data.test.to(prepare(settings)), settings)
     counts = verdict_counts(ledger)
     run.table(ledger, "ledger.parquet")
@@ -175,7 +174,7 @@ SAID = ("safe-incomplete", "safe", "unsafe", "timeout", "unknown", "error", "mis
 def _embed(run: Run, settings: Settings, given: Mapping[str, str]) -> None:
     assert isinstance(settings, EmbedSettings)
     model, label, source = _open_model(run, settings)
-    data = _open_data(run, settings)
+    data = open_data(run, settings)
     chosen = stratified_order(data.test, settings.seed)[: settings.points]
     points = embed(model, data.test.to(prepare(settings)), chosen, settings, settings.seed)
     # The picture belongs to the model; a model from a file has no run but this one.

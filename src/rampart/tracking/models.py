@@ -28,9 +28,10 @@ def log_model(model: Classifier, example: torch.Tensor, scratch: Path) -> None:
     weights = scratch / WEIGHTS
     save_model(model, weights)
     shape, classes = model.architecture.in_shape, model.architecture.classes
+    # Unnamed: with named tensors MLflow's torch flavour is handed a dictionary, which it refuses.
     signature = ModelSignature(
-        Schema([TensorSpec(np.dtype(np.float32), (-1, *shape), "pixels")]),
-        Schema([TensorSpec(np.dtype(np.float32), (-1, classes), "logits")]),
+        Schema([TensorSpec(np.dtype(np.float32), (-1, *shape))]),
+        Schema([TensorSpec(np.dtype(np.float32), (-1, classes))]),
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

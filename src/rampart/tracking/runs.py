@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
 
 from rampart import __version__
 from rampart.data import Dataset
@@ -94,10 +95,17 @@ class Run:
                 split.images.cpu().numpy(),
                 source=CodeDatasetSource(tags={"rampart.dataset": source}),
                 targets=split.labels.cpu().numpy(),
-                name=data.name,
+                name=f"{data.name}-{context}",  # MLflow keeps one dataset for each name and digest
                 digest=data.digest,
             )
-            mlflow.log_input(described, context=context)
+            for attempt in (1, 2, 3):
+                try:
+                    mlflow.log_input(described, context=context)
+                    break
+                except MlflowException:
+                    # Of two processes that log a new dataset at one moment one fails; asking again finds it.
+                    if attempt == 3:
+                        raise
         self.tags({"dataset": data.name, "dataset_digest": data.digest, "class_names": ",".join(data.classes)})
         self.tags({"split": f"{len(data.train)}/{len(data.val)}/{len(data.test)} by {val_fraction:g}, {split_seed}"})
 

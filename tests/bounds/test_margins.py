@@ -1,0 +1,250 @@
+"""margin_bounds: sound, as tight as auto_LiRPA, and clear about what it cannot do."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rampart.bounds import METHODS, margin_bounds
+from rampart.errors import ModelError, SettingsError, UnsupportedLayer
+from rampart.models import Normalize
+from tests.exact import exact_margins, tiny_net
+from tests.nets import CLASSES, NETS, margins, points_in_ball, small_net
+
+# auto_LiRPA has no BatchNorm without scale and shift.
+SHARED_NETS = [name for name in NETS if name != "plain-norm"]
+EPS = 0.04
+
+
+class Joined(nn.Module):
+    """A residual block: no chain."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.head = nn.Linear(12, 12), nn.Linear(12, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        return self.head(torch.relu(self.hidden(x)) + x)
+
+
+def beyond_native(name: str) -> nn.Module:
+    """Networks on [3, 2, 2] images for which auto_LiRPA must take over."""
+    layers = {
+        "residual": [Joined()],
+        "leaky": [nn.Flatten(), nn.Linear(12, 8), nn.LeakyReLU(0.2), nn.Linear(8, CLASSES)],
+        "pooling": [nn.Conv2d(3, 5, 1), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(5, CLASSES)],
+        "linear-on-rows": [nn.Linear(2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(18, CLASSES)],
+    }
+    return nn.Sequential(*layers[name]).eval()
+
+
+class Opaque(nn.Module):
+    """An operation that neither engine can bound."""
+
+    def __init__(self, operation: str) -> None:
+        super().__init__()
+        self.operation, self.head = operation, nn.Linear(12, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        x = x.sort(1).values if self.operation == "sort" else x.cumsum(1)
+        return self.head(x)
+
+
+def assert_close(ours: Tensor, theirs: Tensor, labels: Tensor) -> None:
+    """Equal to 1e-4 of the bounds' scale, apart from the labels' entries."""
+    entries = ~F.one_hot(labels, ours.shape[1]).bool()
+    assert torch.allclose(ours[entries], theirs[entries], rtol=0, atol=1e-4 * theirs[entries].abs().max().item())
+
+
+def sampled_minima(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Tensor:
+    """[B, K]: the smallest margins seen at 3,000 points of each image's ball, +inf at the label."""
+    pairs = zip(x, y.tolist(), strict=True)
+    return torch.stack([margins(model, points_in_ball(image, eps, 3000), label).amin(0) for image, label in pairs])
+
+
+def assert_sound(bounds: Tensor, seen: Tensor, slack: float = 1e-5) -> None:
+    """Finite apart from the label, and never above what was seen (but for float32's rounding)."""
+    assert torch.equal(bounds.isfinite(), seen.isfinite())
+    assert bool((bounds <= seen + slack).all()), (bounds - seen).nan_to_num(-torch.inf).max()
+
+
+@pytest.mark.parametrize("method", ["ibp", "crown-ibp", "crown"])
+@pytest.mark.parametrize("name", SHARED_NETS)
+def test_native_bounds_equal_those_of_auto_lirpa(name: str, method: str) -> None:
+    model, x, y = small_net(name)
+    theirs = margin_bounds(model, x, y, EPS, method, engine="auto_lirpa")
+    assert_close(margin_bounds(model, x, y, EPS, method), theirs, y)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_no_sampled_point_has_a_margin_below_its_bound(name: str) -> None:
+    model, x, y = small_net(name)
+    # Pixels at 0 and 1, so that the ball's cut matters.
+    x[0] = x[0].round()
+    seen = sampled_minima(model, x, y, EPS)
+    for method in METHODS:
+        assert_sound(margin_bounds(model, x, y, EPS, method), seen)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_alpha_crown_is_never_looser_than_crown_and_somewhere_tighter(name: str) -> None:
+    model, x, y = small_net(name)
+    plain, optimised = (margin_bounds(model, x, y, 2 * EPS, method) for method in ("crown", "alpha-crown"))
+    assert bool((optimised >= plain).all())
+    assert bool((optimised > plain).any())
+
+
+@pytest.mark.parametrize("hidden", [(3,), (6,), (3, 3), (2, 2, 2)])
+@pytest.mark.parametrize("seed", range(3))
+def test_no_bound_lies_above_the_exact_minimum(hidden: tuple[int, ...], seed: int) -> None:
+    torch.manual_seed(seed)
+    model, image, label = tiny_net(hidden, inputs=2 + seed % 2), torch.rand(1, 1, 2 + seed % 2), seed
+    exact = exact_margins(model, image, label, 0.2)
+    found = margins(model, points_in_ball(image, 0.2, 3000), label).amin(0)
+    assert torch.allclose(exact.float(), found, atol=0.1), "the exact minimum is wrong: sampling comes close to it"
+    for method in METHODS:
+        bounds = margin_bounds(model.double(), image[None].double(), torch.tensor([label]), 0.2, method)[0]
+        assert bool((bounds <= exact + 1e-7).all()), method
+        model.float()
+
+
+def test_crown_is_exact_where_no_relu_switches() -> None:
+    model, image = tiny_net((3, 3)).double(), torch.rand(1, 1, 2).double()
+    exact = exact_margins(model, image, 0, 1e-4)
+    for method in ("crown-ibp", "crown", "alpha-crown"):
+        bounds = margin_bounds(model, image[None], torch.tensor([0]), 1e-4, method)[0]
+        assert torch.allclose(bounds, exact, rtol=0, atol=1e-9), method
+
+
+@pytest.mark.parametrize("engine", ["native", "auto_lirpa"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_network_without_relu_is_bounded_exactly(method: str, engine: str) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, CLASSES)).eval()
+    x, y = torch.rand(2, 3, 2, 2), torch.tensor([1, 3])
+    lower, upper = ((x + move).clamp(0, 1).flatten(1) for move in (-EPS, EPS))
+    rows = model[1].weight[y][:, None] - model[1].weight
+    offset = model[1].bias[y][:, None] - model[1].bias
+    worst = (torch.where(rows > 0, lower[:, None], upper[:, None]) * rows).sum(2) + offset
+    assert_close(margin_bounds(model, x, y, EPS, method, engine), worst.detach(), y)
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        [nn.Flatten(), nn.Linear(12, 6), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, CLASSES)],
+        [nn.Conv2d(3, 4, 2), nn.Flatten(), nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, CLASSES)],
+    ],
+    ids=["dense-dense", "convolution-dense"],
+)
+@pytest.mark.parametrize("method", ["crown", "alpha-crown"])
+def test_two_affine_maps_before_the_first_relu(layers: list[nn.Module], method: str) -> None:
+    model, x, y = nn.Sequential(*layers).eval(), torch.rand(2, 3, 2, 2), torch.tensor([0, 2])
+    assert_sound(margin_bounds(model, x, y, EPS, method), sampled_minima(model, x, y, EPS))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", NETS)
+def test_at_eps_0_the_bounds_are_the_margins(name: str, method: str) -> None:
+    model, x, y = small_net(name)
+    exact = torch.cat([margins(model, image[None], int(label)) for image, label in zip(x, y, strict=True)])
+    assert_close(margin_bounds(model, x, y, 0.0, method), exact, y)
+
+
+@pytest.mark.parametrize("engine", ["native", "auto_lirpa"])
+@pytest.mark.parametrize("method", ["ibp", "crown"])
+def test_the_entry_of_the_label_is_infinite(method: str, engine: str) -> None:
+    model, x, y = small_net("strided", count=3)
+    bounds = margin_bounds(model, x, y, EPS, method, engine)
+    assert torch.equal(bounds.isposinf(), F.one_hot(y, CLASSES).bool())
+
+
+def test_a_larger_ball_never_has_a_higher_ibp_bound() -> None:
+    model, x, y = small_net("strided")
+    bounds = [margin_bounds(model, x, y, eps, "ibp") for eps in (0.0, 0.01, 0.02, 0.05)]
+    for smaller, larger in zip(bounds[:-1], bounds[1:], strict=True):
+        assert bool((larger <= smaller).all())
+
+
+def test_bounds_of_an_image_do_not_depend_on_its_batch() -> None:
+    model, x, y = small_net("deep", count=4)
+    alone = torch.cat([margin_bounds(model, x[i : i + 1], y[i : i + 1], EPS, "crown") for i in range(4)])
+    assert_close(margin_bounds(model, x, y, EPS, "crown"), alone, y)
+
+
+@pytest.mark.parametrize("name", ["residual", "leaky", "pooling", "linear-on-rows"])
+@pytest.mark.parametrize("method", METHODS)
+def test_auto_lirpa_takes_over_and_says_so(name: str, method: str, caplog: pytest.LogCaptureFixture) -> None:
+    model, x, y = beyond_native(name), torch.rand(2, 3, 2, 2), torch.tensor([0, 2])
+    with caplog.at_level(logging.WARNING):
+        bounds = margin_bounds(model, x, y, EPS, method)
+    assert [record for record in caplog.records if "using auto_LiRPA" in record.getMessage()]
+    assert_sound(bounds, sampled_minima(model, x, y, EPS))
+
+
+@pytest.mark.parametrize("operation", ["sort", "cumsum"])
+def test_a_layer_that_no_engine_can_bound_is_named_as_such(operation: str) -> None:
+    with pytest.raises(UnsupportedLayer) as raised:
+        margin_bounds(Opaque(operation).eval(), torch.rand(2, 3, 2, 2), torch.tensor([0, 2]), EPS, "crown")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("method", ["ibp", "crown"])
+def test_auto_lirpa_takes_one_normalisation_for_all_channels(method: str) -> None:
+    layers = [nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(36, CLASSES)]
+    model, x, y = nn.Sequential(Normalize([0.5], [0.25]), *layers).eval(), torch.rand(2, 3, 6, 6), torch.tensor([0, 2])
+    assert_close(margin_bounds(model, x, y, EPS, method), margin_bounds(model, x, y, EPS, method, "auto_lirpa"), y)
+
+
+def test_auto_lirpa_takes_a_network_in_float64() -> None:
+    model, x, y = small_net("strided")
+    model, x = model.double(), x.double()
+    assert_close(margin_bounds(model, x, y, EPS, "crown"), margin_bounds(model, x, y, EPS, "crown", "auto_lirpa"), y)
+
+
+def test_alpha_crown_of_auto_lirpa_is_sound_and_no_looser_than_crown() -> None:
+    model, image = tiny_net((4, 4)), torch.rand(1, 1, 2)
+    x, y = image[None], torch.tensor([1])
+    bounds = margin_bounds(model, x, y, 0.1, "alpha-crown", engine="auto_lirpa")[0]
+    assert bool((bounds <= exact_margins(model, image, 1, 0.1).float() + 1e-4).all())
+    assert bool((bounds >= margin_bounds(model, x, y, 0.1, "crown")[0] - 1e-4).all())
+
+
+@pytest.mark.parametrize("engine", ["native", "auto_lirpa"])
+def test_the_model_and_the_images_stay_as_they_are(engine: str) -> None:
+    model, x, y = small_net("strided")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    images = x.clone()
+    for method in METHODS if engine == "native" else ("ibp", "crown-ibp", "crown"):
+        margin_bounds(model, x, y, EPS, method, engine)
+    assert [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])] == []
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(x, images)
+
+
+@pytest.mark.parametrize(
+    ("change", "mentions"),
+    [
+        ({"method": "crwn"}, "did you mean 'crown'"),
+        ({"engine": "nativ"}, "did you mean 'native'"),
+        ({"eps": -0.1}, "-0.1"),
+        ({"eps": float("nan")}, "eps"),
+        ({"eps": -0.1, "engine": "auto_lirpa"}, "-0.1"),
+    ],
+)
+def test_bad_arguments_are_named(change: dict[str, object], mentions: str) -> None:
+    model, x, y = small_net("dense")
+    with pytest.raises(SettingsError, match=mentions):
+        margin_bounds(model, x, y, **{"eps": EPS, **change})
+
+
+@pytest.mark.parametrize("engine", ["native", "auto_lirpa"])
+def test_a_network_in_training_mode_is_refused(engine: str) -> None:
+    model, x, y = small_net("strided")
+    with pytest.raises(ModelError, match=r"eval\(\)"):
+        margin_bounds(model.train(), x, y, EPS, "ibp", engine)

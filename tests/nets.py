@@ -1,0 +1,202 @@
+"""Small networks of every kind that the native bound engine knows, and points of the balls around their inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from rampart.models import Classifier, Normalize, build_model
+
+CLASSES = 4
+M = TypeVar("M", bound=nn.Module)
+
+
+def randomised(model: M) -> M:
+    """`model` in eval mode, with BatchNorm constants that are far from the identity (some scales are negative)."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.3)
+            module.running_var.uniform_(0.3, 1.5)
+            if module.affine:
+                nn.init.normal_(module.weight)
+                nn.init.normal_(module.bias, 0, 0.3)
+    return model.eval()
+
+
+def _dense() -> nn.Module:
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(12, 10), nn.ReLU(), nn.Linear(10, 8, bias=False), nn.ReLU(), nn.Linear(8, CLASSES)
+    )
+
+
+def _strided() -> nn.Module:
+    """As the study's: strided convolutions with BatchNorm, dense layers with BatchNorm1d."""
+    return nn.Sequential(
+        Normalize([0.5, 0.4, 0.3], [0.5, 0.25, 0.2]),
+        nn.Conv2d(3, 4, 3, stride=2, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 6, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(24, 10),
+        nn.BatchNorm1d(10),
+        nn.ReLU(),
+        nn.Linear(10, CLASSES),
+    )
+
+
+def _deep() -> nn.Module:
+    """Three convolutions of stride 1 on maps that are not square, without padding and with a wide one."""
+    return nn.Sequential(
+        nn.Conv2d(2, 3, 2),
+        nn.ReLU(),
+        nn.Conv2d(3, 4, 3, padding=2),
+        nn.ReLU(),
+        nn.Conv2d(4, 3, 3, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(3 * 6 * 8, CLASSES),
+    )
+
+
+def _grouped() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(4, 4, 3, stride=2, padding=1, groups=4),
+        nn.ReLU(),
+        nn.Conv2d(4, 6, 3, padding=1, groups=2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(54, CLASSES),
+    )
+
+
+def _dilated() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=2, dilation=2),
+        nn.ReLU(),
+        nn.Conv2d(4, 4, 3, stride=3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(16, CLASSES),
+    )
+
+
+def _unfolded() -> nn.Module:
+    """BatchNorm where no affine map stands before it: after a ReLU, and after the flatten."""
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.BatchNorm2d(4),
+        nn.Conv2d(4, 4, 3, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.BatchNorm1d(36),
+        nn.Linear(36, 8),
+        nn.ReLU(),
+        nn.Linear(8, CLASSES),
+    )
+
+
+def _maps_in_a_row() -> nn.Module:
+    """Affine maps that follow one another, before the first ReLU and after it."""
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1),
+        nn.Conv2d(4, 4, 3, stride=2),
+        nn.ReLU(),
+        nn.Conv2d(4, 4, 3, padding=1),
+        nn.Conv2d(4, 4, 2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(4, 6),
+        nn.Linear(6, CLASSES),
+    )
+
+
+def _plain_norm() -> nn.Module:
+    """BatchNorm without scale and shift of its own."""
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, stride=2),
+        nn.BatchNorm2d(4, affine=False),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(16, 8, bias=False),
+        nn.BatchNorm1d(8, affine=False),
+        nn.ReLU(),
+        nn.Linear(8, CLASSES),
+    )
+
+
+class Functional(nn.Module):
+    """Layers as functions and methods, and layers that do nothing in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.hidden, self.head = nn.Conv2d(3, 4, 3, stride=2), nn.Linear(16, 8), nn.Linear(8, CLASSES)
+        self.same, self.dropout = nn.Identity(), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.flatten(torch.relu(self.conv(x)), 1)
+        return self.head(self.dropout(nn.functional.relu(self.hidden(self.same(x)))))
+
+
+def _rectangular() -> nn.Module:
+    """Kernel, stride and padding that differ between rows and columns."""
+    return nn.Sequential(
+        nn.Conv2d(1, 3, (3, 2), stride=(2, 1), padding=(1, 0)),
+        nn.ReLU(),
+        nn.Conv2d(3, 3, (1, 3), stride=(1, 2), padding=(0, 2)),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(48, CLASSES),
+    )
+
+
+# name -> (shape of an image, factory)
+NETS: dict[str, tuple[tuple[int, int, int], Callable[[], nn.Module]]] = {
+    "dense": ((3, 2, 2), _dense),
+    "strided": ((3, 8, 8), _strided),
+    "deep": ((2, 5, 7), _deep),
+    "grouped": ((4, 6, 6), _grouped),
+    "dilated": ((3, 7, 7), _dilated),
+    "unfolded": ((3, 6, 6), _unfolded),
+    "maps-in-a-row": ((3, 5, 5), _maps_in_a_row),
+    "plain-norm": ((3, 6, 6), _plain_norm),
+    "functional": ((3, 6, 6), Functional),
+    "rectangular": ((1, 8, 7), _rectangular),
+}
+
+
+def small_net(name: str, count: int = 2) -> tuple[nn.Module, Tensor, Tensor]:
+    """(network in eval mode, `count` images in [0, 1], labels)."""
+    shape, factory = NETS[name]
+    return randomised(factory()), torch.rand(count, *shape), torch.randint(CLASSES, (count,))
+
+
+def small_classifier(classes: int = CLASSES, in_shape: tuple[int, int, int] = (3, 8, 8)) -> Classifier:
+    """The study's architecture at a tiny width, in eval mode."""
+    return randomised(build_model("paper-cnn", in_shape, classes, width=0.0625))
+
+
+def points_in_ball(image: Tensor, eps: float, count: int) -> Tensor:
+    """[count, C, H, W] of the ball around `image` cut to [0, 1]: a third inside, a third corners, a third on faces."""
+    lower, upper = (image - eps).clamp(0, 1), (image + eps).clamp(0, 1)
+    share = torch.rand(count, *image.shape, dtype=image.dtype)
+    corner = share.round()
+    kind = torch.arange(count).view(-1, 1, 1, 1) % 3
+    on_face = torch.where(torch.rand_like(share) < 0.5, corner, share)
+    share = torch.where(kind == 0, share, torch.where(kind == 1, corner, on_face))
+    return lower + (upper - lower) * share
+
+
+def margins(model: nn.Module, x: Tensor, label: int) -> Tensor:
+    """z_y - z_j of images x, [B, K], +inf at the label."""
+    with torch.no_grad():
+        logits = model(x)
+    found = logits[:, label, None] - logits
+    found[:, label] = torch.inf
+    return found

@@ -1,0 +1,120 @@
+"""A small study, looked at through the tracking server alone."""
+
+from __future__ import annotations
+
+import pandas as pd
+from mlflow import MlflowClient
+
+from rampart.settings import resolve
+from rampart.study.identity import identity
+from rampart.tracking.queries import find_runs, read_table
+from tests.conftest import TINY_STUDY, Study, run_rampart
+
+ARMS = {"normal", "certified", "normal+supcon-double", "certified+supcon-double"}
+
+
+def test_every_arm_has_every_step_nested_under_the_study(study: Study) -> None:
+    (main,) = find_runs("0", {"step": "main"})["run_id"]
+    for step in ("train", "evaluate", "verify", "embed"):
+        runs = find_runs("0", {"step": step})
+        assert set(runs["tags.rampart.arm"]) == ARMS
+        assert set(runs["tags.mlflow.parentRunId"]) == {main}
+        assert set(runs["tags.rampart.profile"]) == {"quick"}
+    names = set(find_runs("0", {"step": "train"})["tags.mlflow.runName"])
+    assert names == {f"{arm} s0" for arm in ARMS}
+
+
+def test_curves_settings_and_pictures_are_in_the_runs(study: Study) -> None:
+    client = MlflowClient()
+    for _, run in find_runs("0", {"step": "train"}).iterrows():
+        stage = "head" if "supcon" in run["tags.rampart.arm"] else "train"
+        for curve in ("loss", "epsilon", "learning_rate", "images_per_second"):
+            history = client.get_metric_history(run["run_id"], f"{stage}/{curve}")
+            assert len(history) == (1 if stage == "head" else 2), curve
+        assert run["params.width"] == "0.125"
+        files = {file.path for file in client.list_artifacts(run["run_id"])}
+        assert {"umap.png", "umap.parquet", "checkpoints"} <= files
+
+
+def test_output_shows_the_three_tables_and_the_report(study: Study) -> None:
+    for title in ("Accuracy (the study's Figure 3)", "Robust accuracy (the study's Figure 4)", "Verdicts"):
+        assert title in study.output
+    assert study.output.strip().splitlines()[-1].startswith("report: ")
+
+
+def test_tables_equal_what_the_ledgers_say(study: Study) -> None:
+    """Recomputed by hand, from the ledgers of the runs that the table names."""
+    (compare,) = find_runs("0", {"step": "compare"})["run_id"]
+    values = pd.read_csv(MlflowClient().download_artifacts(compare, "values.csv"))
+    assert set(values["arm"]) == ARMS
+    for _, row in values.iterrows():
+        ledger = read_table(row["run"], "ledger.parquet")
+        assert ledger is not None
+        right = ledger["label"] == ledger["prediction"]
+        if row["step"] == "verify":
+            counts = ledger["verdict"].value_counts()
+            proved = counts.get("safe-incomplete", 0) + counts.get("safe", 0)
+            expected = {
+                "accuracy": right.mean(),
+                "misclassified": (~right).sum(),
+                "images": len(ledger),
+                "certified_accuracy": proved / len(ledger),
+            }.get(row["metric"], counts.get(row["metric"], 0))
+        elif row["metric"] == "accuracy":
+            expected = right.mean()
+        else:
+            broken = ledger[f"attacked/{row['eps']:.6g}"]
+            asr = (broken & right).sum() / right.sum()
+            expected = {"asr": asr, "afr": 1 - asr, "robust_accuracy": right.mean() * (1 - asr)}[row["metric"]]
+        assert abs(row["value"] - expected) < 1e-9, row.to_dict()
+
+
+def test_verdict_and_attack_never_contradict(study: Study) -> None:
+    for _, run in find_runs("0", {"step": "verify"}).iterrows():
+        ledger = read_table(run["run_id"], "ledger.parquet")
+        assert ledger is not None
+        attacked = find_runs("0", {"step": "evaluate", "arm": run["tags.rampart.arm"]})["run_id"][0]
+        broken = read_table(attacked, "ledger.parquet")
+        assert broken is not None
+        proved = ledger[ledger["verdict"] == "safe-incomplete"]
+        # Both at 4/255.
+        assert not broken.set_index("image").loc[proved["image"], "attacked/0.0156863"].any()
+
+
+def test_a_finished_arm_is_not_run_again_unless_its_settings_change(study: Study) -> None:
+    before = {step: len(find_runs("0", {"step": step})) for step in ("train", "evaluate", "verify", "embed")}
+    again = run_rampart("main", TINY_STUDY, study.folder)
+    assert again.returncode == 0, again.stderr
+    assert again.stderr.count("was there already") == 4
+    assert {step: len(find_runs("0", {"step": step})) for step in before} == before
+    members = [read_table(run, "members.parquet") for run in find_runs("0", {"step": "main"})["run_id"]]
+    assert members[0] is not None
+    assert members[1] is not None
+    assert set(members[0]["run"]) == set(members[1]["run"])
+    assert members[0]["reused"].all()
+    # Another attack is measured anew, on the same models.
+    changed = run_rampart("main", {**TINY_STUDY, "methods": "normal", "evaluate.steps": "2"}, study.folder)
+    assert changed.returncode == 0, changed.stderr
+    assert len(find_runs("0", {"step": "train"})) == before["train"]
+    assert len(find_runs("0", {"step": "evaluate"})) == before["evaluate"] + 2
+
+
+def test_identity_follows_settings_data_model_but_not_the_machine() -> None:
+    base = resolve("train", {})
+    known = identity("train", base, "digest")
+    assert identity("train", resolve("train", {"threads": "1", "device": "cpu"}), "digest") == known
+    assert identity("train", resolve("train", {"lr": "0.1"}), "digest") != known
+    assert identity("train", resolve("train", {"seed": "1"}), "digest") != known
+    assert identity("train", base, "other") != known
+
+
+def test_an_arm_that_fails_does_not_stop_the_others(store) -> None:  # type: ignore[no-untyped-def]
+    """The certified arms diverge; the normal ones are trained, compared, and the failure is said at the end."""
+    settings = {**TINY_STUDY, "contrastive": "none", "points": "20", "profile": str(store / "own.yaml")}
+    (store / "own.yaml").write_text("arms:\n  - when: {method: certified}\n    set: {lr: 1.0e+30}\n")
+    done = run_rampart("main", settings, store)
+    assert done.returncode == 2
+    assert "1 of 2 arms failed, certified s0: the loss became" in done.stderr.splitlines()[-1]
+    assert "report: " in done.stdout
+    assert set(find_runs("0", {"step": "evaluate"})["tags.rampart.arm"]) == {"normal"}
+    assert list(find_runs("0", {"step": "main"}, status=None)["status"]) == ["FAILED"]

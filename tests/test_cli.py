@@ -1,0 +1,124 @@
+"""The command line as a user meets it: bad input ends in one line, exit code 2 and a FAILED run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mlflow import MlflowClient
+from PIL import Image
+
+from rampart.__main__ import main
+
+
+def _folder(top: Path, classes: tuple[str, ...] = ("cat", "dog"), size: int = 8) -> Path:
+    rng = np.random.default_rng(0)
+    for part in ("train", "test"):
+        for name in classes:
+            (top / part / name).mkdir(parents=True)
+            for i in range(4):
+                Image.fromarray(rng.integers(0, 255, (size, size, 3), dtype=np.uint8)).save(
+                    top / part / name / f"{i}.png"
+                )
+    return top
+
+
+def test_bad_input_ends_in_one_line_exit_code_2_and_a_failed_run(
+    store: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def offline(*args: object, **kwargs: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR10.download", offline)
+    empty = store / "empty"
+    (empty / "train").mkdir(parents=True)
+    (empty / "test").mkdir()
+    text = _folder(store / "text")
+    (text / "train" / "cat" / "note.txt").write_text("no image")
+    foreign = _folder(store / "foreign")
+    (foreign / "test" / "cow").mkdir()
+    Image.new("RGB", (8, 8)).save(foreign / "test" / "cow" / "0.png")
+    (store / "broken.npz").write_bytes(b"no weights")
+    cases = [
+        (["train", "--method", "certifed"], "certified"),
+        (["train", "--profile", "quik"], "quick"),
+        (["train", "--dataset", "digit"], "digits"),
+        (["train", "--epoch", "1"], "epochs"),
+        (["train", "--eps", "-1"], "eps"),
+        (["evaluate", "--model", "x.npz", "--eps", "2"], "eps"),
+        (["train", "--eps", "nan"], "eps"),
+        (["train", "--dataset", f"folder:{store}/nowhere"], "missing"),
+        (["train", "--dataset", f"folder:{empty}"], "empty"),
+        (["train", "--dataset", f"folder:{text}"], "note.txt"),
+        (["train", "--dataset", f"folder:{foreign}"], "cow"),
+        (["train", "--dataset", "cifar10"], "folder:PATH"),
+        (["evaluate", "--model", "nowhere.npz"], "no model file"),
+        (["evaluate", "--model", str(store / "broken.npz")], "does not hold"),
+        (["evaluate", "--model", "runs:/0123456789abcdef0123456789abcdef/model"], "no "),
+        (["evaluate", "--model", "models:/nothing/1"], "no model"),
+        (["compare"], "nothing to compare"),
+        (["compare", "--study", "0123456789abcdef0123456789abcdef"], "no run"),
+    ]
+    for words, expected in cases:
+        assert main(words) == 2, words
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1, words
+        assert expected in lines[0], words
+    runs = MlflowClient().search_runs(["0"], max_results=100)
+    assert len(runs) == len(cases)
+    assert {run.info.status for run in runs} == {"FAILED"}
+    assert all(run.data.tags["rampart.error"] for run in runs)
+
+
+def test_a_loss_that_becomes_nan_names_the_last_good_checkpoint_which_loads(
+    store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from rampart.tracking import fetch_model
+
+    assert main(["train", "--epochs", "3", "--lr", "1e30", "--width", "0.125"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "lower lr" in error
+    uri = error.rsplit(" ", 1)[1]
+    assert uri.endswith("/checkpoints/last.safetensors")
+    model = fetch_model(uri)
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+    (run,) = MlflowClient().search_runs(["0"])
+    assert run.info.status == "FAILED"
+
+
+def test_images_of_a_size_that_a_model_does_not_take(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from rampart.models import build_model, save_model
+
+    save_model(build_model(in_shape=(3, 8, 8), width=0.125), store / "small.safetensors")
+    assert main(["evaluate", "--model", str(store / "small.safetensors")]) == 2
+    assert "wrong dataset or model" in capsys.readouterr().err
+
+
+def test_help_lists_settings_with_their_meaning(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "--lr" in shown
+    assert "Adam's learning rate" in " ".join(shown.split())
+
+
+def test_a_run_that_mlflow_started_is_gone_on_with(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`mlflow run` logs what was given and passes the run's id; all other settings are added, none twice."""
+    client = MlflowClient()
+    from rampart.tracking import initialise
+
+    initialise()
+    started = client.create_run("0")
+    client.log_param(started.info.run_id, "lr", "5e-3")
+    monkeypatch.setitem(os.environ, "MLFLOW_RUN_ID", started.info.run_id)
+    assert main(["train", "--epochs", "1", "--lr", "5e-3", "--width", "0.125"]) == 0
+    monkeypatch.delenv("MLFLOW_RUN_ID", raising=False)
+    assert main(["train", "--epochs", "1", "--lr", "5e-3", "--width", "0.125"]) == 0
+    own, resumed = client.search_runs(["0"])
+    assert resumed.info.run_id == started.info.run_id
+    assert resumed.info.status == "FINISHED"
+    assert resumed.data.params == own.data.params
+    assert resumed.data.tags["mlflow.runName"] == "normal s0"
+    # The same seed gave the same model.
+    assert resumed.data.metrics["train/loss"] == own.data.metrics["train/loss"]

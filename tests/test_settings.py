@@ -1,0 +1,158 @@
+"""Profiles, overrides, and the conversion of ε."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rampart.errors import SettingsError
+from rampart.settings import (
+    STEPS,
+    EvaluateSettings,
+    StudySettings,
+    TrainSettings,
+    VerifySettings,
+    as_text,
+    eps_text,
+    nested,
+    resolve,
+)
+
+
+def train_settings(**given: str) -> TrainSettings:
+    settings = resolve("train", given)
+    assert isinstance(settings, TrainSettings)
+    return settings
+
+
+@pytest.mark.parametrize("profile", ["quick", "paper", "best"])
+@pytest.mark.parametrize("step", STEPS)
+def test_every_profile_gives_every_entry_point_its_settings(profile: str, step: str) -> None:
+    given = {"profile": profile} | ({"model": "x.npz"} if step in ("evaluate", "verify", "embed") else {})
+    assert resolve(step, given).profile == profile
+
+
+def test_paper_profile_is_the_studys_protocol() -> None:
+    plain = train_settings(profile="paper")
+    assert (plain.epochs, plain.lr, plain.batch_size, plain.temperature) == (30, 1e-3, 128, 0.07)
+    adversarial = train_settings(profile="paper", method="adversarial", contrastive="double")
+    assert (adversarial.epochs, adversarial.encoder_epochs, adversarial.head_epochs) == (10, 40, 10)
+    assert (adversarial.temperature, adversarial.attack_steps, adversarial.attack_rel_step) == (0.1, 10, 0.25)
+    # 8/255 and 2/255 on the study's scale.
+    assert adversarial.eps == pytest.approx(4 / 255)
+    certified = train_settings(profile="paper", method="certified")
+    assert certified.eps == pytest.approx(1 / 255)
+    assert certified.certified_loss == "logit-lower"
+    assert train_settings(method="certified").certified_loss == "margin"
+
+
+def test_arm_rules_apply_to_the_arm_that_the_user_names_and_yield_to_what_he_gives() -> None:
+    assert train_settings(profile="paper", method="adversarial").epochs == 10
+    assert train_settings(profile="paper", method="normal").epochs == 30
+    assert train_settings(profile="paper", method="adversarial", epochs="7").epochs == 7
+
+
+def test_normalized_eps_are_halved_once_and_both_values_are_logged() -> None:
+    given = {"model": "x.npz", "eps_space": "normalized", "eps": "1/255,2/255,0.5"}
+    settings = resolve("evaluate", given)
+    assert isinstance(settings, EvaluateSettings)
+    assert settings.eps == pytest.approx((1 / 510, 1 / 255, 0.25))
+    texts = as_text(settings, given)
+    assert texts["eps"] == "1/255,2/255,0.5"
+    assert texts["eps_pixel"] == "1/510,1/255,0.25"
+
+
+def test_a_users_eps_space_speaks_of_his_eps_not_of_the_profiles() -> None:
+    given = {"model": "x.npz", "eps_space": "normalized", "eps": "2/255"}
+    pixel = resolve("verify", {"model": "x.npz"})
+    settings = resolve("verify", given)
+    assert isinstance(settings, VerifySettings)
+    assert isinstance(pixel, VerifySettings)
+    assert settings.eps == pytest.approx(1 / 255)
+    assert settings.survive_eps == pixel.survive_eps
+
+
+def test_logged_names_do_not_depend_on_what_was_given() -> None:
+    assert set(as_text(resolve("train", {}), {})) == set(as_text(resolve("train", {"lr": "1e-2"}), {"lr": "1e-2"}))
+    assert as_text(resolve("train", {"lr": "1e-2"}), {"lr": "1e-2"})["lr"] == "1e-2"
+
+
+@pytest.mark.parametrize(
+    ("eps", "text"),
+    [(8 / 255, "8/255"), (1 / 510, "1/510"), (0.0, "0"), (0.3, "0.3"), (0.00392157, "1/255"), (1.0, "1")],
+)
+def test_eps_are_written_as_people_write_them(eps: float, text: str) -> None:
+    assert eps_text(eps) == text
+
+
+@pytest.mark.parametrize(
+    ("step", "given", "message"),
+    [
+        ("train", {"method": "certifed"}, "did you mean 'certified'"),
+        ("train", {"epohs": "1"}, "did you mean 'epochs'"),
+        ("train", {"profile": "papr"}, "did you mean 'paper'"),
+        ("train", {"profile": "missing.yaml"}, "cannot be read"),
+        ("train", {"eps": "-0.1"}, "between 0 and 1"),
+        ("train", {"eps": "1.5"}, "between 0 and 1"),
+        ("train", {"eps": "nan"}, "between 0 and 1"),
+        ("train", {"eps": "much"}, "number or a fraction"),
+        ("train", {"eps": "1/0"}, "number or a fraction"),
+        ("train", {"eps": "1/255,2/255"}, "one value"),
+        ("train", {"eps_space": "unit"}, "unknown eps_space"),
+        ("train", {"lr": "fast"}, "valid number"),
+        ("train", {"lr": "0"}, "above 0"),
+        ("train", {"batch_size": "1"}, "2 or more"),
+        ("train", {"epochs": "0"}, "1 or more"),
+        ("train", {"device": "tpu"}, "device must be"),
+        ("train", {"architecture": "paper-cn"}, "did you mean 'paper-cnn'"),
+        ("evaluate", {}, "model is missing"),
+        ("evaluate", {"model": "x", "steps": "0"}, "1 or more"),
+        ("verify", {"model": "x", "selection": "commn"}, "did you mean 'common'"),
+        ("verify", {"model": "x", "timeout": "0"}, "above 0"),
+        ("embed", {"model": "x", "points": "3"}, "10 or more"),
+        ("main", {"methods": "normal,robust"}, "unknown value 'robust'"),
+        ("main", {"seeds": "0"}, "1 or more"),
+        ("main", {"train.epohs": "1"}, "did you mean 'train.epochs'"),
+    ],
+)
+def test_bad_settings_are_refused_in_one_line(step: str, given: dict[str, str], message: str) -> None:
+    with pytest.raises(SettingsError) as error:
+        resolve(step, given)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_profile_with_an_unknown_setting_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "own.yaml"
+    file.write_text("train: {learning_rate: 1}")
+    with pytest.raises(SettingsError, match="learning_rate"):
+        resolve("train", {"profile": str(file)})
+    file.write_text("trainn: {}")
+    with pytest.raises(SettingsError, match="did you mean 'train'"):
+        resolve("train", {"profile": str(file)})
+
+
+def test_own_profile_file(tmp_path: Path) -> None:
+    file = tmp_path / "own.yaml"
+    file.write_text("common: {eps_space: normalized}\ntrain: {eps: 4/255, jitter: [0, 0, 0, 0]}")
+    settings = train_settings(profile=str(file))
+    assert settings.eps == pytest.approx(2 / 255)
+    assert settings.jitter == (0, 0, 0, 0)
+
+
+def test_a_study_hands_bare_names_to_every_step_and_dotted_ones_to_one() -> None:
+    given = {"eps": "8/255", "verify.eps": "2/255", "epochs": "3", "seed": "5", "methods": "normal"}
+    assert isinstance(resolve("main", given), StudySettings)
+    assert nested(given, "train") == {"eps": "8/255", "epochs": "3"}
+    assert nested(given, "evaluate") == {"eps": "8/255"}
+    assert nested(given, "verify") == {"eps": "2/255"}
+
+
+def test_lists_and_booleans_from_text() -> None:
+    settings = resolve("main", {"methods": "normal, certified", "augment": "False", "contrastive": "none,single"})
+    assert isinstance(settings, StudySettings)
+    assert settings.methods == ("normal", "certified")
+    assert settings.augment == (False,)
+    assert settings.contrastive == ("none", "single")
+    assert train_settings(augment="True").augment is True

@@ -1,0 +1,126 @@
+"""Runs end as what became of them; models come back as they went in."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+import torch
+from mlflow import MlflowClient
+
+from rampart.data import Dataset
+from rampart.errors import ModelError, RampartError
+from rampart.models import build_model
+from rampart.tracking import fetch_model, initialise, open_run, source_run
+from rampart.tracking.queries import find_runs, read_table, run_tags
+from rampart.tracking.store import sweep
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_a_run_carries_versions_commit_host_and_its_end() -> None:
+    with open_run("train") as run:
+        run.tags({"arm": "normal"})
+        run.metrics({"val/accuracy": 0.5}, step=3)
+    with pytest.raises(ValueError, match="boom"), open_run("train") as failed:
+        raise ValueError("boom")
+    with pytest.raises(KeyboardInterrupt), open_run("train") as killed:
+        raise KeyboardInterrupt
+    client = MlflowClient()
+    done = client.get_run(run.id)
+    assert done.info.status == "FINISHED"
+    assert {"rampart.version.torch", "rampart.host", "rampart.process", "rampart.machine"} <= set(done.data.tags)
+    assert client.get_run(failed.id).info.status == "FAILED"
+    assert client.get_run(failed.id).data.tags["rampart.error"] == "ValueError: boom"
+    assert client.get_run(killed.id).info.status == "KILLED"
+    assert run_tags(run.id)["arm"] == "normal"
+    found = find_runs(run.experiment, {"step": "train"})
+    assert list(found["run_id"]) == [run.id]
+
+
+def test_models_come_back_equal_by_run_and_by_registered_name() -> None:
+    model = build_model(width=0.25).eval()
+    x = torch.rand(4, 3, 32, 32)
+    with open_run("train") as run:
+        uri = run.model(model, x[:2])
+        last = run.checkpoint(model)
+    with torch.no_grad():
+        expected = model(x)
+        for source in (uri, last):
+            assert torch.equal(fetch_model(source)(x), expected)
+    version = mlflow.register_model(uri, "arm")
+    MlflowClient().set_registered_model_alias("arm", "best", version.version)
+    for source in ("models:/arm/1", "models:/arm@best"):
+        assert source_run(source) == run.id
+        with torch.no_grad():
+            assert torch.equal(fetch_model(source)(x), expected)
+    # MLflow's own flavour, an exported graph, gives the same numbers, for any batch size.
+    exported = mlflow.pyfunc.load_model(uri).predict(x.numpy())
+    assert np.allclose(exported, expected.numpy(), atol=1e-5)
+
+
+def test_models_that_are_not_there_are_named() -> None:
+    initialise()
+    for uri in ("runs:/0123456789abcdef0123456789abcdef/model", "models:/nothing/3", "models:/nothing@best"):
+        with pytest.raises(ModelError, match="no model at") as error:
+            fetch_model(uri)
+        assert uri in str(error.value)
+    with pytest.raises(RampartError, match="no run"):
+        run_tags("0123456789abcdef0123456789abcdef")
+
+
+def test_a_killed_processs_run_is_marked_on_the_next_start() -> None:
+    code = """
+import time
+from rampart.tracking import open_run
+with open_run("train") as run:
+    print(run.id, flush=True)
+    time.sleep(600)
+"""
+    victim = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert victim.stdout is not None
+    run_id = victim.stdout.readline().strip()
+    client = MlflowClient()
+    assert sweep("0") == []
+    assert client.get_run(run_id).info.status == "RUNNING"
+    victim.kill()
+    victim.wait()
+    time.sleep(0.1)
+    assert sweep("0") == [run_id]
+    assert client.get_run(run_id).info.status == "KILLED"
+
+
+def test_dataset_digest_sizes_and_split_are_inputs_of_the_run(digits: Dataset) -> None:
+    with open_run("train") as run:
+        run.dataset(digits, "digits", 0.2, 42)
+    inputs = MlflowClient().get_run(run.id).inputs.dataset_inputs
+    assert {tag.value for entry in inputs for tag in entry.tags} == {"train", "val", "test"}
+    assert {entry.dataset.digest for entry in inputs} == {digits.digest}
+    assert {entry.dataset.name for entry in inputs} == {"digits-train", "digits-val", "digits-test"}
+    tags = run_tags(run.id)
+    assert tags["split"] == f"{len(digits.train)}/{len(digits.val)}/{len(digits.test)} by 0.2, 42"
+
+
+def test_tables_round_trip_and_missing_ones_are_none() -> None:
+    import pandas as pd
+
+    frame = pd.DataFrame({"image": [1, 2], "attacked/0.1": [True, False]})
+    with open_run("evaluate") as run:
+        run.table(frame, "ledger.parquet")
+    table = read_table(run.id, "ledger.parquet")
+    assert table is not None
+    pd.testing.assert_frame_equal(table, frame)
+    assert read_table(run.id, "other.parquet") is None
+
+
+def test_a_store_that_cannot_be_reached_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////proc/nowhere/mlflow.db")
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    with pytest.raises(RampartError, match="MLFLOW_TRACKING_URI") as error:
+        initialise()
+    assert "\n" not in str(error.value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ def tiny_net(hidden: tuple[int, ...], inputs: int = 2, classes: int = 3) -> nn.S
     """Flatten, then dense layers with ReLUs between them; images are [1, 1, inputs]."""
     sizes = (inputs, *hidden, classes)
     layers: list[nn.Module] = [nn.Flatten()]
-    for before, after in zip(sizes[:-1], sizes[1:], strict=True):
+    for before, after in pairwise(sizes):
         linear = nn.Linear(before, after)
         # Large weights make ReLUs switch within a small ball.
         nn.init.normal_(linear.weight)

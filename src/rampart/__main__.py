@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+import signal
 import sys
 from typing import Any
 
@@ -58,6 +59,8 @@ cli = click.Group("rampart", commands=[command(step) for step in STEPS], help=__
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line and returns its exit code: 0, 2 for bad input, 130 for an interrupt."""
     configure_logging()
+    # A polite kill ends like Ctrl-C: the run is marked KILLED.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     words = sys.argv[1:] if arguments is None else arguments
     try:
         cli.main(words, prog_name="rampart", standalone_mode=False)

@@ -50,7 +50,7 @@ def test_a_radius_for_each_pixel() -> None:
 
 @pytest.mark.parametrize("eps", [-0.1, torch.tensor([0.1, -0.1])])
 def test_a_negative_radius_is_refused(eps: float | Tensor) -> None:
-    with pytest.raises(SettingsError, match="-0.1"):
+    with pytest.raises(SettingsError, match=r"-0\.1"):
         pixel_box(torch.rand(1, 2), eps)
 
 

@@ -80,7 +80,7 @@ def test_figures_show_the_numbers_of_the_table() -> None:
 
 def _evaluation(run: Run, seed: int, accuracy: float, digest: str = "d") -> None:
     run.tags({"profile": "quick", "arm": "normal", "method": "normal", "augment": False, "contrastive": "none"})
-    run.tags({"seed": seed, "dataset_digest": digest, "model": "runs:/x/model"})
+    run.tags({"seed": seed, "dataset_digest": digest, "model": "runs:/x/model", "dataset": "digits", "split": "3/1/2"})
     run.metrics({"accuracy": accuracy, "asr/0.1": 0.5})
 
 

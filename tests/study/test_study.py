@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pandas as pd
+import psutil
 from mlflow import MlflowClient
 
 from rampart.settings import resolve
 from rampart.study.identity import identity
+from rampart.tracking import initialise
 from rampart.tracking.queries import find_runs, read_table
 from tests.conftest import TINY_STUDY, Study, run_rampart
 
@@ -108,7 +115,7 @@ def test_identity_follows_settings_data_model_but_not_the_machine() -> None:
     assert identity("train", base, "other") != known
 
 
-def test_an_arm_that_fails_does_not_stop_the_others(store) -> None:  # type: ignore[no-untyped-def]
+def test_an_arm_that_fails_does_not_stop_the_others(store: Path) -> None:
     """The certified arms diverge; the normal ones are trained, compared, and the failure is said at the end."""
     settings = {**TINY_STUDY, "contrastive": "none", "points": "20", "profile": str(store / "own.yaml")}
     (store / "own.yaml").write_text("arms:\n  - when: {method: certified}\n    set: {lr: 1.0e+30}\n")
@@ -118,3 +125,21 @@ def test_an_arm_that_fails_does_not_stop_the_others(store) -> None:  # type: ign
     assert "report: " in done.stdout
     assert set(find_runs("0", {"step": "evaluate"})["tags.rampart.arm"]) == {"normal"}
     assert list(find_runs("0", {"step": "main"}, status=None)["status"]) == ["FAILED"]
+
+
+def test_a_study_that_is_told_to_stop_leaves_no_run_running_and_no_process(store: Path) -> None:
+    settings = {**TINY_STUDY, "epochs": "1000", "methods": "normal", "contrastive": "none", "augment": "False,True"}
+    words = [word for name, value in settings.items() for word in (f"--{name}", value)]
+    process = subprocess.Popen([sys.executable, "-m", "rampart", "main", *words], stderr=subprocess.PIPE, text=True)
+    initialise()
+    while process.poll() is None and len(find_runs("0", {"step": "train"}, status="RUNNING")) < 2:
+        time.sleep(0.5)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    process.terminate()
+    _, said = process.communicate()
+    assert process.returncode == 130, said
+    assert "interrupted" in said
+    assert find_runs("0", {}, status="RUNNING").empty
+    assert set(find_runs("0", {}, status=None)["status"]) == {"KILLED"}
+    psutil.wait_procs(workers, timeout=30)
+    assert not any(worker.is_running() for worker in workers)

@@ -127,6 +127,7 @@ def html(chosen: list[Section], evidence: Evidence, settings: CompareSettings, r
     return template.render(
         title=f"Rampart: profile {settings.profile}",
         about=load_profile(settings.profile)["about"],
+        dataset=evidence.dataset,
         run=run_id,
         notes=evidence.notes,
         sections=chosen,

@@ -22,11 +22,13 @@ CONTRASTIVE_ORDER = ["none", "single", "double"]
 
 @dataclass(frozen=True)
 class Evidence:
-    """`values`: one row a number (KEYS, seed, step, metric, eps, value, run); `points`: UMAP coordinates by arm."""
+    """`values`: one row a number (KEYS, seed, step, metric, eps, value, run); `points`: UMAP coordinates by arm;
+    `dataset`: name, digest and split; `notes`: what was left out."""
 
     values: pd.DataFrame
     points: dict[str, pd.DataFrame]
     classes: tuple[str, ...]
+    dataset: str
     notes: list[str]
 
 
@@ -52,7 +54,9 @@ def collect(experiment: str, settings: CompareSettings) -> Evidence:
     runs = _one_dataset(runs, notes)
     values = pd.concat([_numbers(row) for _, row in runs.iterrows() if row["step"] != "embed"], ignore_index=True)
     points, classes = _points(runs[runs["step"] == "embed"])
-    return Evidence(values, points, classes, notes)
+    first = runs.iloc[0]
+    dataset = f"{first['tags.rampart.dataset']} (digest {first['digest']}, split {first['tags.rampart.split']})"
+    return Evidence(values, points, classes, dataset, notes)
 
 
 def _members(study: str) -> set[str]:

@@ -92,26 +92,32 @@ def _run_side_by_side(arms: Arms, jobs: list[tuple[Arm, int]], workers: int) -> 
     members: list[Member] = []
     failures: dict[str, str] = {}
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_worker) as pool:
-        futures = {pool.submit(arms.run, arm, seed, WORKER_STEPS): (arm, seed) for arm, seed in jobs}
-        with tqdm(total=len(futures), desc="study", unit="arm", disable=None) as bar:
-            for count, future in enumerate(as_completed(futures), 1):
-                arm, seed = futures[future]
-                name = f"{arm.name} s{seed}"
-                try:
-                    done = future.result()
-                    members += done
-                    # Here, because UMAP takes a process most of a minute to load and compile.
-                    members += arms.run(arm, seed, ("embed",), done)
-                    kept = all(row["reused"] for row in done)
-                    log.info("[%d/%d] %s %s", count, len(jobs), name, "was there already" if kept else "finished")
-                except BrokenProcessPool:
-                    failures[name] = "its process was killed (out of memory?)"
-                    log.error("%s failed: %s", name, failures[name])
-                except Exception as error:  # whatever stops one arm must not stop the others
-                    failures[name] = " ".join(str(error).split())
-                    log.error("%s failed: %s", name, failures[name])
-                bar.update()
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_worker)
+    futures = {pool.submit(arms.run, arm, seed, WORKER_STEPS): (arm, seed) for arm, seed in jobs}
+    try:
+        for future in tqdm(as_completed(futures), total=len(futures), desc="study", unit="arm", disable=None):
+            arm, seed = futures[future]
+            name = f"{arm.name} s{seed}"
+            try:
+                done = future.result()
+                members += done
+                # Here, because UMAP takes a process most of a minute to load and compile.
+                members += arms.run(arm, seed, ("embed",), done)
+                kept = all(row["reused"] for row in done)
+                log.info("%s %s", name, "was there already" if kept else "finished")
+            except Exception as error:  # whatever stops one arm must not stop the others
+                killed = isinstance(error, BrokenProcessPool)
+                failures[name] = "a worker was killed (out of memory?)" if killed else " ".join(str(error).split())
+                log.error("%s failed: %s", name, failures[name])
+    except BaseException:
+        # Interrupted: nobody waits for what the workers have begun.
+        pool.shutdown(wait=False, cancel_futures=True)
+        for worker in multiprocessing.active_children():
+            worker.terminate()
+            worker.join()
+        sweep(arms.experiment)
+        raise
+    pool.shutdown()
     return members, failures
 
 
@@ -162,7 +168,6 @@ def arm_texts(given: Mapping[str, str], step: str, arm: Arm, seed: int, profile:
 
 
 def _worker() -> None:
-    """A worker's process: its parent's run is not its own, and only the parent draws a progress bar."""
-    os.environ.pop("MLFLOW_RUN_ID", None)
+    """A worker's process: only its parent draws a progress bar."""
     os.environ["TQDM_DISABLE"] = "1"
     configure_logging(quiet=True)

@@ -46,10 +46,6 @@ class Run:
     def name(self, name: str) -> None:
         self.client.set_tag(self.id, "mlflow.runName", name)
 
-    def describe(self, text: str) -> None:
-        """The run's description in the UI (Markdown)."""
-        self.client.set_tag(self.id, "mlflow.note.content", text)
-
     def params(self, texts: Mapping[str, str]) -> None:
         """Logs parameters; those that `mlflow run` has logged already stand."""
         known = self.client.get_run(self.id).data.params
@@ -70,9 +66,6 @@ class Run:
 
     def file(self, path: Path, folder: str | None = None) -> None:
         self.client.log_artifact(self.id, str(path), folder)
-
-    def text(self, text: str, name: str) -> None:
-        self.client.log_text(self.id, text, name)
 
     def table(self, frame: pd.DataFrame, name: str, run_id: str | None = None) -> None:
         """A table as a Parquet artifact of this run, or of another."""
@@ -124,7 +117,8 @@ def open_run(step: str, parent: str | None = None) -> Iterator[Run]:
     An error ends it FAILED, an interrupt KILLED; both leave their message in the tag rampart.error.
     """
     initialise()
-    resumed = os.environ.get("MLFLOW_RUN_ID")
+    # Taken out: it is this run's alone, not that of runs nested in it or of child processes.
+    resumed = os.environ.pop("MLFLOW_RUN_ID", None)
     if resumed:
         experiment = MlflowClient().get_run(resumed).info.experiment_id
         active = mlflow.start_run(resumed)

@@ -1,0 +1,281 @@
+"""PGD keeps its promises: inside the ball, honest about success, every iterate counted."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rampart.attacks import AttackResult, perturb, pgd
+from rampart.errors import ModelError, SettingsError
+from tests.nets import CLASSES, randomised
+
+RADII = (0.0, 0.01, 0.03, 0.1)
+
+
+class Threshold(nn.Module):
+    """One pixel: class 1 where it is above `at`, else class 0."""
+
+    def __init__(self, at: float) -> None:
+        super().__init__()
+        self.at = nn.Parameter(torch.tensor(at))
+
+    def forward(self, x: Tensor) -> Tensor:
+        above = x.flatten(1).sum(1) - self.at
+        return torch.stack([-above, above], 1)
+
+
+@pytest.fixture
+def network() -> nn.Module:
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(96, CLASSES)
+    )
+    return balanced(randomised(model), torch.rand(500, 3, 4, 4))
+
+
+def balanced(model: nn.Sequential, x: Tensor) -> nn.Sequential:
+    """`model` with its last bias moved so that no class has a lead on average."""
+    with torch.no_grad():
+        model[-1].bias -= model(x).mean(0)
+    return model
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.rand(40, 3, 4, 4)
+
+
+@pytest.fixture
+def labels(network: nn.Module, images: Tensor) -> Tensor:
+    """What the network says, so that it is right on all images but the first four."""
+    with torch.no_grad():
+        found = network(images).argmax(1)
+    found[:4] = (found[:4] + 1) % CLASSES
+    return found
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def attack(
+    network: nn.Module, x: Tensor, y: Tensor, eps: float | tuple[float, ...], **settings: object
+) -> AttackResult:
+    return pgd(network, x, y, eps, generator=generator(), **settings)
+
+
+def test_examples_lie_in_the_ball_and_in_the_range_of_pixels(network, images, labels) -> None:
+    images[0], images[1] = images[0].round(), images[1] * 0.01
+    result = attack(network, images, labels, RADII, step_size=0.02)
+    for eps, examples in zip(RADII, result.adversarial.double(), strict=True):
+        assert (examples - images.double()).abs().max() <= eps + 1e-6
+        assert examples.min() >= 0
+        assert examples.max() <= 1
+
+
+def test_success_is_what_a_forward_pass_on_the_examples_says(network, images, labels) -> None:
+    result = attack(network, images, labels, RADII)
+    with torch.no_grad():
+        wrong = torch.stack([network(examples).argmax(1) != labels for examples in result.adversarial])
+    assert torch.equal(result.success, wrong)
+    # Otherwise this test shows nothing.
+    assert 4 < int(result.success[-1].sum()) <= len(images)
+    assert int(result.success[1].sum()) < len(images)
+
+
+def test_an_image_broken_at_one_eps_is_broken_at_the_larger_ones(network, images, labels) -> None:
+    success = attack(network, images, labels, RADII).success
+    for smaller, larger in pairwise(success):
+        assert bool((larger | ~smaller).all())
+
+
+def test_misclassified_images_count_as_broken_by_themselves(network, images, labels) -> None:
+    result = attack(network, images, labels, RADII)
+    assert bool(result.success[:, :4].all())
+    for examples in result.adversarial:
+        assert torch.equal(examples[:4], images[:4])
+
+
+def test_at_eps_0_nothing_but_misclassification_breaks_an_image(network, images, labels) -> None:
+    result = attack(network, images, labels, 0.0)
+    assert torch.equal(result.adversarial[0], images)
+    assert result.success[0].tolist() == [True] * 4 + [False] * 36
+
+
+def test_results_follow_the_order_of_eps_as_given(network, images, labels) -> None:
+    ascending = attack(network, images, labels, RADII)
+    mixed = attack(network, images, labels, (RADII[2], RADII[0], RADII[3], RADII[1]))
+    assert mixed.eps == (RADII[2], RADII[0], RADII[3], RADII[1])
+    assert torch.equal(mixed.success[[1, 3, 0, 2]], ascending.success)
+    assert torch.equal(mixed.adversarial[[1, 3, 0, 2]], ascending.adversarial)
+
+
+def test_step_sizes_follow_the_order_of_eps(network, images, labels) -> None:
+    sizes = (0.1, 0.001, 0.02, 0.004)
+    ascending = attack(network, images, labels, RADII, step_size=sizes)
+    reverse = attack(network, images, labels, RADII[::-1], step_size=sizes[::-1])
+    assert torch.equal(reverse.adversarial.flip(0), ascending.adversarial)
+
+
+def test_the_smallest_of_several_eps_is_attacked_as_if_alone(network, images, labels) -> None:
+    together, alone = attack(network, images, labels, (0.02, 0.05)), attack(network, images, labels, 0.02)
+    assert torch.equal(together.success[0], alone.success[0])
+    assert torch.equal(together.adversarial[0], alone.adversarial[0])
+
+
+@pytest.mark.parametrize("eps", RADII[1:])
+def test_on_a_linear_model_the_success_set_is_the_exact_one_alone_or_among_others(eps: float) -> None:
+    """Two classes: the worst point is a corner that PGD reaches from any start."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2)).double().eval()
+    x = torch.rand(60, 3, 2, 2).double()
+    with torch.no_grad():
+        y = model(x).argmax(1)
+        weight, bias = model[1].weight[1] - model[1].weight[0], model[1].bias[1] - model[1].bias[0]
+        toward = weight * torch.where(y == 1, -1, 1)[:, None]
+        corner = torch.where(toward > 0, x.flatten(1) + eps, x.flatten(1) - eps).clamp(0, 1)
+        exact = (corner @ weight + bias > 0).long() != y
+    assert 0 < int(exact.sum()) < 60
+    assert torch.equal(attack(model, x, y, eps).success[0], exact)
+    assert torch.equal(attack(model, x, y, RADII).success[RADII.index(eps)], exact)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_the_last_iterate_counts(steps: int) -> None:
+    """Only the far end of the ball breaks an image, and starts on its near side reach it with the last step."""
+    eps = 0.1
+    model, x, y = (
+        Threshold(0.5 + 0.999 * eps).eval(),
+        torch.full((64, 1, 1, 1), 0.5),
+        torch.zeros(64, dtype=torch.int64),
+    )
+    step = 2 * eps / steps
+    assert bool(attack(model, x, y, eps, steps=steps, step_size=step).success.all())
+    if steps > 1:
+        one_less = attack(model, x, y, eps, steps=steps - 1, step_size=step).success
+        assert 0 < int(one_less.sum()) < 64
+
+
+def test_the_start_counts() -> None:
+    """Steps of almost nothing: what is broken is what the random start broke."""
+    model, x, y = Threshold(0.55).eval(), torch.full((64, 1, 1, 1), 0.5), torch.zeros(64, dtype=torch.int64)
+    broken = attack(model, x, y, 0.1, steps=1, step_size=1e-9).success[0]
+    starts = 0.4 + 0.2 * torch.rand(64, 1, 1, 1, generator=generator())
+    assert torch.equal(broken, starts.flatten() > 0.55)
+
+
+def test_an_iterate_in_between_counts() -> None:
+    """A band that the attack steps into and out of again."""
+
+    class Band(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            pixel = x.flatten(1).sum(1)
+            inside = (pixel > 0.52) & (pixel < 0.56)
+            # The logits rise along the pixel, so that the gradient leads through the band.
+            return torch.stack([10 - pixel, pixel + 100 * inside], 1)
+
+    x, y = torch.full((64, 1, 1, 1), 0.5), torch.zeros(64, dtype=torch.int64)
+    result = attack(Band().eval(), x, y, 0.1, steps=10, step_size=0.03)
+    low_start = torch.rand(64, 1, 1, 1, generator=generator()).flatten() < 0.5
+    assert bool(result.success[0][low_start].all())
+    assert bool((result.adversarial[0][low_start] < 0.56).all())
+
+
+def test_more_steps_of_the_same_size_never_hurt(network, images, labels) -> None:
+    few, many = (attack(network, images, labels, 0.03, steps=s, step_size=0.005).success for s in (2, 10))
+    assert bool((many | ~few).all())
+    assert int(many.sum()) > int(few.sum())
+
+
+def test_more_restarts_never_hurt(network, images, labels) -> None:
+    settings = {"steps": 1, "step_size": 1e-6}
+    once, often = (attack(network, images, labels, 0.05, restarts=r, **settings).success for r in (1, 30))
+    assert bool((often | ~once).all())
+    assert int(often.sum()) > int(once.sum())
+
+
+def test_the_same_seed_gives_the_same_attack_and_another_one_does_not(network, images, labels) -> None:
+    first, again, other = (pgd(network, images, labels, 0.05, generator=generator(seed)) for seed in (1, 1, 2))
+    assert torch.equal(first.adversarial, again.adversarial)
+    assert not torch.equal(first.adversarial, other.adversarial)
+
+
+def test_the_attack_leaves_network_and_images_as_they_are(network, images, labels) -> None:
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    copy = images.clone()
+    attack(network, images, labels, RADII)
+    assert all(parameter.grad is None for parameter in network.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert torch.equal(images, copy)
+    assert not images.requires_grad
+
+
+def test_frozen_parameters_can_be_attacked(network, images, labels) -> None:
+    expected = attack(network, images, labels, 0.05).success
+    assert torch.equal(attack(network.requires_grad_(False), images, labels, 0.05).success, expected)
+
+
+@pytest.mark.parametrize(
+    ("eps", "change", "mentions"),
+    [
+        (-0.1, {}, "eps"),
+        ((0.1, -0.1), {}, "eps"),
+        (float("nan"), {}, "eps"),
+        ((), {}, "eps"),
+        (0.1, {"steps": 0}, "steps"),
+        (0.1, {"restarts": 0}, "restarts"),
+        (0.1, {"step_size": 0.0}, "step_size"),
+        ((0.1, 0.2), {"step_size": (0.1,)}, "step sizes"),
+        (0.1, {"step_size": (0.1, -0.1)}, "step"),
+    ],
+)
+def test_bad_arguments_are_named(network, images, labels, eps, change, mentions: str) -> None:
+    with pytest.raises(SettingsError, match=mentions) as raised:
+        pgd(network, images, labels, eps, **change)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_network_in_training_mode_is_refused(network, images, labels) -> None:
+    with pytest.raises(ModelError, match=r"eval\(\)"):
+        pgd(network.train(), images, labels, 0.1)
+
+
+def ascend(network: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int = 10, step: float = 0.02) -> Tensor:
+    return perturb(lambda moved: F.cross_entropy(network(moved), y), x, eps, steps, step, generator())
+
+
+@pytest.mark.parametrize("eps", RADII)
+def test_perturbed_images_lie_in_the_ball_and_in_the_range_of_pixels(network, images, labels, eps: float) -> None:
+    images[0] = images[0].round()
+    moved = ascend(network, images, labels, eps, step=0.05).double()
+    assert (moved - images.double()).abs().max() <= eps + 1e-6
+    assert moved.min() >= 0
+    assert moved.max() <= 1
+
+
+def test_perturb_raises_the_loss(network, images, labels) -> None:
+    starts, ends = (ascend(network, images, labels, 0.05, steps=steps) for steps in (0, 10))
+    before, started, after = (F.cross_entropy(network(x), labels) for x in (images, starts, ends))
+    assert after > started
+    assert after > 1.1 * before
+
+
+def test_perturb_reaches_the_worst_corner_of_a_linear_loss() -> None:
+    weight, x = torch.randn(3, 2, 2), torch.rand(5, 3, 2, 2)
+    moved = perturb(lambda moved: (moved * weight).sum(), x, 0.1, 4, 0.05, generator())
+    assert torch.allclose(moved, (x + 0.1 * weight.sign()).clamp(0, 1))
+
+
+def test_perturb_returns_no_graph_and_leaves_no_gradients(network, images, labels) -> None:
+    moved = ascend(network, images, labels, 0.05)
+    assert not moved.requires_grad
+    assert all(parameter.grad is None for parameter in network.parameters())
+
+
+def test_perturb_draws_its_start_from_the_generator(network, images, labels) -> None:
+    assert torch.equal(ascend(network, images, labels, 0.05), ascend(network, images, labels, 0.05))
+    expected = (images - 0.05).clamp(0, 1)
+    expected += ((images + 0.05).clamp(0, 1) - expected) * torch.rand(images.shape, generator=generator())
+    assert torch.allclose(ascend(network, images, labels, 0.05, steps=0), expected)

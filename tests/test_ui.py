@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
-from tests.conftest import Study
 
 from rampart.tracking.queries import find_runs
+from tests.conftest import Study
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 

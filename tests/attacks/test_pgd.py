@@ -257,9 +257,8 @@ def test_perturbed_images_lie_in_the_ball_and_in_the_range_of_pixels(network, im
 
 def test_perturb_raises_the_loss(network, images, labels) -> None:
     starts, ends = (ascend(network, images, labels, 0.05, steps=steps) for steps in (0, 10))
-    before, started, after = (F.cross_entropy(network(x), labels) for x in (images, starts, ends))
-    assert after > started
-    assert after > 1.1 * before
+    before, started, after = (F.cross_entropy(network(x), labels, reduction="none") for x in (images, starts, ends))
+    assert bool((after > torch.maximum(before, started)).all())
 
 
 def test_perturb_reaches_the_worst_corner_of_a_linear_loss() -> None:

@@ -263,9 +263,7 @@ class Layout:
                 _scale_last(links, scale, shift, shape)
                 continue
             if isinstance(module, Normalize):
-                # A channel's constants, also where one serves all channels.
-                std = module.std.flatten().expand(shape[0])
-                mean = module.mean.flatten().expand(shape[0])
+                std, mean = module.std.flatten(), module.mean.flatten()
                 _scale_last(links, 1 / std, -mean / std, shape)
                 x = module(x)
                 continue

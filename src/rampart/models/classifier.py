@@ -24,6 +24,10 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] != self.mean.shape[1]:  # broadcasting would take a grey image for a coloured one
+            raise ModelError(
+                f"the model takes images of {self.mean.shape[1]} channels, not {x.shape[1]}: wrong dataset?"
+            )
         return (x - self.mean) / self.std
 
 

@@ -1,0 +1,234 @@
+"""A chain computes what its network computes, in eval and in training mode, and its maps are exact."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from rampart.errors import ModelError, UnsupportedLayer
+from rampart.models import Chain, Layout, Normalize
+from rampart.models.chain import Affine, Conv, Dense, Flatten, ReLU, Scale
+from tests.nets import NETS, small_classifier, small_net
+
+
+def run(chain: Chain, x: Tensor) -> Tensor:
+    """x through the links, one by one."""
+    for link in chain.links:
+        shape = link.shape if isinstance(link, ReLU) else link.in_shape
+        assert tuple(x.shape[1:]) == tuple(shape)
+        x = x.relu() if isinstance(link, ReLU) else link.apply(x)
+    return x
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
+@pytest.mark.parametrize("name", NETS)
+def test_a_chain_gives_the_networks_output_and_updates_its_statistics_as_a_forward_pass_does(
+    name: str, training: bool
+) -> None:
+    model, x, _ = small_net(name, count=4)
+    model.train(training)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.eval()  # has no chain in training mode
+    twin = copy.deepcopy(model)
+    chain, expected = Layout(model).resolve(x), twin(x)
+    assert torch.allclose(chain.output, expected, atol=1e-6)
+    assert torch.allclose(run(chain, x), expected, rtol=1e-4, atol=1e-5)
+    for (key, value), other in zip(model.state_dict().items(), twin.state_dict().values(), strict=True):
+        assert torch.equal(value, other), key
+
+
+def test_eval_mode_folds_batch_norm_for_any_other_input() -> None:
+    model, x, _ = small_net("strided")
+    chain, other = Layout(model).resolve(x), torch.rand_like(x)
+    assert torch.allclose(run(chain, other), model(other), rtol=1e-4, atol=1e-5)
+    assert sum(isinstance(link, Scale) for link in chain.links) == 1, "the normalisation alone stands by itself"
+
+
+@pytest.mark.parametrize("name", ["strided", "unfolded", "plain-norm"])
+def test_gradients_flow_through_a_chain_as_through_the_network(name: str) -> None:
+    """In training mode: through the batch's statistics, too."""
+    model, x, y = small_net(name, count=5)
+    model.double().train()
+    x = x.double().requires_grad_()
+    wanted = [x, *model.parameters()]
+    expected = torch.autograd.grad(nn.functional.cross_entropy(model(x), y), wanted)
+    found = torch.autograd.grad(nn.functional.cross_entropy(run(Layout(model).resolve(x), x), y), wanted)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-7, atol=1e-10)
+
+
+def test_a_layout_serves_as_weights_change() -> None:
+    model, x, _ = small_net("strided")
+    layout = Layout(model)
+    layout.resolve(x)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1
+    assert torch.allclose(run(layout.resolve(x), x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_layout_serves_in_both_modes() -> None:
+    model, x, _ = small_net("strided", count=4)
+    layout = Layout(model.train())
+    layout.resolve(x)
+    model.eval()
+    assert torch.allclose(run(layout.resolve(x), x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_one_normalisation_for_all_channels() -> None:
+    model = nn.Sequential(Normalize([0.5], [0.25]), nn.Conv2d(3, 2, 3), nn.ReLU()).eval()
+    x = torch.rand(2, 3, 5, 5)
+    assert torch.allclose(run(Layout(model).resolve(x), x), model(x), atol=1e-5)
+
+
+def test_the_places_of_the_relus() -> None:
+    model = small_classifier()
+    chain = Layout(model).resolve(torch.rand(2, 3, 8, 8))
+    assert [isinstance(link, ReLU) for link in chain.links] == [i in chain.relus for i in range(len(chain.links))]
+    assert len(chain.relus) == 4
+
+
+def test_batch_norm_in_training_mode_needs_more_than_one_image() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4), nn.BatchNorm1d(4)).train()
+    with pytest.raises(ModelError, match=r"'2'.*batch of one"):
+        Layout(model).resolve(torch.rand(1, 3, 2, 2))
+
+
+def assert_exact(link: Affine) -> None:
+    """pull and offset are the transpose, radius is |L| r, scaled is a scale and shift after the map."""
+    link_in, link_out = tuple(link.in_shape), tuple(link.out_shape)
+    x = torch.randn(2, *link_in, dtype=torch.float64)
+    out = link.apply(x)
+    assert tuple(out.shape[1:]) == link_out
+    a = torch.randn(3, *link_out, dtype=torch.float64)
+    by_output = a.flatten(1) @ out.flatten(1).T
+    by_input = link.pull(a).flatten(1) @ x.flatten(1).T + link.offset(a)[:, None]
+    assert torch.allclose(by_output, by_input, rtol=0, atol=1e-9)
+
+    jacobian = torch.autograd.functional.jacobian(lambda z: link.apply(z[None])[0], x[0])
+    matrix = jacobian.reshape(out[0].numel(), x[0].numel())
+    r = torch.rand(2, *link_in, dtype=torch.float64)
+    assert torch.allclose(link.radius(r).flatten(1), r.flatten(1) @ matrix.abs().T, rtol=0, atol=1e-9)
+    assert torch.allclose(link.pull(a).flatten(1), a.flatten(1) @ matrix, rtol=0, atol=1e-9)
+
+
+def assert_scaled(link: Affine) -> None:
+    x = torch.randn(2, *link.in_shape, dtype=torch.float64)
+    scale, shift = torch.randn(2, link.out_shape[0], dtype=torch.float64)
+    shape = (1, -1, *(1,) * (len(link.out_shape) - 1))
+    expected = link.apply(x) * scale.view(shape) + shift.view(shape)
+    assert torch.allclose(link.scaled(scale, shift).apply(x), expected, rtol=0, atol=1e-9)
+
+
+pairs = st.tuples(st.integers(1, 3), st.integers(1, 3))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    kernel=pairs,
+    stride=pairs,
+    padding=st.tuples(st.integers(0, 3), st.integers(0, 3)),
+    dilation=pairs,
+    groups=st.sampled_from([1, 2]),
+    size=st.tuples(st.integers(1, 8), st.integers(1, 8)),
+)
+def test_convolutions_are_exact(kernel, stride, padding, dilation, groups: int, size) -> None:
+    module = nn.Conv2d(2, 4, kernel, stride, padding, dilation, groups).double()
+    x = torch.rand(1, 2, *size).double()
+    assume(all(s + 2 * p >= d * (k - 1) + 1 for s, p, d, k in zip(size, padding, dilation, kernel, strict=True)))
+    (link,) = Layout(nn.Sequential(module)).resolve(x).links
+    assert isinstance(link, Conv)
+    assert torch.allclose(link.apply(x), module(x))
+    assert_exact(link)
+    assert_scaled(link)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(1, 6), st.integers(1, 6), st.booleans())
+def test_dense_maps_are_exact(inputs: int, outputs: int, bias: bool) -> None:
+    module = nn.Linear(inputs, outputs, bias=bias).double()
+    x = torch.rand(1, inputs).double()
+    (link,) = Layout(nn.Sequential(module)).resolve(x).links
+    assert isinstance(link, Dense)
+    assert torch.allclose(link.apply(x), module(x))
+    assert_exact(link)
+    assert_scaled(link)
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 2, 5)])
+def test_scales_and_flattens_are_exact(shape: tuple[int, ...]) -> None:
+    scale = Scale(torch.randn(3).double(), torch.randn(3).double(), shape)
+    assert_exact(scale)
+    assert_scaled(scale)
+    assert_exact(Flatten(shape))
+
+
+class Forward(nn.Module):
+    """A network around one function of its layers."""
+
+    def __init__(self, function: Callable[[nn.Module, Tensor], Tensor], **layers: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x)
+
+
+class TwoInputs(nn.Module):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return x
+
+
+UNSUPPORTED: dict[str, tuple[nn.Module, str]] = {
+    "activation": (nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.Tanh())), "1.1"),
+    "pooling": (nn.Sequential(nn.Conv2d(3, 3, 1), nn.MaxPool2d(2)), "1"),
+    "padding by reflection": (nn.Sequential(nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect")), "0"),
+    "padding in words": (nn.Sequential(nn.ReLU(), nn.Conv2d(3, 3, 3, padding="same")), "1"),
+    "batch statistics in eval mode": (nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False)), "0"),
+    "partial flatten": (nn.Sequential(nn.Flatten(2)), "0"),
+    "flatten of the first axes": (nn.Sequential(nn.Flatten(1, 2)), "0"),
+    "flatten of the batch": (nn.Sequential(nn.Flatten(0)), "0"),
+    "partial flatten as a function": (Forward(lambda m, x: torch.flatten(x, 2)), "flatten"),
+    "flatten of the first axes as a function": (Forward(lambda m, x: torch.flatten(x, 1, 2)), "flatten"),
+    "flatten of the first axes as a method": (Forward(lambda m, x: x.flatten(start_dim=1, end_dim=2)), "flatten"),
+    "activation as a function": (Forward(lambda m, x: torch.tanh(x)), "tanh"),
+    "residual": (Forward(lambda m, x: m.hidden(x) + x, hidden=nn.Linear(4, 4)), "add"),
+    "constant added": (Forward(lambda m, x: m.hidden(x) + 1, hidden=nn.Linear(4, 4)), "add"),
+    "early exit": (Forward(lambda m, x: m.hidden(x) if x.sum() > 0 else x, hidden=nn.Linear(4, 4)), "model"),
+    "layer beside the chain": (Forward(lambda m, x: (m.hidden(x), x)[1], hidden=nn.Linear(4, 4)), "model"),
+    "two inputs": (TwoInputs(), "model"),
+}
+
+
+@pytest.mark.parametrize("case", UNSUPPORTED)
+def test_what_is_no_chain_is_named_with_its_place(case: str) -> None:
+    model, place = UNSUPPORTED[case]
+    with pytest.raises(UnsupportedLayer) as raised:
+        Layout(model.eval())
+    assert place in (raised.value.path or "model")
+    assert f"'{raised.value.path or 'model'}'" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_dropout_has_no_chain_in_training_mode_and_leaves_no_trace_in_eval_mode() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Identity(), nn.ReLU())
+    with pytest.raises(UnsupportedLayer, match=r"'1'.*training"):
+        Layout(model.train())
+    links = Layout(model.eval()).resolve(torch.rand(2, 4)).links
+    assert [type(link) for link in links] == [Dense, ReLU]
+
+
+def test_a_dense_map_over_the_last_axis_of_a_map_is_no_chain() -> None:
+    """Dense stands for a map of vectors; on [C, H, W] it would stand for something else than the layer."""
+    model = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Flatten(), nn.Linear(36, 2)).eval()
+    with pytest.raises(UnsupportedLayer, match="'0'"):
+        Layout(model).resolve(torch.rand(2, 3, 3, 5))

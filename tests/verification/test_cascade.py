@@ -1,0 +1,220 @@
+"""verify never says more than is true: proofs against the exact minimum, counterexamples checked in float64."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rampart.errors import ModelError, SettingsError, UnsupportedLayer
+from rampart.verification import Verdict, verify
+from tests.exact import exact_margins, tiny_net
+from tests.nets import CLASSES, NETS, margins, points_in_ball, small_net
+
+
+def predicted(model: nn.Module, image: Tensor) -> int:
+    with torch.no_grad():
+        return int(model(image[None]).argmax())
+
+
+def refutes(model: nn.Module, found: Verdict, image: Tensor, label: int, eps: float) -> bool:
+    """Whether the counterexample is in the ball and in [0, 1], and float64 gives it another label."""
+    example = found.counterexample.double()
+    assert example.shape == image.shape
+    inside = (example - image.double()).abs().max() <= eps + 1e-6 and example.min() >= 0 and example.max() <= 1
+    return bool(inside) and predicted(copy.deepcopy(model).double(), example) != label
+
+
+@pytest.mark.parametrize("attack_first", [False, True])
+@pytest.mark.parametrize("hidden", [(5,), (3, 3)])
+@pytest.mark.parametrize("seed", range(4))
+def test_verdicts_agree_with_the_exact_minimum(hidden: tuple[int, ...], seed: int, attack_first: bool) -> None:
+    torch.manual_seed(seed)
+    model, image = tiny_net(hidden), torch.rand(1, 1, 2)
+    label = predicted(model, image)
+    for eps in (0.01, 0.05, 0.2):
+        exact = float(exact_margins(model, image, label, eps).min())
+        found = verify(model, image, label, eps, attack_first=attack_first)
+        assert found.status in {"safe-incomplete", "unsafe", "unknown"}
+        assert found.lower_bound <= exact + 1e-4
+        if found.status == "safe-incomplete":
+            assert exact > 0
+            assert found.lower_bound > 0
+        if found.status == "unsafe":
+            assert exact < 0
+            assert refutes(model, found, image, label, eps)
+
+
+def test_the_seeds_above_meet_every_verdict() -> None:
+    """Otherwise the test above shows little."""
+    seen = set()
+    for seed in range(4):
+        torch.manual_seed(seed)
+        model, image = tiny_net((3, 3)), torch.rand(1, 1, 2)
+        label = predicted(model, image)
+        seen |= {verify(model, image, label, eps).status for eps in (0.01, 0.05, 0.2)}
+        seen |= {verify(model, image, label, eps, attack_first=True).status for eps in (0.01, 0.05, 0.2)}
+    assert seen == {"safe-incomplete", "unsafe", "unknown"}
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_no_sampled_point_contradicts_a_verdict(name: str) -> None:
+    model, x, _ = small_net(name, count=1)
+    label = predicted(model, x[0])
+    for eps in (0.001, 0.01, 0.1):
+        found = verify(model, x[0], label, eps)
+        lowest = float(margins(model, points_in_ball(x[0], eps, 2000), label).min())
+        assert found.status in {"safe-incomplete", "unknown"}
+        assert found.lower_bound <= lowest + 1e-4
+        if lowest < 0:
+            assert found.status == "unknown"
+        if found.status == "safe-incomplete":
+            assert found.counterexample is None
+
+
+def test_each_stage_settles_what_the_one_before_left_open() -> None:
+    """Among random networks and radii, every stage is the one that settles some."""
+    settled = set()
+    for seed in range(12):
+        torch.manual_seed(seed)
+        model, image = tiny_net((8, 8), inputs=6), torch.rand(1, 1, 6)
+        label = predicted(model, image)
+        for eps in torch.linspace(0.002, 0.1, 15).tolist():
+            found = verify(model, image, label, eps)
+            if found.status == "safe-incomplete":
+                settled.add(found.stage)
+            else:
+                assert found.stage == "alpha-crown"
+    assert settled == {"ibp", "crown", "alpha-crown"}
+
+
+def test_a_misclassified_image_is_its_own_counterexample() -> None:
+    model, x, _ = small_net("strided", count=1)
+    wrong = (predicted(model, x[0]) + 1) % CLASSES
+    found = verify(model, x[0], wrong, 0.01)
+    assert found.status == "unsafe"
+    assert torch.equal(found.counterexample, x[0])
+    assert found.lower_bound <= float(margins(model, x, wrong).min())
+
+
+def test_eps_0_is_settled_at_once() -> None:
+    model, x, _ = small_net("strided", count=1)
+    label = predicted(model, x[0])
+    found = verify(model, x[0], label, 0.0)
+    assert (found.status, found.stage, found.domains) == ("safe-incomplete", "ibp", 0)
+    assert found.lower_bound == pytest.approx(float(margins(model, x, label).min()), rel=1e-3, abs=1e-4)
+
+
+def test_an_attack_finds_what_bounds_cannot_refute() -> None:
+    """A linear network that flips just off the image."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval()
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([[1.0, 1, 1, 1], [0, 0, 0, 0]]))
+        model[1].bias.copy_(torch.tensor([-1.99, 0.0]))
+    image = torch.full((1, 2, 2), 0.5)
+    attacked = verify(model, image, 0, 0.05, attack_first=True)
+    assert (attacked.status, attacked.stage) == ("unsafe", "attack")
+    assert refutes(model, attacked, image, 0, 0.05)
+    bounded = verify(model, image, 0, 0.05)
+    assert bounded.status == "unknown"
+    assert bounded.counterexample is None
+    assert bounded.lower_bound == pytest.approx(0.01 - 4 * 0.05, abs=1e-5)
+
+
+def test_an_image_at_the_edge_of_the_pixels_range_is_proved_on_the_cut_ball() -> None:
+    """Beyond 0 the network would err, but no pixel is there."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(1, 2)).eval()
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([[1.0], [0.0]]))
+        model[1].bias.copy_(torch.tensor([0.01, 0.0]))
+    found = verify(model, torch.zeros(1, 1, 1), 0, 0.5, attack_first=True)
+    assert found.status == "safe-incomplete"
+    assert found.lower_bound == pytest.approx(0.01, abs=1e-6)
+
+
+def test_out_of_time_no_further_stage_is_begun() -> None:
+    torch.manual_seed(0)
+    model, image = tiny_net((3, 3)), torch.rand(1, 1, 2)
+    found = verify(model, image, predicted(model, image), 0.5, timeout=1e-9)
+    assert (found.status, found.stage) == ("unknown", "ibp")
+    assert found.seconds > 0
+
+
+def test_the_native_engine_hands_over_to_auto_lirpa_where_it_has_to() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.LeakyReLU(0.2), nn.Linear(8, CLASSES)).eval()
+    image = torch.rand(3, 2, 2)
+    label = predicted(model, image)
+    statuses = []
+    for eps in (0.0001, 0.5):
+        found = verify(model, image, label, eps)
+        lowest = float(margins(model, points_in_ball(image, eps, 2000), label).min())
+        assert found.lower_bound <= lowest + 1e-4
+        statuses.append(found.status)
+    assert statuses == ["safe-incomplete", "unknown"]
+
+
+def test_a_layer_that_no_engine_can_bound_is_named() -> None:
+    class Sorted(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.flatten(1).sort(1).values
+
+    image = torch.rand(1, 2, 2)
+    with pytest.raises(UnsupportedLayer):
+        verify(Sorted().eval(), image, 3, 0.01)
+
+
+@pytest.mark.parametrize("label", [0, 1, 2])
+def test_a_network_of_nan_gives_an_error_whatever_the_label(label: int) -> None:
+    """Not a counterexample: what it says of the image is nothing."""
+    model = tiny_net((3, 3))
+    with torch.no_grad():
+        model[3].weight.fill_(torch.nan)
+    found = verify(model, torch.rand(1, 1, 2), label, 0.01, attack_first=True)
+    assert found.status == "error"
+    assert found.counterexample is None
+
+
+def test_bounds_that_overflow_give_an_error() -> None:
+    """The image itself is classified, but no bound is a number."""
+    model, image = tiny_net((3, 3)), torch.zeros(1, 1, 2)
+    with torch.no_grad():
+        model[1].weight.fill_(3e38)
+        model[3].weight.copy_(torch.tensor([[1.0, -1, 1], [1, 1, -1], [-1, 1, 1]]) * 3e38)
+    found = verify(model, image, predicted(model, image), 0.5)
+    assert found.status == "error"
+    assert found.lower_bound == -torch.inf
+
+
+@pytest.mark.parametrize(
+    ("change", "mentions"),
+    [
+        ({"label": 3}, "label 3"),
+        ({"label": -1}, "label -1"),
+        ({"eps": -0.1}, "eps"),
+        ({"eps": 1.5}, "eps"),
+        ({"eps": float("nan")}, "eps"),
+        ({"timeout": 0.0}, "timeout"),
+        ({"engine": "natve"}, "did you mean 'native'"),
+    ],
+)
+def test_bad_arguments_are_named(change: dict[str, object], mentions: str) -> None:
+    with pytest.raises(SettingsError, match=mentions) as raised:
+        verify(tiny_net((3,)), torch.rand(1, 1, 2), **{"label": 0, "eps": 0.1, **change})
+    assert "\n" not in str(raised.value)
+
+
+def test_a_network_in_training_mode_is_refused() -> None:
+    """BatchNorm would follow this one image: a verdict on another network than the one that is used."""
+    model, x, _ = small_net("strided", count=1)
+    with pytest.raises(ModelError, match=r"eval\(\)"):
+        verify(model.train(), x[0], 0, 0.01)
+
+
+def test_verification_leaves_the_network_as_it_is() -> None:
+    model, x, _ = small_net("strided", count=1)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    verify(model, x[0], predicted(model, x[0]), 0.1, attack_first=True)
+    assert [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])] == []
+    assert all(parameter.grad is None and parameter.dtype == torch.float32 for parameter in model.parameters())

@@ -11,16 +11,20 @@ from torch import Tensor, nn
 
 
 def tiny_net(hidden: tuple[int, ...], inputs: int = 2, classes: int = 3) -> nn.Sequential:
-    """Flatten, then dense layers with ReLUs between them; images are [1, 1, inputs]."""
-    sizes = (inputs, *hidden, classes)
-    layers: list[nn.Module] = [nn.Flatten()]
-    for before, after in pairwise(sizes):
+    """Flatten, then dense layers with ReLUs between them; images are [1, 1, inputs].
+
+    Every ReLU switches, and every class has its turn, somewhere among the images.
+    """
+    points = torch.rand(200, 1, 1, inputs)
+    model = nn.Sequential(nn.Flatten())
+    for before, after in pairwise((inputs, *hidden, classes)):
         linear = nn.Linear(before, after)
-        # Large weights make ReLUs switch within a small ball.
-        nn.init.normal_(linear.weight)
-        nn.init.normal_(linear.bias, 0, 0.5)
-        layers += [linear, nn.ReLU()]
-    return nn.Sequential(*layers[:-1]).eval()
+        with torch.no_grad():
+            linear.weight.normal_()
+            middle = linear(model(points)).mean(0) if after == classes else linear(model(points[:after])).diagonal()
+            linear.bias -= middle
+        model.extend([linear, nn.ReLU()])
+    return model[:-1].eval()
 
 
 def exact_margins(model: nn.Sequential, image: Tensor, label: int, eps: float) -> Tensor:

@@ -13,6 +13,8 @@ from rampart.verification import Verdict, verify
 from tests.exact import exact_margins, tiny_net
 from tests.nets import CLASSES, NETS, margins, points_in_ball, small_net
 
+RADII = (0.02, 0.1, 0.3)
+
 
 def predicted(model: nn.Module, image: Tensor) -> int:
     with torch.no_grad():
@@ -27,6 +29,15 @@ def refutes(model: nn.Module, found: Verdict, image: Tensor, label: int, eps: fl
     return bool(inside) and predicted(copy.deepcopy(model).double(), example) != label
 
 
+def sum_above(threshold: float) -> nn.Module:
+    """Class 0 where the four pixels of an image sum up to more than `threshold`."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval()
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([[1.0, 1, 1, 1], [0, 0, 0, 0]]))
+        model[1].bias.copy_(torch.tensor([-threshold, 0.0]))
+    return model
+
+
 @pytest.mark.parametrize("attack_first", [False, True])
 @pytest.mark.parametrize("hidden", [(5,), (3, 3)])
 @pytest.mark.parametrize("seed", range(4))
@@ -34,7 +45,7 @@ def test_verdicts_agree_with_the_exact_minimum(hidden: tuple[int, ...], seed: in
     torch.manual_seed(seed)
     model, image = tiny_net(hidden), torch.rand(1, 1, 2)
     label = predicted(model, image)
-    for eps in (0.01, 0.05, 0.2):
+    for eps in RADII:
         exact = float(exact_margins(model, image, label, eps).min())
         found = verify(model, image, label, eps, attack_first=attack_first)
         assert found.status in {"safe-incomplete", "unsafe", "unknown"}
@@ -54,8 +65,8 @@ def test_the_seeds_above_meet_every_verdict() -> None:
         torch.manual_seed(seed)
         model, image = tiny_net((3, 3)), torch.rand(1, 1, 2)
         label = predicted(model, image)
-        seen |= {verify(model, image, label, eps).status for eps in (0.01, 0.05, 0.2)}
-        seen |= {verify(model, image, label, eps, attack_first=True).status for eps in (0.01, 0.05, 0.2)}
+        seen |= {verify(model, image, label, eps).status for eps in RADII}
+        seen |= {verify(model, image, label, eps, attack_first=True).status for eps in RADII}
     assert seen == {"safe-incomplete", "unsafe", "unknown"}
 
 
@@ -108,12 +119,7 @@ def test_eps_0_is_settled_at_once() -> None:
 
 
 def test_an_attack_finds_what_bounds_cannot_refute() -> None:
-    """A linear network that flips just off the image."""
-    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval()
-    with torch.no_grad():
-        model[1].weight.copy_(torch.tensor([[1.0, 1, 1, 1], [0, 0, 0, 0]]))
-        model[1].bias.copy_(torch.tensor([-1.99, 0.0]))
-    image = torch.full((1, 2, 2), 0.5)
+    model, image = sum_above(1.99), torch.full((1, 2, 2), 0.5)
     attacked = verify(model, image, 0, 0.05, attack_first=True)
     assert (attacked.status, attacked.stage) == ("unsafe", "attack")
     assert refutes(model, attacked, image, 0, 0.05)
@@ -135,9 +141,7 @@ def test_an_image_at_the_edge_of_the_pixels_range_is_proved_on_the_cut_ball() ->
 
 
 def test_out_of_time_no_further_stage_is_begun() -> None:
-    torch.manual_seed(0)
-    model, image = tiny_net((3, 3)), torch.rand(1, 1, 2)
-    found = verify(model, image, predicted(model, image), 0.5, timeout=1e-9)
+    found = verify(sum_above(1.99), torch.full((1, 2, 2), 0.5), 0, 0.05, timeout=1e-9)
     assert (found.status, found.stage) == ("unknown", "ibp")
     assert found.seconds > 0
 
@@ -181,6 +185,7 @@ def test_bounds_that_overflow_give_an_error() -> None:
     model, image = tiny_net((3, 3)), torch.zeros(1, 1, 2)
     with torch.no_grad():
         model[1].weight.fill_(3e38)
+        model[1].bias.zero_()
         model[3].weight.copy_(torch.tensor([[1.0, -1, 1], [1, 1, -1], [-1, 1, 1]]) * 3e38)
     found = verify(model, image, predicted(model, image), 0.5)
     assert found.status == "error"

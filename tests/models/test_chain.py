@@ -82,12 +82,6 @@ def test_a_layout_serves_in_both_modes() -> None:
     assert torch.allclose(run(layout.resolve(x), x), model(x), rtol=1e-4, atol=1e-5)
 
 
-def test_one_normalisation_for_all_channels() -> None:
-    model = nn.Sequential(Normalize([0.5], [0.25]), nn.Conv2d(3, 2, 3), nn.ReLU()).eval()
-    x = torch.rand(2, 3, 5, 5)
-    assert torch.allclose(run(Layout(model).resolve(x), x), model(x), atol=1e-5)
-
-
 def test_the_places_of_the_relus() -> None:
     model = small_classifier()
     chain = Layout(model).resolve(torch.rand(2, 3, 8, 8))

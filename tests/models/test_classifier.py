@@ -57,6 +57,13 @@ def test_normalisation_has_its_own_constants_for_each_channel() -> None:
     assert torch.allclose(x.flatten(), torch.tensor([1.0, 1.6]))
 
 
+@pytest.mark.parametrize(("channels", "given"), [(3, 1), (1, 3)])
+def test_images_of_another_number_of_channels_are_refused(channels: int, given: int) -> None:
+    """Broadcasting would make a colour image of a grey one in silence."""
+    with pytest.raises(ModelError, match=f"{channels} channels, not {given}"):
+        build_model(in_shape=(channels, 32, 32), width=0.125).eval()(torch.rand(2, given, 32, 32))
+
+
 def test_the_same_seed_gives_the_same_initial_weights() -> None:
     def weights(seed: int) -> torch.Tensor:
         torch.manual_seed(seed)

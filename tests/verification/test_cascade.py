@@ -88,11 +88,11 @@ def test_no_sampled_point_contradicts_a_verdict(name: str) -> None:
 def test_each_stage_settles_what_the_one_before_left_open() -> None:
     """Among random networks and radii, every stage is the one that settles some."""
     settled = set()
-    for seed in range(12):
+    for seed in range(4):
         torch.manual_seed(seed)
         model, image = tiny_net((8, 8), inputs=6), torch.rand(1, 1, 6)
         label = predicted(model, image)
-        for eps in torch.linspace(0.002, 0.1, 15).tolist():
+        for eps in torch.linspace(0.005, 0.1, 10).tolist():
             found = verify(model, image, label, eps)
             if found.status == "safe-incomplete":
                 settled.add(found.stage)

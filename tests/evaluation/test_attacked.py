@@ -1,0 +1,115 @@
+"""The ledger of an attacked split, and the rates that follow from it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from rampart.attacks import pgd
+from rampart.data import Dataset, Split, to_pixels
+from rampart.errors import ModelError, SettingsError
+from rampart.evaluation import AttackPlan, evaluate
+from rampart.ledger import attack_rates
+
+PLAN = AttackPlan(eps=(0.05, 0.01, 0.05, 0.0), steps=4, batch_size=50)
+
+
+@pytest.fixture(scope="module")
+def network(digits: Dataset) -> nn.Module:
+    """A linear classifier of the digits."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), nn.Linear(192, 10))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    x = to_pixels(digits.train.images)
+    for _ in range(60):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), digits.train.labels).backward()
+        optimizer.step()
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def split(digits: Dataset) -> Split:
+    return digits.test[:130]
+
+
+def test_columns_are_the_radii_ascending_each_once(network: nn.Module, split: Split) -> None:
+    ledger = evaluate(network, split, PLAN)
+    assert list(ledger.columns[4:]) == ["attacked/0", "attacked/0.01", "attacked/0.05"]
+    assert ledger["image"].tolist() == list(range(130))
+
+
+def test_labels_and_predictions_are_those_of_the_split(network: nn.Module, split: Split) -> None:
+    ledger = evaluate(network, split, PLAN)
+    with torch.no_grad():
+        predictions = network(to_pixels(split.images)).argmax(1)
+    assert ledger["label"].tolist() == split.labels.tolist()
+    assert ledger["prediction"].tolist() == predictions.tolist()
+    assert ledger["attacked/0"].tolist() == (predictions != split.labels).tolist()
+
+
+def test_rates_are_those_counted_by_hand(network: nn.Module, split: Split) -> None:
+    ledger = evaluate(network, split, PLAN)
+    rates = attack_rates(ledger)
+    rows = ledger.to_dict("records")
+    correct = [row for row in rows if row["label"] == row["prediction"]]
+    assert 0 < len(correct) < 130
+    assert rates["accuracy"] == pytest.approx(len(correct) / 130)
+    for key in ("0", "0.01", "0.05"):
+        broken = [row for row in correct if row[f"attacked/{key}"]]
+        assert rates[f"asr/{key}"] == pytest.approx(len(broken) / len(correct))
+        assert rates[f"afr/{key}"] == pytest.approx(1 - len(broken) / len(correct))
+        survivors = [row for row in rows if row in correct and not row[f"attacked/{key}"]]
+        assert rates[f"robust_accuracy/{key}"] == pytest.approx(len(survivors) / 130)
+        assert rates[f"robust_accuracy/{key}"] == pytest.approx(rates["accuracy"] * rates[f"afr/{key}"])
+    assert rates["asr/0"] == 0 < rates["asr/0.01"] < rates["asr/0.05"]
+
+
+def test_the_attack_is_pgd_with_the_plans_steps(network: nn.Module, split: Split) -> None:
+    """In one batch, with the same draws."""
+    plan = AttackPlan(eps=(0.02, 0.05), steps=3, rel_step=0.5, restarts=2, batch_size=200)
+    x, generator = to_pixels(split.images), torch.Generator().manual_seed(7)
+    expected = pgd(network, x, split.labels, (0.02, 0.05), 3, (0.01, 0.025), 2, generator)
+    ledger = evaluate(network, split, plan, seed=7)
+    assert ledger["attacked/0.02"].tolist() == expected.success[0].tolist()
+    assert ledger["attacked/0.05"].tolist() == expected.success[1].tolist()
+
+
+def test_labels_beyond_the_models_classes_are_named(split: Split) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 4)).eval()
+    with pytest.raises(ModelError, match=r"label 9.*4 classes") as raised:
+        evaluate(model, split, PLAN)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("shape", [(1, 32, 32), (3, 28, 28)], ids=["channels", "size"])
+def test_images_of_another_shape_are_named(network: nn.Module, shape: tuple[int, int, int]) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.Flatten(), nn.Linear(1024, 10)).eval()
+    foreign = Split(torch.zeros(5, *shape, dtype=torch.uint8), torch.arange(5))
+    with pytest.raises(ModelError, match="x".join(map(str, shape))) as raised:
+        evaluate(model, foreign, PLAN)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_network_in_training_mode_is_refused(split: Split) -> None:
+    with pytest.raises(ModelError, match=r"eval\(\)"):
+        evaluate(nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)).train(), split, PLAN)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"eps": ()},
+        {"eps": (-0.1,)},
+        {"eps": (8.0,)},
+        {"eps": (float("nan"),)},
+        {"steps": 0},
+        {"restarts": 0},
+        {"batch_size": 0},
+        {"rel_step": 0.0},
+    ],
+)
+def test_a_plan_refuses_what_cannot_be_done(change: dict[str, object]) -> None:
+    with pytest.raises(SettingsError, match=next(iter(change))):
+        AttackPlan(**change)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from rampart.errors import ModelError, UnsupportedLayer
-from rampart.models import Chain, Layout, Normalize
+from rampart.models import Chain, Layout
 from rampart.models.chain import Affine, Conv, Dense, Flatten, ReLU, Scale
 from tests.nets import NETS, small_classifier, small_net
 

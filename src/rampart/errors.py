@@ -37,7 +37,7 @@ class TrainingDiverged(RampartError):
 def unknown(kind: str, given: str, choices: Iterable[str]) -> str:
     """One line that names the nearest valid choice, and the others where they are few."""
     valid = sorted(choices)
-    near = difflib.get_close_matches(given, valid, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(given.lower(), valid, n=1, cutoff=0.5)
     message = f"unknown {kind} '{given}'" + (f": did you mean '{near[0]}'?" if near else "")
     # A long list would bury the hint.
     return message if near and len(valid) > 12 else f"{message} (valid: {', '.join(valid)})"

@@ -50,7 +50,8 @@ def margin_bounds(
         raise ModelError("bounds hold for one network: call model.eval() first")
     if engine == "native":
         try:
-            layout = Layout(model)
+            with torch.no_grad():
+                chain = Layout(model).resolve(x)
         except UnsupportedLayer as missing:
             log.warning("%s; using auto_LiRPA instead", missing)
             engine = "auto_lirpa"
@@ -61,7 +62,6 @@ def margin_bounds(
         bounds = lirpa_bounds(model, x, eps, method, y)
     else:
         with torch.no_grad():
-            chain = layout.resolve(x)
             spec = margin_spec(y, chain.output.shape[1]).to(x.dtype)
             bounds = chain_bounds(chain, pixel_box(x, eps), spec, method)
     return bounds.scatter(1, y[:, None], torch.inf)

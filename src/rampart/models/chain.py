@@ -238,7 +238,7 @@ class Layout:
                 self.steps.append((path, module))
         elif node.target in (torch.relu, F.relu, "relu"):
             self.steps.append((node.name, nn.ReLU()))
-        elif node.target in (torch.flatten, "flatten") and _flatten_start(node) == 1:
+        elif node.target in (torch.flatten, "flatten") and _flattened(node) == (1, -1):
             self.steps.append((node.name, nn.Flatten()))
         else:
             name = getattr(node.target, "__name__", str(node.target))
@@ -250,6 +250,9 @@ class Layout:
 
         In training mode BatchNorm normalises by the batch's statistics, updates its running ones (once a call, as a
         forward pass does) and is folded with the former, so that gradients flow through them.
+
+        Raises:
+            UnsupportedLayer: a linear map over the last of several axes.
         """
         links: list[Link] = []
         for path, module in self.steps:
@@ -267,6 +270,8 @@ class Layout:
                 _scale_last(links, 1 / std, -mean / std, shape)
                 x = module(x)
                 continue
+            if isinstance(module, nn.Linear) and len(shape) != 1:
+                raise UnsupportedLayer(path, "Linear", f"it maps the last axis of {shape}: flatten before it")
             x = module(x)
             if isinstance(module, nn.Conv2d):
                 links.append(_conv(module, shape, tuple(x.shape[1:])))
@@ -277,8 +282,10 @@ class Layout:
         return Chain(links, x)
 
 
-def _flatten_start(node: fx.Node) -> Any:
-    return node.args[1] if len(node.args) > 1 else node.kwargs.get("start_dim", 0)
+def _flattened(node: fx.Node) -> tuple[Any, Any]:
+    """(first, last) axis that a call of flatten joins."""
+    given = dict(zip(("start_dim", "end_dim"), node.args[1:], strict=False)) | dict(node.kwargs)
+    return given.get("start_dim", 0), given.get("end_dim", -1)
 
 
 def _check(path: str, module: nn.Module) -> None:

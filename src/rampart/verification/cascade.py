@@ -107,13 +107,13 @@ def verify(
 def _stages(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Iterator[tuple[str, Tensor]]:
     """(stage, lower bounds [K] of the margins, +inf at the label); each stage works on the classes not yet proved."""
     try:
-        layout = Layout(model)
+        with torch.no_grad():
+            chain = Layout(model).resolve(x)
     except UnsupportedLayer:
         for method in ("ibp", "crown", "alpha-crown"):
             yield method, margin_bounds(model, x, y, eps, method, "auto_lirpa")[0]
         return
     with torch.no_grad():
-        chain = layout.resolve(x)
         links, box = chain.links, pixel_box(x, eps)
         spec = margin_spec(y, chain.output.shape[1]).to(x.dtype)
         bounds = ibp.lower_bounds(links, box, spec)[0]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 import psutil
+import pytest
 from mlflow import MlflowClient
 
 from rampart.settings import resolve
@@ -115,6 +116,7 @@ def test_identity_follows_settings_data_model_but_not_the_machine() -> None:
     assert identity("train", base, "other") != known
 
 
+@pytest.mark.slow
 def test_an_arm_that_fails_does_not_stop_the_others(store: Path) -> None:
     """The certified arms diverge; the normal ones are trained, compared, and the failure is said at the end."""
     settings = {**TINY_STUDY, "contrastive": "none", "points": "20", "profile": str(store / "own.yaml")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Literal, get_args, get_origin, get_type_hints
 
 
 class RampartError(Exception):
@@ -37,10 +38,20 @@ class TrainingDiverged(RampartError):
 def unknown(kind: str, given: str, choices: Iterable[str]) -> str:
     """One line that names the nearest valid choice, and the others where they are few."""
     valid = sorted(choices)
-    near = difflib.get_close_matches(given.lower(), valid, n=1, cutoff=0.5)
+    lowered = {choice.lower(): choice for choice in valid}
+    near = [lowered[name] for name in difflib.get_close_matches(given.lower(), lowered, n=1, cutoff=0.5)]
     message = f"unknown {kind} '{given}'" + (f": did you mean '{near[0]}'?" if near else "")
     # A long list would bury the hint.
     return message if near and len(valid) > 12 else f"{message} (valid: {', '.join(valid)})"
+
+
+def require_choices(settings: object) -> None:
+    """Raises SettingsError where a Literal field of a dataclass holds a value that is none of its choices."""
+    for name, kind in get_type_hints(type(settings)).items():
+        if get_origin(kind) is Literal:
+            require(
+                getattr(settings, name) in get_args(kind), unknown(name, str(getattr(settings, name)), get_args(kind))
+            )
 
 
 def require(condition: bool, message: str) -> None:

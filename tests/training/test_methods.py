@@ -10,7 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rampart.attacks import perturb
-from rampart.losses import supcon_loss
+from rampart.bounds.box import pixel_box
+from rampart.bounds.fusion import fused_cross_entropy
+from rampart.bounds.margins import chain_bounds, margin_spec
+from rampart.losses import supcon_loss, worst_case_logits
 from rampart.models import Classifier, Layout
 from rampart.models.chain import ReLU
 from rampart.training import Recipe
@@ -74,6 +77,21 @@ def test_at_eps_0_the_certified_loss_is_the_plain_one(
         ours = torch.zeros_like(other) if parameter.grad is None else parameter.grad
         atol = 1e-2 * float(other.grad.abs().max()) + 1e-4
         assert torch.allclose(ours, other.grad, rtol=0, atol=atol), name
+
+
+def test_each_certified_loss_is_the_one_that_its_name_says(model: Classifier, batch: Batch) -> None:
+    x, y = batch
+    chain, box = Layout(model).resolve(x), pixel_box(x, 0.02)
+    spec, logits = margin_spec(y, 3), torch.eye(3).expand(len(x), -1, -1)
+    expected = {
+        "margin": F.cross_entropy(worst_case_logits(chain_bounds(chain, box, spec, "crown-ibp"), y), y),
+        "fused": fused_cross_entropy(chain, box, spec).mean(),
+        "logit-lower": F.cross_entropy(chain_bounds(chain, box, logits, "crown-ibp"), y),
+    }
+    for certified_loss, value in expected.items():
+        found = loss_of(made("certified", model, certified_loss=certified_loss), batch, CROSS_ENTROPY, 0.02)
+        assert found.item() == pytest.approx(value.item(), rel=1e-4), certified_loss
+    assert len({round(value.item(), 3) for value in expected.values()}) == 3
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -160,9 +178,6 @@ def test_a_certified_supcon_loss_is_that_of_lower_bounds_of_the_embedding(
     model: Classifier, batch: Batch, bound: str
 ) -> None:
     """Each of them below every embedding in the ball, and crown-ibp's not the same as ibp's."""
-    from rampart.bounds.box import pixel_box
-    from rampart.bounds.margins import chain_bounds
-
     x, y = batch
     chain = Layout(nn.Sequential(model.normalize, model.encoder)).resolve(x)
     spec = torch.eye(chain.output.shape[1]).expand(len(x), -1, -1)

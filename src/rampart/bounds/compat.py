@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 import sys
 import types
 from typing import Any
@@ -18,13 +19,27 @@ def import_auto_lirpa() -> types.ModuleType:
         version = importlib.metadata.version("auto_LiRPA")
     except importlib.metadata.PackageNotFoundError:
         version = "0.7"  # on PYTHONPATH without metadata: a checkout, which is new
-    if tuple(int(part) for part in version.split(".")[:2]) < (0, 7):
+    old = tuple(int(part) for part in version.split(".")[:2]) < (0, 7)
+    if old:
         _patch()
     try:
         import auto_LiRPA
     except ImportError as error:
         raise RampartError(f"engine auto_lirpa needs auto_LiRPA ({error}): {INSTALL}") from error
+    if old:
+        _patch_members(auto_LiRPA.BoundedModule)
     return auto_LiRPA
+
+
+def _patch_members(bounded: Any) -> None:
+    """(4) torch 2 passes remove_duplicate to _named_members, which 0.3 overrides without it."""
+    named_members = bounded._named_members
+    if "remove_duplicate" not in inspect.signature(named_members).parameters:
+
+        def wrapped(self: Any, get: Any, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Any:
+            return named_members(self, get, prefix, recurse)
+
+        bounded._named_members = wrapped
 
 
 def _patch() -> None:

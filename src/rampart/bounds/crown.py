@@ -60,9 +60,12 @@ def _tighten(links: list[Link], boxes: dict[int, Box], box: Box, loose: Box) -> 
     """Replaces the bounds of the unstable neurons of `loose` [B, *shape] by CROWN's."""
     lower, upper = loose.lower.flatten(1).clone(), loose.upper.flatten(1).clone()
     images, neurons = ((lower < 0) & (upper > 0)).nonzero(as_tuple=True)
+    if not len(images):
+        return loose
     local = windows.convolutional(links)
     before = {place: b for place, b in boxes.items() if place < len(links)}
-    widest = windows.receptive_field(links) if local else max(prod(b.lower.shape[1:]) for b in before.values())
+    sizes = [prod(b.lower.shape[1:]) for b in (*before.values(), loose)]
+    widest = windows.receptive_field(links) if local else max(sizes)
     # Each neuron has two rows, and the ReLU step holds about three tensors of a row's size.
     for part in torch.arange(len(images), device=images.device).split(max(MAX_COEFFICIENTS // (6 * widest), 1)):
         image, neuron = images[part], neurons[part]
@@ -100,6 +103,8 @@ def optimise(
     Every row of every image has its own slopes; the bounds of the ReLUs' inputs stay as given. The first iterate uses
     CROWN's slopes, so the result is never looser than CROWN's. Stops early when every bound is above `target`.
     """
+    if not boxes:
+        return backward(links, boxes, box, spec)
     with torch.enable_grad():
         alphas = {}
         for place, inputs in boxes.items():
@@ -113,7 +118,8 @@ def optimise(
             if i == steps or bool((best > target).all()):
                 break
             optimizer.zero_grad()
-            (-bounds.sum()).backward()
+            # To the slopes alone: the network's weights must not gather gradients.
+            (-bounds.sum()).backward(inputs=list(alphas.values()))
             optimizer.step()
             with torch.no_grad():
                 for alpha in alphas.values():

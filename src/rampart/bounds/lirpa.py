@@ -27,22 +27,35 @@ def lirpa_bounds(model: nn.Module, x: Tensor, eps: float, method: str, y: Tensor
     # auto_LiRPA changes the module that it is given, and prints.
     with contextlib.redirect_stdout(io.StringIO()):
         try:
-            options = {"optimize_bound_args": {"iteration": 20, "lr_alpha": 0.1}}
+            options = {"optimize_bound_args": {"iteration": 20, "lr_alpha": 0.1}, "conv_mode": _conv_mode(model)}
             bounded = library.BoundedModule(_plain(model), x, bound_opts=options, device=x.device)
-        except Exception as error:  # it raises many kinds, NotImplementedError among them
+            bounded.eval()
+            with torch.no_grad():
+                classes = model(x[:1]).shape[1]
+            spec = margin_spec(y, classes).to(x.dtype)
+            bounded_x = library.BoundedTensor(x, norm)
+            if not bounded.optimizable_activations and method == "alpha-crown":
+                method = "crown"  # no slope to optimise
+            with torch.set_grad_enabled(method == "alpha-crown"):
+                lower, _ = bounded.compute_bounds(x=(bounded_x,), C=spec, method=NAMES[method], bound_upper=False)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # it raises many kinds, NotImplementedError among them, here and there
             reason = " ".join(str(error).split())[:160]
             raise UnsupportedLayer("", type(model).__name__, f"nor can auto_LiRPA ({reason})") from error
-        bounded.eval()
-        with torch.no_grad():
-            classes = model(x[:1]).shape[1]
-        spec = margin_spec(y, classes).to(x.dtype)
-        bounded_x = library.BoundedTensor(x, norm)
-        if method == "alpha-crown":
-            lower, _ = bounded.compute_bounds(x=(bounded_x,), C=spec, method=NAMES[method], bound_upper=False)
-        else:
-            with torch.no_grad():
-                lower, _ = bounded.compute_bounds(x=(bounded_x,), C=spec, method=NAMES[method], bound_upper=False)
     return lower.detach()
+
+
+def _conv_mode(model: nn.Module) -> str:
+    """Its patches (the fast way) know neither dilation, of which they give wrong bounds, nor groups, nor rectangles."""
+    convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    regular = all(
+        conv.groups == 1
+        and len({*conv.dilation, 1}) == 1
+        and all(len(set(pair)) == 1 for pair in (conv.kernel_size, conv.stride, conv.padding))
+        for conv in convs
+    )
+    return "patches" if regular else "matrix"
 
 
 def _plain(model: nn.Module) -> nn.Module:
@@ -57,7 +70,7 @@ def _plain(model: nn.Module) -> nn.Module:
 
 def _as_convolution(module: Normalize) -> nn.Conv2d:
     channels = module.std.numel()
-    conv = nn.Conv2d(channels, channels, 1).to(module.std.device).requires_grad_(False)
+    conv = nn.Conv2d(channels, channels, 1).to(module.std).requires_grad_(False)
     conv.weight.copy_(torch.diag(1 / module.std.flatten())[:, :, None, None])
     conv.bias.copy_((-module.mean / module.std).flatten())  # type: ignore[union-attr]
     return conv

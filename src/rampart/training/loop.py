@@ -103,13 +103,14 @@ def fit(
                 bar.update()
             mean_loss = loss_sum.item() / seen
             seconds = time.perf_counter() - started
-            if not math.isfinite(mean_loss):
+            score, validation = validate(stage, model, data, recipe, streams.device)
+            # The loss is that of the steps' starts: the last step may have ruined the weights behind a finite one.
+            if not (math.isfinite(mean_loss) and math.isfinite(score)):
                 raise TrainingDiverged(
-                    f"the loss became {mean_loss} in epoch {epoch} ({stage.name}): "
-                    f"lower lr (now {recipe.lr:g}) or eps; "
+                    f"the loss became {mean_loss if not math.isfinite(mean_loss) else score} "
+                    f"in epoch {epoch} ({stage.name}): lower lr (now {recipe.lr:g}) or eps; "
                     f"the last good checkpoint is {kept}"
                 )
-            score, validation = validate(stage, model, data, recipe, streams.device)
             recorder.metrics(
                 {
                     f"{stage.name}/loss": mean_loss,
@@ -133,10 +134,14 @@ def fit(
 def validate(
     stage: Stage, model: Classifier, data: Dataset, recipe: Recipe, generator: torch.Generator
 ) -> tuple[float, dict[str, float]]:
-    """(score, higher is better; metrics) on the validation split, at the full ε whatever the warm-up."""
+    """(score, higher is better; metrics) on the validation split, at the full ε whatever the warm-up.
+
+    The score is NaN where an output is not finite.
+    """
     model.eval()
     encoder_alone = not stage.criterion.needs_logits
     sums: dict[str, Tensor | float] = {}
+    finite = True
 
     def add(name: str, value: Tensor) -> None:
         sums[name] = sums.get(name, 0.0) + value
@@ -147,10 +152,12 @@ def validate(
                 # SupCon on clean embeddings: its value under attack or bounds would cost as much as an epoch.
                 add("val/supcon_loss", stage.criterion.on_images(model, x, y) * len(y))
                 continue
-            add("val/accuracy", (model(x).argmax(1) == y).sum())
+            logits = model(x)
+            finite = finite and bool(logits.isfinite().all())
+            add("val/accuracy", (logits.argmax(1) == y).sum())
         if stage.method.score_name != "accuracy":
             add(f"val/{stage.method.score_name}", stage.method.survives(x, y, recipe.eps, generator).sum())
     metrics = {name: float(value) / len(data.val) for name, value in sums.items()}
     if encoder_alone:
         return -metrics["val/supcon_loss"], metrics
-    return metrics[f"val/{stage.method.score_name}"], metrics
+    return metrics[f"val/{stage.method.score_name}"] if finite else math.nan, metrics

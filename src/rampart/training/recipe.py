@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from rampart.errors import require, unknown
+from rampart.errors import require, require_choices, unknown
 from rampart.models.classifier import ENCODERS
 
 MethodName = Literal["normal", "adversarial", "certified"]
@@ -76,6 +76,7 @@ class Recipe:
     select: Literal["best", "last"] = "best"
 
     def __post_init__(self) -> None:
+        require_choices(self)
         require(self.architecture in ENCODERS, unknown("architecture", self.architecture, ENCODERS))
         for name in ("epochs", "encoder_epochs", "head_epochs", "attack_steps"):
             require(getattr(self, name) >= 1, f"{name} must be 1 or more, not {getattr(self, name)}")

@@ -18,7 +18,7 @@ from rampart.attacks import pgd
 from rampart.bounds import crown, ibp, margin_bounds
 from rampart.bounds.box import pixel_box
 from rampart.bounds.margins import margin_spec
-from rampart.errors import RampartError, UnsupportedLayer, require, unknown
+from rampart.errors import ModelError, RampartError, UnsupportedLayer, require, unknown
 from rampart.models import Layout
 
 log = logging.getLogger(__name__)
@@ -73,6 +73,8 @@ def verify(
     require(engine in ENGINES, unknown("verification engine", engine, ENGINES))
     require(timeout > 0, f"timeout must be above 0 seconds, not {timeout:g}")
     require(0 <= eps <= 1, f"eps must lie between 0 and 1 (pixels), not {eps:g}")
+    if model.training:
+        raise ModelError("a verdict is on one network: call model.eval() first")
     started = time.perf_counter()
     x, y = image[None], torch.tensor([label], device=image.device)
     with torch.no_grad():
@@ -82,6 +84,9 @@ def verify(
     def verdict(status: str, bound: float, stage: str, example: Tensor | None = None) -> Verdict:
         return Verdict(status, bound, example, 0, time.perf_counter() - started, stage)
 
+    if not bool(logits.isfinite().all()):
+        log.error("verification failed: the network's output is NaN or infinite on the image itself")
+        return verdict("error", -torch.inf, "")
     refuted = _refute(model, image, label, eps, attack_first)
     if refuted is not None:
         return verdict("unsafe", -torch.inf, "attack", refuted)

@@ -11,7 +11,7 @@ from torch import nn
 from tqdm import tqdm
 
 from rampart.data import Split, to_pixels
-from rampart.errors import require
+from rampart.errors import require, require_choices
 from rampart.evaluation.attacked import logits_of
 from rampart.verification.cascade import verify
 from rampart.verification.selection import Selection, choose
@@ -43,6 +43,7 @@ class VerificationPlan:
     timeout: float = 180.0
 
     def __post_init__(self) -> None:
+        require_choices(self)
         for name in ("eps", "survive_eps"):
             require(0 <= getattr(self, name) <= 1, f"{name} must lie between 0 and 1, not {getattr(self, name):g}")
         require(self.images >= 1, f"images must be 1 or more, not {self.images}")

@@ -127,6 +127,19 @@ def test_a_changed_folder_is_decoded_anew(change: str, folder: Path, monkeypatch
     assert (second.digest == first.digest) == (change == "renamed")
 
 
+def test_an_image_that_changes_its_class_and_nothing_else_is_noticed(tmp_path: Path) -> None:
+    """Neither its name, nor its size, nor its time, nor its place in the order of all images tells."""
+    names = {"bird": "abc", "cat": "de"}
+    for part in ("train", "test"):
+        for label, (name, letters) in enumerate(names.items()):
+            (tmp_path / part / name).mkdir(parents=True)
+            for number, letter in enumerate(letters):
+                PIL.Image.fromarray(picture(part, label, number)).save(tmp_path / part / name / f"{letter}.bmp")
+    assert load(tmp_path).test.labels.tolist() == [0, 0, 0, 1, 1]
+    (tmp_path / "test" / "bird" / "c.bmp").rename(tmp_path / "test" / "cat" / "c.bmp")
+    assert load(tmp_path).test.labels.tolist() == [0, 0, 1, 1, 1]
+
+
 def test_two_folders_have_caches_of_their_own(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copy2)
     assert load(folder).digest == load(tmp_path / "copy").digest

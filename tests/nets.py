@@ -8,7 +8,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from rampart.models import Classifier, Normalize, build_model
+from rampart.models import Chain, Classifier, Normalize, build_model
+from rampart.models.links import Affine, ReLU
 
 CLASSES = 4
 M = TypeVar("M", bound=nn.Module)
@@ -156,6 +157,70 @@ def _rectangular() -> nn.Module:
     )
 
 
+class Residual(nn.Module):
+    """Blocks that join with a convolution of the input of the block, and with the input itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(2, 3, 3, padding=1)
+        self.first = nn.Sequential(
+            nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1)
+        )
+        self.shortcut = nn.Sequential(nn.Conv2d(3, 4, 1, stride=2), nn.BatchNorm2d(4))
+        self.second = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4))
+        self.head = nn.Linear(36, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        x = torch.relu(self.first(x) + self.shortcut(x))
+        x = torch.relu(torch.add(self.second(x), x))
+        return self.head(x.flatten(1))
+
+
+class Densely(nn.Module):
+    """Additions of vectors: of a value with itself, and of the input with what is made of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        x = torch.relu(self.first(x)) + x
+        x = torch.relu(self.second(x + x))
+        return self.head(x) + self.head(x)
+
+
+def _pooled() -> nn.Module:
+    """Average pooling in windows that overlap and hang over the border, and over the whole map."""
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1),
+        nn.ReLU(),
+        nn.AvgPool2d(3, stride=2, padding=1),
+        nn.Conv2d(4, 4, 3, padding=1),
+        nn.ReLU(),
+        nn.AvgPool2d(2),
+        nn.Conv2d(4, 6, 2),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(6, CLASSES),
+    )
+
+
+def _averaged() -> nn.Module:
+    """Average pooling in windows side by side."""
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1),
+        nn.ReLU(),
+        nn.AvgPool2d(2),
+        nn.Conv2d(4, 4, 3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(4, CLASSES),
+    )
+
+
 # name -> (shape of an image, factory)
 NETS: dict[str, tuple[tuple[int, int, int], Callable[[], nn.Module]]] = {
     "dense": ((3, 2, 2), _dense),
@@ -168,6 +233,10 @@ NETS: dict[str, tuple[tuple[int, int, int], Callable[[], nn.Module]]] = {
     "plain-norm": ((3, 6, 6), _plain_norm),
     "functional": ((3, 6, 6), Functional),
     "rectangular": ((1, 8, 7), _rectangular),
+    "residual": ((2, 6, 6), Residual),
+    "densely": ((3, 2, 2), Densely),
+    "pooled": ((3, 8, 8), _pooled),
+    "averaged": ((3, 6, 6), _averaged),
 }
 
 
@@ -182,7 +251,25 @@ def small_classifier(classes: int = CLASSES, in_shape: tuple[int, int, int] = (3
     return randomised(build_model("paper-cnn", in_shape, classes, width=0.0625))
 
 
-def points_in_ball(image: Tensor, eps: float, count: int) -> Tensor:
+def values_of(chain: Chain, x: Tensor) -> dict[int, Tensor]:
+    """x through the links: every value, by the place of the link that makes it; -1 is x."""
+    values = {-1: x}
+    for place, link in enumerate(chain.links):
+        read = [values[source] for source in chain.sources[place]]
+        if isinstance(link, Affine):
+            assert tuple(read[0].shape[1:]) == tuple(link.in_shape)
+            values[place] = link.apply(read[0])
+        else:
+            values[place] = read[0].relu() if isinstance(link, ReLU) else read[0] + read[1]
+        assert tuple(values[place].shape[1:]) == tuple(link.out_shape)
+    return values
+
+
+def run_chain(chain: Chain, x: Tensor) -> Tensor:
+    return values_of(chain, x)[chain.last]
+
+
+def points_in_ball(image: Tensor, eps: float | Tensor, count: int) -> Tensor:
     """[count, C, H, W] of the ball around `image` cut to [0, 1]: a third inside, a third corners, a third on faces."""
     lower, upper = (image - eps).clamp(0, 1), (image + eps).clamp(0, 1)
     share = torch.rand(count, *image.shape, dtype=image.dtype)

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -144,7 +144,7 @@ class StudySettings(Common):
         workers: arms run side by side, each in a process of its own; 0: one on a GPU, else one for each core.
     """
 
-    methods: tuple[MethodName, ...] = get_args(MethodName)
+    methods: tuple[MethodName, ...] = ("normal", "adversarial", "certified")
     augment: tuple[bool, ...] = (False, True)
     contrastive: tuple[Contrastive, ...] = ("none", "double")
     seeds: int = 1
@@ -318,8 +318,8 @@ def _validated(step: str, values: dict[str, Any]) -> Settings:
     for field in dataclasses.fields(kind):
         value = values.get(field.name)
         listed = "tuple" in str(field.type)
-        if listed and isinstance(value, str):
-            values[field.name] = [part.strip() for part in value.split(",")]
+        if listed and isinstance(value, str | int | float):
+            values[field.name] = [part.strip() for part in str(value).split(",")]
         elif not listed and isinstance(value, list):
             require(len(value) == 1, f"{field.name} takes one value here, not {len(value)}")
             values[field.name] = value[0]

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rampart.bounds import ibp
 from rampart.bounds.box import pixel_box
 from rampart.bounds.fusion import fused_cross_entropy
 from rampart.bounds.margins import chain_bounds, margin_spec
@@ -16,7 +17,8 @@ from tests.nets import CLASSES, NETS, points_in_ball, small_net
 
 
 def fused(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Tensor:
-    return fused_cross_entropy(Layout(model).resolve(x), pixel_box(x, eps), margin_spec(y, CLASSES).to(x.dtype))
+    chain, box = Layout(model).resolve(x), pixel_box(x, eps)
+    return fused_cross_entropy(chain, box, ibp.intervals(chain, box), margin_spec(y, CLASSES).to(x.dtype))
 
 
 def by_margins(model: nn.Module, x: Tensor, y: Tensor, eps: float, method: str = "crown-ibp") -> Tensor:

@@ -12,33 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rampart.bounds import METHODS, margin_bounds
-from rampart.errors import ModelError, SettingsError, UnsupportedLayer
+from rampart.errors import BoundError, ModelError, SettingsError, UnsupportedLayer
 from tests.exact import exact_margins, tiny_net
 from tests.nets import CLASSES, NETS, margins, points_in_ball, small_net
 
-# auto_LiRPA has no BatchNorm without scale and shift.
-SHARED_NETS = [name for name in NETS if name != "plain-norm"]
+# auto_LiRPA has no BatchNorm without scale and shift, and no average pooling in windows that overlap.
+SHARED_NETS = [name for name in NETS if name not in ("plain-norm", "pooled")]
 EPS = 0.04
-
-
-class Joined(nn.Module):
-    """A residual block: no chain."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.hidden, self.head = nn.Linear(12, 12), nn.Linear(12, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.flatten(1)
-        return self.head(torch.relu(self.hidden(x)) + x)
 
 
 def beyond_native(name: str) -> nn.Module:
     """Networks on [3, 2, 2] images for which auto_LiRPA must take over."""
     layers = {
-        "residual": [Joined()],
+        "tanh": [nn.Flatten(), nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, CLASSES)],
         "leaky": [nn.Flatten(), nn.Linear(12, 8), nn.LeakyReLU(0.2), nn.Linear(8, CLASSES)],
-        "pooling": [nn.Conv2d(3, 5, 1), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(5, CLASSES)],
         "activation-first": [nn.Flatten(), nn.LeakyReLU(0.2), nn.Linear(12, CLASSES)],
     }
     return nn.Sequential(*layers[name]).eval()
@@ -63,10 +50,15 @@ def assert_close(ours: Tensor, theirs: Tensor, labels: Tensor) -> None:
     assert torch.allclose(ours[entries], theirs[entries], rtol=0, atol=1e-4 * theirs[entries].abs().max().item())
 
 
-def sampled_minima(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Tensor:
-    """[B, K]: the smallest margins seen at 2,000 points of each image's ball, +inf at the label."""
-    pairs = zip(x, y.tolist(), strict=True)
-    return torch.stack([margins(model, points_in_ball(image, eps, 2000), label).amin(0) for image, label in pairs])
+def sampled_minima(model: nn.Module, x: Tensor, y: Tensor, eps: float | Tensor) -> Tensor:
+    """[B, K]: the smallest margins seen at 10,000 points of each image's ball, +inf at the label."""
+    radii = torch.as_tensor(eps).expand_as(x)
+    return torch.stack(
+        [
+            margins(model, points_in_ball(image, radius, 10_000), int(label)).amin(0)
+            for image, label, radius in zip(x, y, radii, strict=True)
+        ]
+    )
 
 
 def assert_sound(bounds: Tensor, seen: Tensor, slack: float = 1e-5) -> None:
@@ -178,7 +170,7 @@ def test_bounds_of_an_image_do_not_depend_on_its_batch() -> None:
     assert_close(margin_bounds(model, x, y, EPS, "crown"), alone, y)
 
 
-@pytest.mark.parametrize("name", ["residual", "leaky", "pooling", "activation-first"])
+@pytest.mark.parametrize("name", ["tanh", "leaky", "activation-first"])
 @pytest.mark.parametrize("method", METHODS)
 def test_auto_lirpa_takes_over_and_says_so(name: str, method: str, caplog: pytest.LogCaptureFixture) -> None:
     model, x, y = beyond_native(name), torch.rand(2, 3, 2, 2), torch.tensor([0, 2])
@@ -202,6 +194,38 @@ def test_a_dense_map_on_the_rows_of_an_image_is_bounded_or_refused(method: str) 
     model, x, y = nn.Sequential(*layers).eval(), torch.rand(2, 3, 2, 2), torch.tensor([0, 2])
     with contextlib.suppress(UnsupportedLayer):
         assert_sound(margin_bounds(model, x, y, EPS, method), sampled_minima(model, x, y, EPS))
+
+
+@pytest.mark.parametrize("layer", [nn.AvgPool2d(2, 1), nn.AvgPool2d(2, 2, 1), nn.AdaptiveAvgPool2d(1)])
+def test_pooling_that_auto_lirpa_bounds_wrongly_is_refused(layer: nn.Module) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), layer, nn.Flatten(), nn.LazyLinear(CLASSES)).eval()
+    x, y = torch.rand(2, 3, 4, 4), torch.tensor([0, 2])
+    model(x)
+    with pytest.raises(UnsupportedLayer, match="'2'"):
+        margin_bounds(model, x, y, EPS, "ibp", engine="auto_lirpa")
+
+
+@pytest.mark.parametrize("engine", ["native", "auto_lirpa"])
+@pytest.mark.parametrize("method", ["ibp", "crown-ibp", "crown"])
+def test_every_pixel_may_have_a_radius_of_its_own(method: str, engine: str) -> None:
+    model, x, y = small_net("strided")
+    eps = 2 * EPS * torch.rand_like(x)
+    bounds = margin_bounds(model, x, y, eps, method, engine)
+    assert_close(bounds, margin_bounds(model, x, y, eps, method), y)
+    assert_sound(bounds, sampled_minima(model, x, y, eps))
+    inner, outer = (margin_bounds(model, x, y, radius.item(), method, engine) for radius in (eps.min(), eps.max()))
+    assert bool((inner >= bounds - 1e-5).all())
+    assert bool((bounds >= outer - 1e-5).all())
+    assert not torch.allclose(inner, outer)
+
+
+def test_weights_that_overflow_give_an_error_and_no_bound() -> None:
+    model, x, y = small_net("dense")
+    with torch.no_grad():
+        model[1].weight.fill_(3e38)
+    for method in METHODS:
+        with pytest.raises(BoundError, match="overflow"):
+            margin_bounds(model, x, y, EPS, method)
 
 
 def test_auto_lirpa_takes_a_network_in_float64() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rampart.losses import worst_case_logits
+from rampart.bounds.box import Box
+from rampart.losses import interval_regularizer, worst_case_logits
 
 
 @settings(max_examples=100, deadline=None)
@@ -35,3 +37,36 @@ def test_the_entry_of_the_label_is_ignored_whatever_stands_there() -> None:
     F.cross_entropy(logits, torch.tensor([0, 1])).backward()
     assert margins.grad[0, 0] == margins.grad[1, 1] == 0
     assert bool(margins.grad.isfinite().all())
+
+
+def box(lower: list[float], upper: list[float]) -> Box:
+    return Box(torch.tensor([lower]), torch.tensor([upper]))
+
+
+def test_the_regularizer_is_zero_where_intervals_keep_their_width_and_relus_are_balanced() -> None:
+    """One active and one inactive neuron whose centres lie as far from 0 and from their mean; widths of the input."""
+    balanced = box([1.0, -2.0], [2.0, -1.0])
+    assert interval_regularizer(balanced, [balanced, balanced]).item() == 0
+
+
+def test_the_regularizer_grows_with_the_width_of_intervals() -> None:
+    """Widths four times the input's: a ratio of 1/4 where 1/2 is tolerated."""
+    wide = box([1.0, -5.0], [5.0, -1.0])
+    assert interval_regularizer(box([0.0], [1.0]), [wide]).item() == pytest.approx((0.5 - 0.25) / 0.5)
+
+
+def test_the_regularizer_grows_as_active_and_inactive_neurons_lose_their_balance() -> None:
+    """Sums of the centres 1.5 to 6; of their squared distances from the mean (-1.5): 9 to 9."""
+    uneven = box([1.0, -5.0, -2.0], [2.0, -4.0, -1.0])
+    spread = [(c + 1.5) ** 2 for c in (1.5, -4.5, -1.5)]
+    ratio = min(spread[0], spread[1] + spread[2]) / max(spread[0], spread[1] + spread[2])
+    expected = (max(0.5 - 1.5 / 6, 0) + max(0.5 - ratio, 0)) / 0.5
+    assert interval_regularizer(box([0.0], [1.0]), [uneven]).item() == pytest.approx(expected)
+
+
+def test_the_regularizer_of_relus_that_are_all_on_is_finite_with_a_finite_gradient() -> None:
+    lower = torch.tensor([[1.0, 2.0]], requires_grad=True)
+    value = interval_regularizer(box([0.0], [1.0]), [Box(lower, lower + 3)])
+    value.backward()
+    assert value.isfinite()
+    assert bool(lower.grad.isfinite().all())

@@ -13,17 +13,8 @@ from torch import Tensor, nn
 
 from rampart.errors import ModelError, UnsupportedLayer
 from rampart.models import Chain, Layout
-from rampart.models.chain import Affine, Conv, Dense, Flatten, ReLU, Scale
-from tests.nets import NETS, small_classifier, small_net
-
-
-def run(chain: Chain, x: Tensor) -> Tensor:
-    """x through the links, one by one."""
-    for link in chain.links:
-        shape = link.shape if isinstance(link, ReLU) else link.in_shape
-        assert tuple(x.shape[1:]) == tuple(shape)
-        x = x.relu() if isinstance(link, ReLU) else link.apply(x)
-    return x
+from rampart.models.links import Add, Affine, Conv, Dense, Flatten, ReLU, Scale
+from tests.nets import NETS, run_chain, small_classifier, small_net
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
@@ -39,15 +30,15 @@ def test_a_chain_gives_the_networks_output_and_updates_its_statistics_as_a_forwa
     twin = copy.deepcopy(model)
     chain, expected = Layout(model).resolve(x), twin(x)
     assert torch.allclose(chain.output, expected, atol=1e-6)
-    assert torch.allclose(run(chain, x), expected, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(run_chain(chain, x), expected, rtol=1e-4, atol=1e-5)
     for (key, value), other in zip(model.state_dict().items(), twin.state_dict().values(), strict=True):
-        assert torch.equal(value, other), key
+        assert torch.allclose(value, other, rtol=1e-5, atol=1e-6), key
 
 
 def test_eval_mode_folds_batch_norm_for_any_other_input() -> None:
     model, x, _ = small_net("strided")
     chain, other = Layout(model).resolve(x), torch.rand_like(x)
-    assert torch.allclose(run(chain, other), model(other), rtol=1e-4, atol=1e-5)
+    assert torch.allclose(run_chain(chain, other), model(other), rtol=1e-4, atol=1e-5)
     assert sum(isinstance(link, Scale) for link in chain.links) == 1, "the normalisation alone stands by itself"
 
 
@@ -59,7 +50,7 @@ def test_gradients_flow_through_a_chain_as_through_the_network(name: str) -> Non
     x = x.double().requires_grad_()
     wanted = [x, *model.parameters()]
     expected = torch.autograd.grad(nn.functional.cross_entropy(model(x), y), wanted)
-    found = torch.autograd.grad(nn.functional.cross_entropy(run(Layout(model).resolve(x), x), y), wanted)
+    found = torch.autograd.grad(nn.functional.cross_entropy(run_chain(Layout(model).resolve(x), x), y), wanted)
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-7, atol=1e-10)
 
@@ -71,7 +62,7 @@ def test_a_layout_serves_as_weights_change() -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1
-    assert torch.allclose(run(layout.resolve(x), x), model(x), rtol=1e-4, atol=1e-5)
+    assert torch.allclose(run_chain(layout.resolve(x), x), model(x), rtol=1e-4, atol=1e-5)
 
 
 def test_a_layout_serves_in_both_modes() -> None:
@@ -79,7 +70,7 @@ def test_a_layout_serves_in_both_modes() -> None:
     layout = Layout(model.train())
     layout.resolve(x)
     model.eval()
-    assert torch.allclose(run(layout.resolve(x), x), model(x), rtol=1e-4, atol=1e-5)
+    assert torch.allclose(run_chain(layout.resolve(x), x), model(x), rtol=1e-4, atol=1e-5)
 
 
 def test_the_places_of_the_relus() -> None:
@@ -195,7 +186,18 @@ UNSUPPORTED: dict[str, tuple[nn.Module, str]] = {
     "flatten of the first axes as a function": (Forward(lambda m, x: torch.flatten(x, 1, 2)), "flatten"),
     "flatten of the first axes as a method": (Forward(lambda m, x: x.flatten(start_dim=1, end_dim=2)), "flatten"),
     "activation as a function": (Forward(lambda m, x: torch.tanh(x)), "tanh"),
-    "residual": (Forward(lambda m, x: m.hidden(x) + x, hidden=nn.Linear(4, 4)), "add"),
+    "sum with a factor": (Forward(lambda m, x: torch.add(m.hidden(x), x, alpha=2), hidden=nn.Linear(4, 4)), "add"),
+    "concatenation": (Forward(lambda m, x: torch.cat([m.hidden(x), x], 1), hidden=nn.Linear(4, 4)), "cat"),
+    "value overwritten that is read again": (
+        Forward(
+            lambda m, x: m.hidden(nn.functional.relu(h := m.first(x), inplace=True)) + h,
+            first=nn.Linear(4, 4),
+            hidden=nn.Linear(4, 4),
+        ),
+        "relu",
+    ),
+    "pooling with a ragged edge": (nn.Sequential(nn.AvgPool2d(2, ceil_mode=True)), "0"),
+    "pooling that does not count its border": (nn.Sequential(nn.AvgPool2d(3, 1, 1, count_include_pad=False)), "0"),
     "constant added": (Forward(lambda m, x: m.hidden(x) + 1, hidden=nn.Linear(4, 4)), "add"),
     "early exit": (Forward(lambda m, x: m.hidden(x) if x.sum() > 0 else x, hidden=nn.Linear(4, 4)), "model"),
     "layer beside the chain": (Forward(lambda m, x: (m.hidden(x), x)[1], hidden=nn.Linear(4, 4)), "model"),
@@ -226,3 +228,32 @@ def test_a_dense_map_over_the_last_axis_of_a_map_is_no_chain() -> None:
     model = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Flatten(), nn.Linear(36, 2)).eval()
     with pytest.raises(UnsupportedLayer, match="'0'"):
         Layout(model).resolve(torch.rand(2, 3, 3, 5))
+
+
+@pytest.mark.parametrize(("size", "output"), [((5, 6), 2), ((6, 6), (4, 3))])
+def test_pooling_into_windows_of_unequal_sizes_is_no_chain(size: tuple[int, int], output: object) -> None:
+    with pytest.raises(UnsupportedLayer, match=r"'0'.*divide"):
+        Layout(nn.Sequential(nn.AdaptiveAvgPool2d(output))).resolve(torch.rand(1, 2, *size))
+
+
+@pytest.mark.parametrize("kernel", [2, 3, (2, 1)])
+@pytest.mark.parametrize("padding", [0, 1])
+def test_average_pooling_is_exact(kernel: object, padding: int) -> None:
+    module = nn.AvgPool2d(kernel, stride=2, padding=padding if kernel != (2, 1) else 0)
+    x = torch.rand(1, 3, 6, 5).double()
+    (link,) = Layout(nn.Sequential(module)).resolve(x).links
+    assert torch.allclose(link.apply(x), module(x))
+    assert_exact(link)
+
+
+def test_a_value_is_not_scaled_where_another_layer_reads_it_too() -> None:
+    """BatchNorm on one branch of a map that a shortcut reads as it was."""
+    model = Forward(lambda m, x: m.norm(h := m.first(x)) + h, first=nn.Linear(4, 4), norm=nn.BatchNorm1d(4)).eval()
+    with torch.no_grad():
+        model.norm.running_var.fill_(9.0)
+    x = torch.rand(3, 4)
+    chain = Layout(model).resolve(x)
+    assert [type(link) for link in chain.links] == [Dense, Scale, Add]
+    assert torch.allclose(run_chain(chain, x), model(x), atol=1e-6)
+    assert chain.before(1) == [0, 1]
+    assert chain.before(2) == [0, 1, 2]

@@ -10,16 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rampart.attacks import perturb
+from rampart.bounds import ibp
 from rampart.bounds.box import pixel_box
 from rampart.bounds.fusion import fused_cross_entropy
 from rampart.bounds.margins import chain_bounds, margin_spec
+from rampart.errors import ModelError, UnsupportedLayer
 from rampart.losses import supcon_loss, worst_case_logits
 from rampart.models import Classifier, Layout
-from rampart.models.chain import ReLU
 from rampart.training import Recipe
 from rampart.training.criterion import Criterion
 from rampart.training.methods import METHODS, Method
-from tests.nets import small_classifier
+from rampart.training.methods.bounded import worst_corner
+from tests.nets import run_chain, small_classifier
 
 Batch = tuple[Tensor, Tensor]
 CROSS_ENTROPY, SUPCON, BOTH = Criterion(0.0, 0.1), Criterion(1.0, 0.1), Criterion(0.3, 0.1)
@@ -87,7 +89,7 @@ def test_each_certified_loss_is_the_one_that_its_name_says(model: Classifier, ba
     spec, logits = margin_spec(y, 3), torch.eye(3).expand(len(x), -1, -1)
     expected = {
         "margin": F.cross_entropy(worst_case_logits(chain_bounds(chain, box, spec, "crown-ibp"), y), y),
-        "fused": fused_cross_entropy(chain, box, spec).mean(),
+        "fused": fused_cross_entropy(chain, box, ibp.intervals(chain, box), spec).mean(),
         "logit-lower": F.cross_entropy(chain_bounds(chain, box, logits, "crown-ibp"), y),
     }
     for certified_loss, value in expected.items():
@@ -109,11 +111,27 @@ def test_a_batch_moves_the_running_statistics_once(method: str, model: Classifie
     twin = copy.deepcopy(model).train()
     twin.load_state_dict({**twin.state_dict(), **before})
     x = batch[0]
-    if method == "adversarial":
+    if method in ("sabr", "mtl-ibp"):
+        # Theirs are the statistics of the examples; SABR's keep its box in the ball.
+        x = adversarial_half(twin, batch, CROSS_ENTROPY, 0.05 if method == "mtl-ibp" else 0.045)
+    elif method == "adversarial":
         x = torch.cat([x, adversarial_half(twin, batch, CROSS_ENTROPY, 0.05)])
+    elif method == "trades":
+        x = torch.cat([x, diverging_half(twin, batch[0], 0.05)])
     twin.train()(x)
     for name, value in statistics(twin).items():
         assert torch.allclose(after[name].double(), value.double(), atol=1e-5), name
+
+
+def diverging_half(model: Classifier, x: Tensor, eps: float) -> Tensor:
+    """Examples that ascend KL(output on the image || output on the example)."""
+    fixed = copy.deepcopy(model).eval()
+    p = fixed(x).softmax(1).detach()
+
+    def divergence(moved: Tensor) -> Tensor:
+        return (p * (p.log() - fixed(moved).log_softmax(1))).sum(1).mean()
+
+    return perturb(divergence, x, eps, 3, eps / 4, torch.Generator().manual_seed(0))
 
 
 def adversarial_half(model: Classifier, batch: Batch, criterion: Criterion, eps: float) -> Tensor:
@@ -153,9 +171,7 @@ def test_the_certified_loss_bounds_that_of_every_attack(
     chain = Layout(copy.deepcopy(model)).resolve(x)
 
     def network(moved: Tensor) -> Tensor:
-        for link in chain.links:
-            moved = moved.relu() if isinstance(link, ReLU) else link.apply(moved)
-        return moved
+        return run_chain(chain, moved)
 
     bound = loss_of(made("certified", model, certified_loss=certified_loss), batch, CROSS_ENTROPY, eps)
     for seed in range(4):
@@ -167,7 +183,7 @@ def test_the_certified_loss_bounds_that_of_every_attack(
 
 def test_the_clean_share_mixes_the_clean_loss_in(model: Classifier, batch: Batch) -> None:
     worst, mixed, clean = (
-        loss_of(made("certified", model, clean_weight=share), batch, CROSS_ENTROPY, 0.05).item()
+        loss_of(made("certified", model, clean_weight=(share,)), batch, CROSS_ENTROPY, 0.05).item()
         for share in (0.0, 0.3, 1.0)
     )
     assert clean == pytest.approx(F.cross_entropy(model(batch[0]), batch[1]).item(), rel=1e-5)
@@ -187,7 +203,7 @@ def test_a_certified_supcon_loss_is_that_of_lower_bounds_of_the_embedding(
     for _ in range(50):
         moved = (x + 0.02 * (2 * torch.rand_like(x) - 1)).clamp(0, 1)
         assert bool((lower <= model.embed(moved) + 1e-5).all())
-    found = loss_of(made("certified", model, embedding_bound=bound), batch, SUPCON, 0.02)
+    found = loss_of(made("certified", model, embeddings=bound), batch, SUPCON, 0.02)
     assert found.item() == pytest.approx(supcon_loss(lower, y, 0.1).item(), rel=1e-4)
 
 
@@ -199,3 +215,142 @@ def test_an_image_that_is_misclassified_does_not_survive(method: str, model: Cla
     survivors = made(method, model).survives(x, (predictions + 1) % 3, 0.01, None)
     assert not bool(survivors.any())
     assert bool(made(method, model).survives(x, predictions, 0.0, None).all())
+
+
+def test_the_trades_loss_adds_the_divergence_on_examples_that_ascend_it(model: Classifier, batch: Batch) -> None:
+    x, y = batch
+    moved = diverging_half(model, x, 0.05)
+    p, q = model(x).softmax(1), model(moved).softmax(1)
+    expected = F.cross_entropy(model(x), y) + 4.0 * (p * (p / q).log()).sum(1).mean()
+    found = loss_of(made("trades", model, trades_beta=4.0), batch, CROSS_ENTROPY, 0.05)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_trades_with_supcon_sees_images_and_examples(model: Classifier, batch: Batch) -> None:
+    x, y = batch
+    views = model.embed(torch.cat([x, diverging_half(model, x, 0.05)]))
+    plain = loss_of(made("trades", model), batch, CROSS_ENTROPY, 0.05)
+    expected = 0.3 * supcon_loss(views, torch.cat([y, y]), 0.1) + 0.7 * plain
+    assert loss_of(made("trades", model), batch, BOTH, 0.05).item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def interval_loss(model: Classifier, center: Tensor, half: float, y: Tensor) -> Tensor:
+    """Cross-entropy on interval bounds of the margins, all maps behind the last ReLU merged by hand."""
+    chain, box = Layout(model).resolve(center), pixel_box(center, half)
+    *_, linear, norm = model.encoder.projection
+    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+    weight = model.head.weight @ (linear.weight * scale[:, None])
+    bias = model.head.weight @ ((linear.bias - norm.running_mean) * scale + norm.bias) + model.head.bias
+    last = ibp.intervals(chain, box)[chain.relus[-1]]
+    spec = margin_spec(y, 3)
+    rows = spec @ weight
+    center, half_width = (last.lower + last.upper) / 2, (last.upper - last.lower) / 2
+    margins = (rows @ center[..., None] - rows.abs() @ half_width[..., None]).squeeze(2) + spec @ bias
+    return F.cross_entropy(worst_case_logits(margins, y), y)
+
+
+def test_the_ibp_loss_is_on_interval_bounds(model: Classifier, batch: Batch) -> None:
+    x, y = batch
+    found = loss_of(made("ibp", model), batch, CROSS_ENTROPY, 0.03)
+    assert found.item() == pytest.approx(interval_loss(model, x, 0.03, y).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.2, 1.0])
+def test_the_mtl_ibp_loss_mixes_that_of_examples_and_of_intervals(
+    model: Classifier, batch: Batch, alpha: float
+) -> None:
+    x, y = batch
+    moved = adversarial_half(model, batch, CROSS_ENTROPY, 0.04)
+    expected = (1 - alpha) * F.cross_entropy(model(moved), y) + alpha * interval_loss(model, x, 0.02, y)
+    method = made("mtl-ibp", model, mtl_alpha=alpha, attack_rel_eps=2.0)
+    assert loss_of(method, batch, CROSS_ENTROPY, 0.02).item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 1.0])
+def test_the_sabr_loss_is_on_a_small_box_around_an_example(model: Classifier, batch: Batch, share: float) -> None:
+    """At λ = 1 the box is the ball, and the loss that of ibp."""
+    x, y = batch
+    center = adversarial_half(model, batch, CROSS_ENTROPY, 0.04 * (1 - share))
+    expected = interval_loss(model, center, 0.04 * share, y)
+    found = loss_of(made("sabr", model, sabr_lambda=share), batch, CROSS_ENTROPY, 0.04)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert bool(((center - x).abs() <= 0.04 * (1 - share) + 1e-6).all())
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_interval_bounds_mix_with_those_of_crown_ibp(model: Classifier, batch: Batch, share: float) -> None:
+    x, y = batch
+    chain, box = Layout(model).resolve(x), pixel_box(x, 0.02)
+    found = ibp.intervals(chain, box)
+    spec = margin_spec(y, 3)
+    intervals = ibp.lower_bounds(chain, found, spec, ibp.tail(chain))
+    margins = share * intervals + (1 - share) * chain_bounds(chain, box, spec, "crown-ibp")
+    expected = F.cross_entropy(worst_case_logits(margins, y), y)
+    made_loss = loss_of(made("certified", model, ibp_weight=(share,)), batch, CROSS_ENTROPY, 0.02)
+    assert made_loss.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_shares_follow_eps_as_it_rises(model: Classifier, batch: Batch) -> None:
+    """At half of the recipe's ε halfway between their two values."""
+    for name in ("clean_weight", "ibp_weight"):
+        rising = made("certified", model, eps=0.04, **{name: (0.8, 0.2)})
+        halfway = made("certified", model, eps=0.04, **{name: (0.5,)})
+        assert loss_of(rising, batch, CROSS_ENTROPY, 0.02).item() == pytest.approx(
+            loss_of(halfway, batch, CROSS_ENTROPY, 0.02).item(), rel=1e-5
+        )
+
+
+@pytest.mark.parametrize("method", ["certified", "ibp", "sabr", "mtl-ibp"])
+def test_the_regularizer_fades_as_eps_rises(method: str, model: Classifier, batch: Batch) -> None:
+    plain, regular = (made(method, model, eps=0.04, ibp_regularizer=weight) for weight in (0.0, 2.0))
+    excess = {
+        eps: loss_of(regular, batch, CROSS_ENTROPY, eps) - loss_of(plain, batch, CROSS_ENTROPY, eps)
+        for eps in (0.01, 0.04)
+    }
+    assert excess[0.01] > 0
+    assert excess[0.04] == 0
+
+
+@pytest.mark.parametrize("method", ["certified", "ibp", "sabr", "mtl-ibp"])
+def test_supcon_on_the_worst_corner_bounds_nothing_less_than_the_centre(
+    method: str, model: Classifier, batch: Batch
+) -> None:
+    """Two views: the embedding, and a corner of its box that has the higher loss."""
+    found = loss_of(made(method, model, embeddings="worst"), batch, SUPCON, 0.02)
+    x, y = batch
+    both = model.embed(torch.cat([x, x]))
+    assert found > supcon_loss(both, torch.cat([y, y]), 0.1)
+
+
+def test_the_worst_corner_is_one_of_the_box(model: Classifier, batch: Batch) -> None:
+    x, y = batch
+    chain, ball = Layout(nn.Sequential(model.normalize, model.encoder)).resolve(x), pixel_box(x, 0.02)
+    box = ibp.intervals(chain, ball)[chain.last]
+    corner = worst_corner(box, y, 0.1)
+    at_corner = torch.isclose(corner, box.lower, atol=1e-5) | torch.isclose(corner, box.upper, atol=1e-5)
+    assert bool(at_corner.all())
+    others = [supcon_loss(torch.where(torch.rand_like(corner) < 0.5, box.lower, box.upper), y, 0.1) for _ in range(20)]
+    assert supcon_loss(corner, y, 0.1) > max(others)
+    corner.sum().backward()
+    assert float(model.encoder.features[0].weight.grad.abs().sum()) > 0
+
+
+@pytest.mark.parametrize("method", ["sabr", "mtl-ibp"])
+def test_supcon_on_attacks_sees_images_and_examples(method: str, model: Classifier, batch: Batch) -> None:
+    x, y = batch
+    moved = adversarial_half(model, batch, SUPCON, 0.02 if method == "mtl-ibp" else 0.018)
+    expected = supcon_loss(model.embed(torch.cat([x, moved])), torch.cat([y, y]), 0.1)
+    method = made(method, model, embeddings="attack", contrastive="double")
+    assert loss_of(method, batch, SUPCON, 0.02).item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_a_head_that_is_no_single_linear_map_is_refused(model: Classifier) -> None:
+    model.head = nn.Sequential(model.head, nn.ReLU())
+    with pytest.raises(ModelError, match="one linear map"):
+        made("certified", model)
+
+
+def test_a_layer_without_bounds_is_named_before_training(model: Classifier) -> None:
+    model.encoder.features[2] = nn.Tanh()
+    with pytest.raises(UnsupportedLayer, match=r"features\.2"):
+        made("ibp", model)

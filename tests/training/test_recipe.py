@@ -25,7 +25,18 @@ from rampart.training import Recipe
         ("weight_decay", -0.1),
         ("supcon_weight", 1.1),
         ("encoder_supcon_weight", -0.1),
-        ("clean_weight", 2.0),
+        ("clean_weight", (2.0,)),
+        ("clean_weight", (0.5, -0.1)),
+        ("ibp_weight", (0.1, 0.2, 0.3)),
+        ("eps_warmup", 1.5),
+        ("mtl_alpha", 1.1),
+        ("sabr_lambda", 0.0),
+        ("trades_beta", -1.0),
+        ("l1", -1e-5),
+        ("grad_clip", -1.0),
+        ("ema", 1.0),
+        ("bn_batches", -1),
+        ("attack_rel_eps", 0.0),
         ("eps_warmup", -0.5),
         ("eps", -0.1),
         ("eps", 8.0),
@@ -40,9 +51,20 @@ def test_a_value_out_of_range_is_named(name: str, value: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["method", "contrastive", "schedule", "head", "certified_loss", "embedding_bound", "select"]
+    "name", ["method", "contrastive", "schedule", "head", "certified_loss", "embeddings", "init", "select"]
 )
 def test_a_word_that_is_no_choice_is_named(name: str) -> None:
     """Taken in silence, a misspelt certified loss or schedule would train another arm than its record says."""
     with pytest.raises(SettingsError, match="nonesuch"):
         Recipe(**{name: "nonesuch"})
+
+
+def test_a_warmup_longer_than_the_training_is_called_that() -> None:
+    with pytest.raises(SettingsError, match="longer than the training"):
+        Recipe(eps_warmup=2.0)
+
+
+def test_embeddings_of_attacks_need_a_method_that_attacks() -> None:
+    with pytest.raises(SettingsError, match=r"certified.*embeddings=worst"):
+        Recipe(method="certified", contrastive="double", embeddings="attack")
+    Recipe(method="mtl-ibp", contrastive="double", embeddings="attack")

@@ -1,7 +1,8 @@
-"""CROWN: linear lower bounds propagated backwards (Zhang et al. 2018, theorem 3.2), and α-CROWN (Xu et al. 2021)."""
+"""CROWN: linear lower bounds propagated backwards (Zhang et al. 2018, theorem 3.2)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
 
 import torch
@@ -9,121 +10,154 @@ from torch import Tensor
 
 from rampart.bounds import ibp, windows
 from rampart.bounds.box import Box, lower_on
-from rampart.bounds.relaxation import relax
-from rampart.models.chain import Conv, Dense, Link, ReLU
+from rampart.bounds.relaxation import Relaxation, relax
+from rampart.models.chain import Chain
+from rampart.models.links import Add, Conv, Dense, ReLU
 
-# Coefficients held at once, in floats: 2^23 are 32 MiB, which suited the caches best of 2^19 to 2^25.
-MAX_COEFFICIENTS = 2**23
+# Memory in MiB for the coefficients held at once: 32 suited a CPU's caches best of 2 to 128.
+MEMORY = 32
 
+# Lower slopes in [0, 1] by the ReLU's place, [B, K, *shape] or [B, 1, *shape].
 Slopes = dict[int, Tensor]
 
 
-def backward(links: list[Link], boxes: dict[int, Box], box: Box, a: Tensor, alphas: Slopes | None = None) -> Tensor:
-    """Lower bounds [B, K] of a · links(x) for every x in `box`.
+def backward(
+    chain: Chain,
+    inputs: ibp.Intervals,
+    box: Box,
+    a: Tensor,
+    value: int | None = None,
+    slopes: Slopes | None = None,
+) -> Tensor:
+    """Lower bounds [B, K] of a · value for every x in `box`.
 
     Args:
-        boxes: bounds of each ReLU's input, by its place in `links`.
-        a: [B, K, *out_shape].
-        alphas: slopes of the lower side in [0, 1], [B, K, *shape], used where a ReLU is unstable.
+        inputs: bounds of each ReLU's input, by its place (`relax`ed here).
+        a: [B, K, *shape of the value].
+        value: default the output.
+        slopes: of the lower side where a ReLU is unstable; default 0 or 1, whichever leaves the smaller area.
     """
+    relaxed = {place: relax(inputs[place]) for place in inputs}
+    return backward_relaxed(chain, relaxed, box, a, value, slopes)
+
+
+def backward_relaxed(
+    chain: Chain,
+    relaxed: dict[int, Relaxation],
+    box: Box,
+    a: Tensor,
+    value: int | None = None,
+    slopes: Slopes | None = None,
+) -> Tensor:
+    """As `backward`, on relaxations made before."""
+    start = chain.last if value is None else value
+    coefficients = {start: a}
     bound: Tensor | float = 0.0
-    for place in range(len(links) - 1, -1, -1):
-        link = links[place]
-        batch, rows = a.shape[:2]
+    for place in range(start, -1, -1):
+        if place not in coefficients:
+            continue
+        a, link = coefficients.pop(place), chain.links[place]
         if isinstance(link, ReLU):
-            relaxed = relax(boxes[place])
-            lower_slope = relaxed.lower_slope[:, None]
-            if alphas is not None:
-                lower_slope = torch.where(relaxed.unstable[:, None], alphas[place], lower_slope)
+            relaxation = relaxed[place]
+            lower_slope = relaxation.lower_slope[:, None]
+            if slopes is not None:
+                lower_slope = torch.where(relaxation.unstable[:, None], slopes[place], lower_slope)
             negative = a.clamp(max=0)
-            bound = bound + (negative.flatten(2) @ relaxed.intercept.flatten(1)[:, :, None]).squeeze(2)
-            a = a * lower_slope + negative * (relaxed.upper_slope[:, None] - lower_slope)
-        else:
+            bound = bound + (negative.flatten(2) @ relaxation.intercept.flatten(1)[:, :, None]).squeeze(2)
+            a = a * lower_slope + negative * (relaxation.upper_slope[:, None] - lower_slope)
+        elif not isinstance(link, Add):
+            batch, rows = a.shape[:2]
             flat = a.flatten(0, 1)
             bound = bound + link.offset(flat).view(batch, rows)
             a = link.pull(flat).view(batch, rows, *link.in_shape)
-    return lower_on(box, a) + bound
+        for source in chain.sources[place]:
+            coefficients[source] = coefficients[source] + a if source in coefficients else a
+    return lower_on(box, coefficients[-1]) + bound
 
 
-def preactivations(links: list[Link], box: Box) -> dict[int, Box]:
-    """CROWN bounds of every ReLU's input, by its place; a neuron that IBP shows to be stable keeps its IBP bounds."""
-    boxes = ibp.preactivations(links, box)
-    for place in sorted(boxes):
-        before = links[:place]
-        # One linear map of a box: IBP is already exact.
-        if sum(isinstance(link, Conv | Dense) for link in before) > 1:
-            boxes[place] = _tighten(before, boxes, box, boxes[place])
-    return boxes
+def lower_bounds(chain: Chain, inputs: ibp.Intervals, box: Box, spec: Tensor, memory: int = MEMORY) -> Tensor:
+    """`backward` from the output on as many images at once as `memory` (MiB) allows, and one at least."""
+    return in_parts(
+        lambda part: backward(
+            chain, {place: at(bounds, part) for place, bounds in inputs.items()}, at(box, part), spec[part]
+        ),
+        len(spec),
+        rows_at_once(widest(chain), memory) // max(spec.shape[1], 1),
+        spec.device,
+    )
 
 
-def _tighten(links: list[Link], boxes: dict[int, Box], box: Box, loose: Box) -> Box:
+def in_parts(bound: Callable[[Tensor], Tensor], count: int, size: int, device: torch.device) -> Tensor:
+    """`bound` of the indices 0 to count, `size` of them (at least one) at a time."""
+    return torch.cat([bound(part) for part in torch.arange(count, device=device).split(max(size, 1))])
+
+
+def rows_at_once(floats: int, memory: int) -> int:
+    """Rows of so many coefficients that `memory` (MiB) holds: the ReLU step has about three tensors of their size."""
+    return (memory << 20) // (4 * 3 * floats)
+
+
+def widest(chain: Chain, value: int | None = None) -> int:
+    """Coefficients in the largest value up to `value` (default the output)."""
+    places = chain.before(chain.last if value is None else value)
+    return max(max(prod(chain.links[place].out_shape), _inputs_of(chain.links[place])) for place in places)
+
+
+def _inputs_of(link: object) -> int:
+    return prod(getattr(link, "in_shape", (1,)))
+
+
+def at(box: Box, images: Tensor) -> Box:
+    """The boxes of some images."""
+    return Box(box.lower[images], box.upper[images])
+
+
+def preactivations(chain: Chain, box: Box, memory: int = MEMORY) -> ibp.Intervals:
+    """CROWN bounds of every ReLU's input, by its place; a neuron that intervals show to be stable keeps those."""
+    found: ibp.Intervals = {}
+    inputs: ibp.Intervals = {}
+    for place in chain.relus:
+        value = chain.sources[place][0]
+        # Forward from the bounds found so far: the tighter these intervals, the fewer neurons are left to CROWN.
+        found = ibp.intervals(chain, box, value, found)
+        before = [chain.links[earlier] for earlier in chain.before(value)]
+        maps = sum(isinstance(link, Conv | Dense) for link in before)
+        # One linear map of a box: intervals are exact.
+        if maps > 1 or any(isinstance(link, Add) for link in before):
+            found[value] = _tighten(chain, value, inputs, box, found[value], memory)
+        inputs[place] = found[value]
+    return inputs
+
+
+def _tighten(chain: Chain, value: int, inputs: ibp.Intervals, box: Box, loose: Box, memory: int) -> Box:
     """Replaces the bounds of the unstable neurons of `loose` [B, *shape] by CROWN's."""
     lower, upper = loose.lower.flatten(1).clone(), loose.upper.flatten(1).clone()
     images, neurons = ((lower < 0) & (upper > 0)).nonzero(as_tuple=True)
     if not len(images):
         return loose
-    local = windows.convolutional(links)
-    before = {place: b for place, b in boxes.items() if place < len(links)}
-    sizes = [prod(b.lower.shape[1:]) for b in (*before.values(), loose)]
-    widest = windows.receptive_field(links) if local else max(sizes)
-    # Each neuron has two rows, and the ReLU step holds about three tensors of a row's size.
-    for part in torch.arange(len(images), device=images.device).split(max(MAX_COEFFICIENTS // (6 * widest), 1)):
+    needed = chain.before(value)
+    relaxed = {place: relax(bounds) for place, bounds in inputs.items() if place in needed}
+    field = windows.receptive_field(chain, value)
+    # Each neuron has two rows.
+    size = rows_at_once(field or widest(chain, value), memory) // 2
+    for part in torch.arange(len(images), device=images.device).split(max(size, 1)):
         image, neuron = images[part], neurons[part]
-        if local:
-            below, above = windows.neuron_bounds(links, before, box, image, neuron)
+        if field is not None:
+            below, above = windows.neuron_bounds(chain, value, relaxed, box, image, neuron)
         else:
-            below, above = _neuron_bounds(links, before, box, image, neuron, loose.lower.shape[1:])
+            below, above = _neuron_bounds(chain, value, relaxed, box, image, neuron)
         lower[image, neuron], upper[image, neuron] = below, above
     return Box(lower.view_as(loose.lower), upper.view_as(loose.upper))
 
 
 def _neuron_bounds(
-    links: list[Link], boxes: dict[int, Box], box: Box, image: Tensor, neuron: Tensor, shape: torch.Size
+    chain: Chain, value: int, relaxed: dict[int, Relaxation], box: Box, image: Tensor, neuron: Tensor
 ) -> tuple[Tensor, Tensor]:
     """As windows.neuron_bounds, for any links: each neuron by two full rows of a backward pass."""
-    rows = torch.zeros(len(image), 2, shape.numel(), dtype=box.lower.dtype, device=box.lower.device)
+    shape = chain.links[value].out_shape
+    rows = torch.zeros(len(image), 2, prod(shape), dtype=box.lower.dtype, device=box.lower.device)
     rows[:, 0].scatter_(1, neuron[:, None], 1.0)
     rows[:, 1].scatter_(1, neuron[:, None], -1.0)
-    own = {place: Box(b.lower[image], b.upper[image]) for place, b in boxes.items()}
-    bounds = backward(links, own, Box(box.lower[image], box.upper[image]), rows.view(len(image), 2, *shape))
+    own = {place: Relaxation(*(tensor[image] for tensor in relaxation)) for place, relaxation in relaxed.items()}
+    bounds = backward_relaxed(chain, own, at(box, image), rows.view(len(image), 2, *shape), value)
     return bounds[:, 0], -bounds[:, 1]
-
-
-def optimise(
-    links: list[Link],
-    boxes: dict[int, Box],
-    box: Box,
-    spec: Tensor,
-    steps: int = 20,
-    lr: float = 0.1,
-    target: float = float("inf"),
-) -> Tensor:
-    """α-CROWN: the best lower bounds [B, K] of spec · output seen in `steps` of Adam on the lower slopes.
-
-    Every row of every image has its own slopes; the bounds of the ReLUs' inputs stay as given. The first iterate uses
-    CROWN's slopes, so the result is never looser than CROWN's. Stops early when every bound is above `target`.
-    """
-    if not boxes:
-        return backward(links, boxes, box, spec)
-    with torch.enable_grad():
-        alphas = {}
-        for place, inputs in boxes.items():
-            start = relax(inputs).lower_slope[:, None]
-            alphas[place] = start.expand(-1, spec.shape[1], *start.shape[2:]).detach().clone().requires_grad_()
-        optimizer = torch.optim.Adam(alphas.values(), lr=lr)
-        best = spec.new_full(spec.shape[:2], -torch.inf)
-        for i in range(steps + 1):
-            bounds = backward(links, boxes, box, spec, alphas)
-            best = torch.maximum(best, bounds.detach())
-            if i == steps or bool((best > target).all()):
-                break
-            optimizer.zero_grad()
-            # To the slopes alone: the network's weights must not gather gradients.
-            (-bounds.sum()).backward(inputs=list(alphas.values()))
-            optimizer.step()
-            with torch.no_grad():
-                for alpha in alphas.values():
-                    alpha.clamp_(0, 1)
-            for group in optimizer.param_groups:
-                group["lr"] *= 0.98
-    return best

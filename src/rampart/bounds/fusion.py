@@ -10,20 +10,30 @@ from rampart.bounds.box import Box
 from rampart.models.chain import Chain
 
 
-def fused_cross_entropy(chain: Chain, box: Box, spec: Tensor) -> Tensor:
+def fused_cross_entropy(chain: Chain, box: Box, found: ibp.Intervals, spec: Tensor) -> Tensor:
     """Upper bounds [B] of the cross-entropy over the box; differentiable.
 
-    Over IBP's interval [l_j, u_j] of each z_j - z_y, exp lies under its chord. The sum of the chords is one linear
-    form of the logits, bounded by one backward row over IBP's inner bounds: log of it bounds the loss.
+    The sum of exp(z_j - z_y) lies under the linear form `chords`; one backward row over the intervals' inner bounds
+    bounds that form, and log of the bound bounds the loss.
 
     Args:
         chain: pixels -> logits.
+        found: boxes of the values up to `ibp.tail(chain)`.
         spec: [B, K, K] rows e_y - e_j (`margin_spec`).
     """
-    links, classes = chain.links, spec.shape[1]
-    boxes = ibp.preactivations(links, box)
-    last = max(boxes, default=0)
-    outer = ibp.lower_bounds(links[last:], boxes.get(last, box), torch.cat([spec, -spec], 1))
+    row, constant, shift = chords(chain, found, spec)
+    linear = -crown.backward(chain, ibp.inputs(chain, found), box, -row[:, None]).squeeze(1)
+    smallest = torch.finfo(linear.dtype).tiny
+    return shift + (linear + constant).clamp(min=smallest).log()
+
+
+def chords(chain: Chain, found: ibp.Intervals, spec: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(row [B, K], constant [B], shift [B]) with sum over j of exp(z_j - z_y) <= exp(shift) * (row · z + constant).
+
+    Over the interval [l_j, u_j] of each z_j - z_y, exp lies under its chord.
+    """
+    classes = spec.shape[1]
+    outer = ibp.lower_bounds(chain, found, torch.cat([spec, -spec], 1), ibp.tail(chain))
     upper, lower = -outer[:, :classes], outer[:, classes:]
     # exp of bounds that are loose early in training overflows; the largest of them is taken out, and added at the end.
     shift = upper.amax(1, keepdim=True)
@@ -31,8 +41,5 @@ def fused_cross_entropy(chain: Chain, box: Box, spec: Tensor) -> Tensor:
     slope = (lower - shift).exp() * torch.expm1(width.clamp(max=50)) / width
     # Beyond that width the lower end of the chord is nothing beside the upper one.
     slope = torch.where(width > 50, (upper - shift).exp() / width, slope)
-    intercept = (lower - shift).exp() - slope * lower
-    row = (slope[:, :, None] * spec).sum(1, keepdim=True)
-    linear = -crown.backward(links, boxes, box, row).squeeze(1)
-    smallest = torch.finfo(linear.dtype).tiny
-    return shift.squeeze(1) + (linear + intercept.sum(1)).clamp(min=smallest).log()
+    constant = (lower - shift).exp() - slope * lower
+    return -(slope[:, :, None] * spec).sum(1), constant.sum(1), shift.squeeze(1)

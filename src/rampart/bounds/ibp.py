@@ -5,35 +5,67 @@ from __future__ import annotations
 from torch import Tensor
 
 from rampart.bounds.box import Box, lower_on
-from rampart.models.chain import Dense, Link, ReLU
+from rampart.models.chain import Chain
+from rampart.models.links import Add, Affine, Dense, Link, ReLU
+
+# The boxes of values of a chain, by the place of the link that makes each; -1 is the input.
+Intervals = dict[int, Box]
 
 
-def step(link: Link, box: Box) -> Box:
-    """The box after one link."""
+def step(link: Link, boxes: list[Box]) -> Box:
+    """The box after one link, from those of the values that it reads."""
+    box = boxes[0]
+    if isinstance(link, Add):
+        return Box(box.lower + boxes[1].lower, box.upper + boxes[1].upper)
     if isinstance(link, ReLU):
-        return Box(box.lower.clamp(min=0), box.upper.clamp(min=0))
+        return Box(box.lower.relu(), box.upper.relu())
     center, half = link.apply(box.center), link.radius(box.half)
     return Box(center - half, center + half)
 
 
-def preactivations(links: list[Link], box: Box) -> dict[int, Box]:
-    """Bounds of every ReLU's input, by the ReLU's place in `links`."""
-    found: dict[int, Box] = {}
-    for i, link in enumerate(links):
-        if isinstance(link, ReLU):
-            found[i] = box
-        box = step(link, box)
+def intervals(chain: Chain, box: Box, value: int | None = None, known: Intervals | None = None) -> Intervals:
+    """The boxes of `value` (default the output) and of all that it depends on; those in `known` are not made again."""
+    found = {-1: box, **(known or {})}
+    for place in chain.before(chain.last if value is None else value):
+        if place not in found:
+            found[place] = step(chain.links[place], [found[source] for source in chain.sources[place]])
     return found
 
 
-def lower_bounds(links: list[Link], box: Box, spec: Tensor) -> Tensor:
-    """Lower bounds [B, K] of spec [B, K, out] @ output; a last linear map is merged with the specification."""
-    last = links[-1] if links else None
+def inputs(chain: Chain, found: Intervals) -> Intervals:
+    """Of boxes of values those of the ReLUs' inputs, by the ReLU's place."""
+    return {place: found[chain.sources[place][0]] for place in chain.relus if chain.sources[place][0] in found}
+
+
+def lower_bounds(chain: Chain, found: Intervals, spec: Tensor, value: int | None = None) -> Tensor:
+    """Lower bounds [B, K] of spec [B, K, out] @ output.
+
+    Args:
+        found: boxes of values; that of `value` is used.
+        value: the specification is pulled back to it through the affine maps behind it; default `merged(chain)`. The
+            farther back, the tighter the bounds: `tail(chain)` is the farthest.
+    """
+    value = merged(chain) if value is None else value
     offset: Tensor | float = 0.0
-    if isinstance(last, Dense):
-        links = links[:-1]
-        offset = last.offset(spec)
-        spec = last.pull(spec)
-    for link in links:
-        box = step(link, box)
-    return lower_on(box, spec) + offset
+    place = chain.last
+    while place != value:
+        link = chain.links[place]
+        assert isinstance(link, Affine)
+        flat = spec.flatten(0, 1)
+        offset = offset + link.offset(flat).view(spec.shape[:2])
+        spec = link.pull(flat).view(*spec.shape[:2], *link.in_shape)
+        (place,) = chain.sources[place]
+    return lower_on(found[value], spec) + offset
+
+
+def merged(chain: Chain) -> int:
+    """The value that a last linear map reads, else the output: what Gowal et al. 2018 (section 3) take bounds of."""
+    return chain.sources[chain.last][0] if isinstance(chain.links[chain.last], Dense) else chain.last
+
+
+def tail(chain: Chain) -> int:
+    """The value that the output is an affine map of: that of the last ReLU or addition, or the input."""
+    place = chain.last
+    while place >= 0 and isinstance(chain.links[place], Affine):
+        (place,) = chain.sources[place]
+    return place

@@ -17,12 +17,13 @@ from rampart.models.classifier import Normalize
 NAMES = {"ibp": "IBP", "crown-ibp": "CROWN-IBP", "crown": "CROWN", "alpha-crown": "CROWN-Optimized"}
 
 
-def lirpa_bounds(model: nn.Module, x: Tensor, eps: float, method: str, y: Tensor) -> Tensor:
+def lirpa_bounds(model: nn.Module, x: Tensor, eps: float | Tensor, method: str, y: Tensor) -> Tensor:
     """Lower bounds [B, K] of z_y - z_j over the ball cut to [0, 1]; arguments as in margin_bounds."""
     library = import_auto_lirpa()
     from rampart.bounds.margins import margin_spec
 
     box = pixel_box(x, eps)
+    _check_pooling(model)
     norm = library.PerturbationLpNorm(norm=float("inf"), x_L=box.lower, x_U=box.upper)
     # auto_LiRPA changes the module that it is given, and prints.
     with contextlib.redirect_stdout(io.StringIO()):
@@ -56,6 +57,17 @@ def _conv_mode(model: nn.Module) -> str:
         for conv in convs
     )
     return "patches" if regular else "matrix"
+
+
+def _check_pooling(model: nn.Module) -> None:
+    """Its bounds of average pooling hold for windows side by side alone; for others they are wrong."""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.AdaptiveAvgPool2d):
+            raise UnsupportedLayer(path, type(module).__name__, "auto_LiRPA knows average pooling with a window alone")
+        if isinstance(module, nn.AvgPool2d):
+            pairs = [p if isinstance(p, tuple) else (p, p) for p in (module.kernel_size, module.stride, module.padding)]
+            if pairs[0] != pairs[1] or pairs[2] != (0, 0):
+                raise UnsupportedLayer(path, "AvgPool2d", "auto_LiRPA knows windows side by side alone")
 
 
 def _plain(model: nn.Module) -> nn.Module:

@@ -8,9 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from rampart.bounds import crown, ibp
+from rampart.bounds import alpha, crown, ibp
 from rampart.bounds.box import Box, pixel_box
-from rampart.errors import ModelError, UnsupportedLayer, require, unknown
+from rampart.errors import BoundError, ModelError, UnsupportedLayer, require, unknown
 from rampart.models.chain import Chain, Layout
 
 Method = Literal["ibp", "crown-ibp", "crown", "alpha-crown"]
@@ -27,8 +27,19 @@ def margin_spec(labels: Tensor, classes: int) -> Tensor:
     return eye[labels][:, None, :] - eye
 
 
+def identity_spec(size: int, like: Tensor) -> Tensor:
+    """[B, size, size]: one row for each output."""
+    return torch.eye(size, dtype=like.dtype, device=like.device).expand(len(like), -1, -1)
+
+
 def margin_bounds(
-    model: nn.Module, x: Tensor, y: Tensor, eps: float, method: Method = "crown", engine: Engine = "native"
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    eps: float | Tensor,
+    method: Method = "crown",
+    engine: Engine = "native",
+    memory: int = crown.MEMORY,
 ) -> Tensor:
     """Lower bounds of z_y - z_j, [B, K], over the L∞ ball of radius eps cut to [0, 1]; +inf at j = y.
 
@@ -36,13 +47,15 @@ def margin_bounds(
         model: pixels -> logits, in eval mode.
         x: images [B, C, H, W] in [0, 1].
         y: labels [B].
-        eps: radius in pixels, 0 or more.
+        eps: radius in pixels, 0 or more: one for all, or a tensor of one for each pixel that broadcasts to x.
         method: `ibp` (Gowal et al. 2018), `crown-ibp` (Zhang et al. 2020: CROWN over IBP's inner bounds), `crown`
             (Zhang et al. 2018) or `alpha-crown` (Xu et al. 2021, slopes of the last bound optimised).
         engine: `native`, or `auto_lirpa`, which also takes over where the native one cannot express the model.
+        memory: MiB that the native engine's coefficients take at once: images and neurons are bounded in parts.
 
     Raises:
-        UnsupportedLayer: neither engine can bound the model. SettingsError: bad method, engine, ε.
+        UnsupportedLayer: neither engine can bound the model. SettingsError: bad method, engine, ε. BoundError: a bound
+            is NaN, or the bounds of a neuron cross.
     """
     require(method in METHODS, unknown("bound method", method, METHODS))
     require(engine in ENGINES, unknown("engine", engine, ENGINES))
@@ -63,18 +76,29 @@ def margin_bounds(
     else:
         with torch.no_grad():
             spec = margin_spec(y, chain.output.shape[1]).to(x.dtype)
-            bounds = chain_bounds(chain, pixel_box(x, eps), spec, method)
+            bounds = chain_bounds(chain, pixel_box(x, eps), spec, method, memory)
+    if bool(bounds.isnan().any()):
+        raise BoundError(f"{method} gave NaN: the network's weights or activations overflow")
     return bounds.scatter(1, y[:, None], torch.inf)
 
 
-def chain_bounds(chain: Chain, box: Box, spec: Tensor, method: Method) -> Tensor:
+def chain_bounds(chain: Chain, box: Box, spec: Tensor, method: Method, memory: int = crown.MEMORY) -> Tensor:
     """Lower bounds [B, K] of spec [B, K, out] @ output over the box; differentiable for `ibp` and `crown-ibp`."""
-    links = chain.links
-    if method == "ibp":
-        return ibp.lower_bounds(links, box, spec)
-    if method == "crown-ibp":
-        return crown.backward(links, ibp.preactivations(links, box), box, spec)
-    boxes = crown.preactivations(links, box)
+    if method in ("ibp", "crown-ibp"):
+        found = ibp.intervals(chain, box, ibp.merged(chain))
+        if method == "ibp":
+            return ibp.lower_bounds(chain, found, spec)
+        return crown.lower_bounds(chain, ibp.inputs(chain, found), box, spec, memory)
+    inputs = crown.preactivations(chain, box, memory)
+    check(inputs)
     if method == "crown":
-        return crown.backward(links, boxes, box, spec)
-    return crown.optimise(links, boxes, box, spec)
+        return crown.lower_bounds(chain, inputs, box, spec, memory)
+    return alpha.optimise(chain, inputs, box, spec, memory=memory)
+
+
+def check(inputs: ibp.Intervals) -> None:
+    """Raises BoundError where bounds are NaN or cross by more than rounding: nothing may be concluded from them."""
+    for box in inputs.values():
+        slack = 1e-5 * (1 + box.lower.abs() + box.upper.abs())
+        if not bool((box.lower <= box.upper + slack).all()):  # NaN compares as false
+            raise BoundError("bounds of a neuron are NaN or cross: the network's weights or activations overflow")

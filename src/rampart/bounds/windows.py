@@ -6,79 +6,138 @@ costs five to seven times the work and memory.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from rampart.bounds.box import Box
-from rampart.bounds.relaxation import relax
-from rampart.models.chain import Conv, Link, ReLU, Scale
+from rampart.bounds.relaxation import Relaxation
+from rampart.models.chain import Chain
+from rampart.models.links import Add, Conv, ReLU, Scale
 
 
-def convolutional(links: list[Link]) -> bool:
-    """Whether every link keeps a map [C, H, W], so that neurons have receptive fields."""
-    return all(isinstance(link, Conv | Scale | ReLU) and len(link_shape(link)) == 3 for link in links)
+class _Extent(NamedTuple):
+    """Along one axis, a neuron at t sees `size` places from t * stride - before."""
+
+    stride: int
+    before: int
+    size: int
+
+    def through(self, stride: int, padding: int, reach: int) -> _Extent:
+        """As seen through a convolution whose kernel reaches over `reach` places."""
+        return _Extent(self.stride * stride, self.before * stride + padding, (self.size - 1) * stride + reach)
+
+    def joined(self, other: _Extent) -> _Extent:
+        before = max(self.before, other.before)
+        after = max(self.size - self.before, other.size - other.before)
+        return _Extent(self.stride, before, before + after)
 
 
-def link_shape(link: Link) -> tuple[int, ...]:
-    return link.shape if isinstance(link, ReLU) else link.out_shape
-
-
-def receptive_field(links: list[Link]) -> int:
-    """Floats in the largest coefficient window of one output neuron."""
-    height = width = 1
+def receptive_field(chain: Chain, value: int) -> int | None:
+    """Coefficients in the largest window of one neuron of `value`; None where its neurons have no windows."""
+    if value < 0:
+        return None
+    extents = {value: [_Extent(1, 0, 1)] * 2}
     largest = 1
-    for link in reversed(links):
+    for place in reversed(chain.before(value)):
+        link, (rows, columns) = chain.links[place], extents.pop(place)
+        if not isinstance(link, Conv | Scale | ReLU | Add) or len(link.out_shape) != 3:
+            return None
+        largest = max(largest, link.out_shape[0] * rows.size * columns.size)
         if isinstance(link, Conv):
-            kernel, stride, dilation = link.weight.shape[2:], link.stride, link.dilation
-            height = (height - 1) * stride[0] + dilation[0] * (kernel[0] - 1) + 1
-            width = (width - 1) * stride[1] + dilation[1] * (kernel[1] - 1) + 1
-            largest = max(largest, link.in_shape[0] * height * width)
+            rows, columns = (
+                extent.through(link.stride[axis], link.padding[axis], _reach(link, axis))
+                for axis, extent in enumerate((rows, columns))
+            )
+            largest = max(largest, link.in_shape[0] * rows.size * columns.size)
+        for source in chain.sources[place]:
+            other = extents.get(source, [rows, columns])
+            if [o.stride for o in other] != [rows.stride, columns.stride]:
+                return None  # branches that walk the map at different paces
+            extents[source] = [rows.joined(other[0]), columns.joined(other[1])]
     return largest
 
 
+def _reach(link: Conv, axis: int) -> int:
+    return link.dilation[axis] * (link.weight.shape[2 + axis] - 1) + 1
+
+
+class _Window(NamedTuple):
+    """Coefficients a [R, C, h, w] of R rows, each with its corner at (top, left), [R], of its map.
+
+    `inside`: whether a is zero on the zero padding around the map.
+    """
+
+    a: Tensor
+    top: Tensor
+    left: Tensor
+    inside: bool
+
+    def __add__(self, other: _Window) -> _Window:  # type: ignore[override]
+        top, left = torch.minimum(self.top, other.top), torch.minimum(self.left, other.left)
+        height, width = (
+            max(
+                int((mine - least)[0]) + self.a.shape[axis],
+                int((theirs - least)[0]) + other.a.shape[axis],
+            )
+            for axis, mine, theirs, least in ((2, self.top, other.top, top), (3, self.left, other.left, left))
+        )
+
+        def placed(window: _Window) -> Tensor:
+            above, before = int((window.top - top)[0]), int((window.left - left)[0])
+            below, after = height - above - window.a.shape[2], width - before - window.a.shape[3]
+            return F.pad(window.a, (before, after, above, below))
+
+        return _Window(placed(self) + placed(other), top, left, self.inside and other.inside)
+
+
 def neuron_bounds(
-    links: list[Link], boxes: dict[int, Box], box: Box, image: Tensor, neuron: Tensor
+    chain: Chain, value: int, relaxed: dict[int, Relaxation], box: Box, image: Tensor, neuron: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """CROWN's lower and upper bounds, both [R], of R single output neurons of a convolutional `links`.
+    """CROWN's lower and upper bounds, both [R], of R single neurons of `value`, which has a `receptive_field`.
 
     Args:
-        boxes: bounds of each ReLU's input, by its place in `links`, for all images.
+        relaxed: the relaxations of the ReLUs before it, by their places, for all images.
         image: [R] index of the image of each row.
-        neuron: [R] index into the flattened output [C, H, W].
+        neuron: [R] index into the flattened value [C, H, W].
     """
-    channels, height, width = link_shape(links[-1])
+    channels, height, width = chain.links[value].out_shape
     rows = len(neuron)
     top, left = neuron // width % height, neuron % width
     a = F.one_hot(neuron // (height * width), channels).to(box.lower.dtype)
     # Rows 0..R bound the neuron from below, rows R..2R its negative.
     a = torch.cat([a, -a])[:, :, None, None]
-    image, top, left = image.repeat(2), top.repeat(2), left.repeat(2)
+    image = image.repeat(2)
+    windows = {value: _Window(a, top.repeat(2), left.repeat(2), True)}
     bound = a.new_zeros(2 * rows)
-    inside = True  # whether a is zero on the zero padding around a map
-    for place in range(len(links) - 1, -1, -1):
-        link = links[place]
+    for place in reversed(chain.before(value)):
+        window, link = windows.pop(place), chain.links[place]
+        a, top, left, _ = window
         if isinstance(link, ReLU):
-            relaxed = relax(boxes[place])
+            relaxation = relaxed[place]
             # Outside of the map all three are zero, which removes what a convolution put on its padding.
-            lower_slope = _gather(relaxed.lower_slope, image, top, left, a)
-            upper_slope = _gather(relaxed.upper_slope, image, top, left, a)
+            lower_slope = _gather(relaxation.lower_slope, image, top, left, a)
+            upper_slope = _gather(relaxation.upper_slope, image, top, left, a)
             negative = a.clamp(max=0)
-            bound = bound + (negative * _gather(relaxed.intercept, image, top, left, a)).sum((1, 2, 3))
-            a = a * lower_slope + negative * (upper_slope - lower_slope)
-            inside = True
-            continue
-        if not inside:
-            ones = torch.ones(1, *link_shape(link), device=a.device, dtype=a.dtype)
-            a = a * _gather(ones, torch.zeros_like(image), top, left, a)
-        assert isinstance(link, Conv | Scale)
-        bound = bound + link.offset(a)
-        if isinstance(link, Conv):
-            a = F.conv_transpose2d(a, link.weight, None, link.stride, 0, 0, link.groups, link.dilation)
-            top, left = top * link.stride[0] - link.padding[0], left * link.stride[1] - link.padding[1]
-            inside = False
-        else:
-            a = link.pull(a)
+            bound = bound + (negative * _gather(relaxation.intercept, image, top, left, a)).sum((1, 2, 3))
+            window = window._replace(a=a * lower_slope + negative * (upper_slope - lower_slope), inside=True)
+        elif not isinstance(link, Add):
+            assert isinstance(link, Conv | Scale)
+            if not window.inside:
+                ones = torch.ones(1, *link.out_shape, device=a.device, dtype=a.dtype)
+                a = a * _gather(ones, torch.zeros_like(image), top, left, a)
+            bound = bound + link.offset(a)
+            if isinstance(link, Conv):
+                a = F.conv_transpose2d(a, link.weight, None, link.stride, 0, 0, link.groups, link.dilation)
+                top, left = top * link.stride[0] - link.padding[0], left * link.stride[1] - link.padding[1]
+                window = _Window(a, top, left, False)
+            else:
+                window = _Window(link.pull(a), top, left, True)
+        for source in chain.sources[place]:
+            windows[source] = windows[source] + window if source in windows else window
+    a, top, left, _ = windows[-1]
     center, half = _gather(box.center, image, top, left, a), _gather(box.half, image, top, left, a)
     bound = bound + (a * center - a.abs() * half).sum((1, 2, 3))
     return bound[:rows], -bound[rows:]

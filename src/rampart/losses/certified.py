@@ -1,8 +1,14 @@
-"""From certified margins to a loss."""
+"""From bounds to losses."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from rampart.bounds.box import Box
 
 
 def worst_case_logits(margins: Tensor, labels: Tensor) -> Tensor:
@@ -17,3 +23,29 @@ def worst_case_logits(margins: Tensor, labels: Tensor) -> Tensor:
         labels: [B].
     """
     return -margins.scatter(1, labels[:, None], 0.0)
+
+
+def interval_regularizer(box: Box, inputs: Sequence[Box], tolerance: float = 0.5) -> Tensor:
+    """Keeps intervals from exploding and ReLUs from dying together (Shi et al. 2021, eqs. 8 to 11): a scalar.
+
+    Over all ReLUs, the mean of how far the ratio of the input box's mean width to the mean width of the ReLU's input
+    falls below `tolerance`, and of how far active and inactive neurons differ in the mean and the spread of their
+    centres; each as a share of `tolerance`.
+
+    Args:
+        box: of the network's input.
+        inputs: of the ReLUs.
+    """
+    total = box.lower.new_zeros(())
+    width = box.half.mean()
+    for bounds in inputs:
+        center, half = bounds.center, bounds.half
+        total = total + F.relu(tolerance - width / half.mean().clamp(min=1e-12))
+        active, inactive = bounds.lower > 0, bounds.upper < 0
+        spread = (center - center.mean()) ** 2
+        for kind in (center.abs(), spread):
+            up, down = (kind * active).sum(), (kind * inactive).sum()
+            ratio = torch.minimum(up, down) / torch.maximum(up, down).clamp(min=1e-12)
+            # Where no neuron is active, or none inactive, the ratio is 0 and has no gradient that could mend it.
+            total = total + F.relu(tolerance - ratio)
+    return total / (tolerance * max(len(inputs), 1))

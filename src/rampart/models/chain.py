@@ -1,4 +1,4 @@
-"""A network seen as a chain of affine maps and ReLUs: what bound propagation works on.
+"""A network seen as affine maps, ReLUs and residual additions: what bound propagation works on.
 
 `Layout` reads the structure of a module once; `Layout.resolve` gives a `Chain`, whose maps hold the weights of the
 moment: BatchNorm folded by its running statistics in eval mode, by the batch's own in training mode (differentiable).
@@ -7,8 +7,8 @@ moment: BatchNorm folded by its running statistics in eval mode, by the batch's 
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
-from math import prod
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,183 +17,46 @@ from torch import Tensor, fx, nn
 
 from rampart.errors import ModelError, UnsupportedLayer
 from rampart.models.classifier import Normalize
-
-Shape = tuple[int, ...]
-
-
-class Affine:
-    """y = L x + bias on single-sample shapes `in_shape` -> `out_shape`."""
-
-    in_shape: Shape
-    out_shape: Shape
-
-    def apply(self, x: Tensor) -> Tensor:
-        """[B, *in_shape] -> [B, *out_shape]."""
-        raise NotImplementedError
-
-    def radius(self, r: Tensor) -> Tensor:
-        """|L| r: what the map makes of a box's half-widths r [B, *in_shape]."""
-        raise NotImplementedError
-
-    def pull(self, a: Tensor) -> Tensor:
-        """a L: coefficients of the output, [R, *out_shape], as coefficients of the input, [R, *in_shape]."""
-        raise NotImplementedError
-
-    def offset(self, a: Tensor) -> Tensor:
-        """a · bias, [R], for a [R, *out_shape]."""
-        raise NotImplementedError
-
-    def scaled(self, scale: Tensor, shift: Tensor) -> Affine:
-        """This map followed by a scale and shift per channel (the first axis of out_shape)."""
-        raise NotImplementedError
-
-
-def _per_channel(value: Tensor, shape: Shape) -> Tensor:
-    return value.view(-1, *(1,) * (len(shape) - 1))
-
-
-@dataclass
-class Conv(Affine):
-    weight: Tensor  # [out, in / groups, kernel, kernel]
-    bias: Tensor  # [out]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-    groups: int
-    in_shape: Shape
-    out_shape: Shape
-
-    def _conv(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
-
-    def apply(self, x: Tensor) -> Tensor:
-        return self._conv(x, self.weight, self.bias)
-
-    def radius(self, r: Tensor) -> Tensor:
-        return self._conv(r, self.weight.abs(), None)
-
-    def pull(self, a: Tensor) -> Tensor:
-        # Rows and columns that a stride skips at the far edge get no gradient otherwise.
-        missing = [
-            size - ((out - 1) * stride - 2 * padding + dilation * (kernel - 1) + 1)
-            for size, out, stride, padding, dilation, kernel in zip(
-                self.in_shape[1:],
-                self.out_shape[1:],
-                self.stride,
-                self.padding,
-                self.dilation,
-                self.weight.shape[2:],
-                strict=True,
-            )
-        ]
-        return F.conv_transpose2d(a, self.weight, None, self.stride, self.padding, missing, self.groups, self.dilation)
-
-    def offset(self, a: Tensor) -> Tensor:
-        return a.sum((2, 3)) @ self.bias
-
-    def scaled(self, scale: Tensor, shift: Tensor) -> Conv:
-        weight = self.weight * scale.view(-1, 1, 1, 1)
-        conv = (self.stride, self.padding, self.dilation, self.groups, self.in_shape, self.out_shape)
-        return Conv(weight, self.bias * scale + shift, *conv)
-
-
-@dataclass
-class Dense(Affine):
-    weight: Tensor  # [out, in]
-    bias: Tensor  # [out]
-
-    @property
-    def in_shape(self) -> Shape:  # type: ignore[override]
-        return (self.weight.shape[1],)
-
-    @property
-    def out_shape(self) -> Shape:  # type: ignore[override]
-        return (self.weight.shape[0],)
-
-    def apply(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
-
-    def radius(self, r: Tensor) -> Tensor:
-        return r @ self.weight.abs().T
-
-    def pull(self, a: Tensor) -> Tensor:
-        return a @ self.weight
-
-    def offset(self, a: Tensor) -> Tensor:
-        return a @ self.bias
-
-    def scaled(self, scale: Tensor, shift: Tensor) -> Dense:
-        return Dense(self.weight * scale[:, None], self.bias * scale + shift)
-
-
-@dataclass
-class Scale(Affine):
-    """A scale and shift per channel that has no convolution or linear map before it to be folded into."""
-
-    scale: Tensor  # [C]
-    shift: Tensor  # [C]
-    in_shape: Shape
-
-    @property
-    def out_shape(self) -> Shape:  # type: ignore[override]
-        return self.in_shape
-
-    def apply(self, x: Tensor) -> Tensor:
-        return x * _per_channel(self.scale, self.in_shape) + _per_channel(self.shift, self.in_shape)
-
-    def radius(self, r: Tensor) -> Tensor:
-        return r * _per_channel(self.scale.abs(), self.in_shape)
-
-    def pull(self, a: Tensor) -> Tensor:
-        return a * _per_channel(self.scale, self.in_shape)
-
-    def offset(self, a: Tensor) -> Tensor:
-        return a.flatten(2).sum(2) @ self.shift if a.dim() > 2 else a @ self.shift
-
-    def scaled(self, scale: Tensor, shift: Tensor) -> Scale:
-        return Scale(self.scale * scale, self.shift * scale + shift, self.in_shape)
-
-
-@dataclass
-class Flatten(Affine):
-    in_shape: Shape
-
-    @property
-    def out_shape(self) -> Shape:  # type: ignore[override]
-        return (prod(self.in_shape),)
-
-    def apply(self, x: Tensor) -> Tensor:
-        return x.flatten(1)
-
-    def radius(self, r: Tensor) -> Tensor:
-        return r.flatten(1)
-
-    def pull(self, a: Tensor) -> Tensor:
-        return a.view(len(a), *self.in_shape)
-
-    def offset(self, a: Tensor) -> Tensor:
-        return a.new_zeros(len(a))
-
-
-@dataclass
-class ReLU:
-    shape: Shape
-
-
-Link = Affine | ReLU
+from rampart.models.links import Add, Affine, Conv, Dense, Flatten, Link, ReLU, Scale, Shape
 
 
 @dataclass
 class Chain:
-    """The links from input to output, with the weights of one moment; `output` is the clean output [B, *out]."""
+    """The links in an order in which each follows those that it reads, with the weights of one moment.
+
+    A value is called by the place of the link that makes it; -1 is the input.
+
+    Args:
+        links: the last one makes the output.
+        sources: the values that each link reads: one, or the two of an `Add`.
+        output: the clean output [B, *out].
+    """
 
     links: list[Link]
+    sources: list[tuple[int, ...]]
     output: Tensor
 
-    @property
+    @cached_property
     def relus(self) -> list[int]:
-        """Places of the ReLUs in `links`."""
-        return [i for i, link in enumerate(self.links) if isinstance(link, ReLU)]
+        """Places of the ReLUs."""
+        return [place for place, link in enumerate(self.links) if isinstance(link, ReLU)]
+
+    @property
+    def last(self) -> int:
+        """The output, as a value."""
+        return len(self.links) - 1
+
+    def before(self, value: int) -> list[int]:
+        """The links that `value` depends on, its own among them, in their order."""
+        needed = {value}
+        for place in range(value, -1, -1):
+            if place in needed:
+                needed.update(self.sources[place])
+        return sorted(needed - {-1})
+
+    def then(self, link: Affine) -> Chain:
+        """The chain with one more map after its output."""
+        return Chain([*self.links, link], [*self.sources, (self.last,)], link.apply(self.output))
 
 
 class _Tracer(fx.Tracer):
@@ -201,49 +64,69 @@ class _Tracer(fx.Tracer):
         return isinstance(m, Normalize) or super().is_leaf_module(m, module_qualified_name)
 
 
+@dataclass(frozen=True)
+class _Step:
+    """One layer as traced: `sources` are steps (-1: the input); `alone` says that nothing else reads its input."""
+
+    path: str
+    module: nn.Module | None  # None: an addition
+    sources: tuple[int, ...]
+    alone: bool
+
+
 class Layout:
-    """The structure of a module that is a chain; made once, resolved as often as its weights change.
+    """The structure of a module; made once, resolved as often as its weights change.
 
     Raises:
-        UnsupportedLayer: the module holds something else than Conv2d, Linear, BatchNorm, Normalize, ReLU, Flatten,
-            Identity and Dropout (in eval mode), or is no chain.
+        UnsupportedLayer: the module holds something else than Conv2d, Linear, BatchNorm, average pooling, Normalize,
+            ReLU, Flatten, additions of two values, Identity and Dropout (in eval mode).
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.steps: list[tuple[str, nn.Module]] = []
+        self.steps: list[_Step] = []
+        kind = type(model).__name__
         try:
             graph = _Tracer().trace(model)
         except Exception as error:  # fx raises many kinds for control flow that depends on the input
-            raise UnsupportedLayer("", type(model).__name__, "its forward pass cannot be traced") from error
+            raise UnsupportedLayer("", kind, "its forward pass cannot be traced") from error
         modules = dict(model.named_modules())
-        last: fx.Node | None = None
+        values: dict[fx.Node, int] = {}
         for node in graph.nodes:
             if node.op == "placeholder":
-                if last is not None:
-                    raise UnsupportedLayer("", type(model).__name__, "more than one input")
+                if values:
+                    raise UnsupportedLayer("", kind, "more than one input")
+                values[node] = -1
             elif node.op == "output":
-                if node.args[0] is not last:
-                    raise UnsupportedLayer("", type(model).__name__, "the output is not the last layer's")
+                if values.get(node.args[0]) != len(self.steps) - 1:
+                    raise UnsupportedLayer("", kind, "the output is not the last layer's")
             else:
-                if node.all_input_nodes != [last]:
-                    raise UnsupportedLayer(str(node.target), str(node.op), "it does not follow the layer before it")
-                self._append(node, modules)
-            last = node
+                self._append(node, modules, values)
 
-    def _append(self, node: fx.Node, modules: dict[str, nn.Module]) -> None:
-        if node.op == "call_module":
-            module, path = modules[str(node.target)], str(node.target)
-            _check(path, module)
-            if not isinstance(module, nn.Identity | nn.Dropout):
-                self.steps.append((path, module))
-        elif node.target in (torch.relu, F.relu, "relu"):
-            self.steps.append((node.name, nn.ReLU()))
-        elif node.target in (torch.flatten, "flatten") and _flattened(node) == (1, -1):
-            self.steps.append((node.name, nn.Flatten()))
+    def _append(self, node: fx.Node, modules: dict[str, nn.Module], values: dict[fx.Node, int]) -> None:
+        path = str(node.target) if node.op == "call_module" else node.name
+        name = getattr(node.target, "__name__", str(node.target))
+        inputs = node.all_input_nodes
+        alone = all(len(source.users) == 1 for source in inputs)
+        module: nn.Module | None
+        in_place = False
+        if node.target in ADDITIONS and node.op != "call_module":
+            if not all(isinstance(arg, fx.Node) for arg in node.args) or len(node.args) != 2 or node.kwargs:
+                raise UnsupportedLayer(path, name, "only the plain sum of two values of the network")
+            module, in_place = None, node.target in (operator.iadd, "add_")
+            inputs = [arg for arg in node.args if isinstance(arg, fx.Node)]
         else:
-            name = getattr(node.target, "__name__", str(node.target))
-            joins = node.target in (operator.add, torch.add, "add")
-            raise UnsupportedLayer(node.name, name, "no additions yet" if joins else "")
+            found = modules[str(node.target)] if node.op == "call_module" else _functional(node)
+            if found is None or len(inputs) != 1:
+                raise UnsupportedLayer(path, name)
+            _check(path, found)
+            module, in_place = found, bool(getattr(found, "inplace", False))
+        if in_place and not alone:
+            raise UnsupportedLayer(path, name, "it overwrites a value that is read elsewhere, too")
+        if isinstance(module, nn.Identity | nn.Dropout):
+            values[node] = values[inputs[0]]
+            return
+        values[node] = len(self.steps)
+        self.steps.append(_Step(path, module, tuple(values[source] for source in inputs), alone))
 
     def resolve(self, x: Tensor) -> Chain:
         """Runs x [B, *in_shape] through the module and returns the chain with the weights of this moment.
@@ -252,34 +135,56 @@ class Layout:
         forward pass does) and is folded with the former, so that gradients flow through them.
 
         Raises:
-            UnsupportedLayer: a linear map over the last of several axes.
+            UnsupportedLayer: a linear map over the last of several axes, a sum of unlike shapes, an uneven pooling.
+            ModelError: BatchNorm in training mode on a batch of one.
         """
-        links: list[Link] = []
-        for path, module in self.steps:
+        chain = Chain([], [], x)
+        values, places = {-1: x}, {-1: -1}  # by step: its clean value, and the link that makes it
+        for number, step in enumerate(self.steps):
+            x = values[step.sources[0]]
+            sources = tuple(places[source] for source in step.sources)
             shape = tuple(x.shape[1:])
-            if isinstance(module, nn.ReLU):
-                x = module(x)
-                links.append(ReLU(shape))
-                continue
-            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
-                x, scale, shift = _batch_norm(path, module, x)
-                _scale_last(links, scale, shift, shape)
-                continue
-            if isinstance(module, Normalize):
-                std, mean = module.std.flatten(), module.mean.flatten()
-                _scale_last(links, 1 / std, -mean / std, shape)
-                x = module(x)
-                continue
-            if isinstance(module, nn.Linear) and len(shape) != 1:
-                raise UnsupportedLayer(path, "Linear", f"it maps the last axis of {shape}: flatten before it")
-            x = module(x)
-            if isinstance(module, nn.Conv2d):
-                links.append(_conv(module, shape, tuple(x.shape[1:])))
-            elif isinstance(module, nn.Linear):
-                links.append(Dense(module.weight, _bias(module)))
+            scale = None
+            if step.module is None:
+                if values[step.sources[1]].shape != x.shape:
+                    raise UnsupportedLayer(step.path, "add", "its two values differ in shape")
+                x, link = x + values[step.sources[1]], Add(shape)
+            elif isinstance(step.module, nn.BatchNorm1d | nn.BatchNorm2d):
+                scale, shift = _batch_norm(step.path, step.module, x)
+            elif isinstance(step.module, Normalize):
+                step.module.check(x)
+                scale, shift = 1 / step.module.std.flatten(), -(step.module.mean / step.module.std).flatten()
             else:
-                links.append(Flatten(shape))
-        return Chain(links, x)
+                link = _link(step.path, step.module, x)
+                x = x.relu() if isinstance(link, ReLU) else link.apply(x)
+            if scale is not None:
+                link = Scale(scale, shift, shape)
+                x = link.apply(x)
+                before = chain.links[sources[0]] if sources[0] >= 0 else None
+                if step.alone and isinstance(before, Conv | Dense | Scale):
+                    chain.links[sources[0]] = before.scaled(scale, shift)
+                    values[number], places[number] = x, sources[0]
+                    continue
+            chain.links.append(link)
+            chain.sources.append(sources)
+            values[number], places[number] = x, chain.last
+        return replace(chain, output=x)
+
+
+ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
+
+
+def _functional(node: fx.Node) -> nn.Module | None:
+    """The module that does what a call of a function or method does."""
+    if node.target in (torch.relu, F.relu, "relu"):
+        return nn.ReLU(inplace=bool(node.kwargs.get("inplace", False)))
+    if node.target in (torch.flatten, "flatten") and _flattened(node) == (1, -1):
+        return nn.Flatten()
+    if node.target is F.avg_pool2d:
+        return nn.AvgPool2d(*node.args[1:], **node.kwargs)  # type: ignore[arg-type]
+    if node.target is F.adaptive_avg_pool2d:
+        return nn.AdaptiveAvgPool2d(*node.args[1:], **node.kwargs)  # type: ignore[arg-type]
+    return None
 
 
 def _flattened(node: fx.Node) -> tuple[Any, Any]:
@@ -302,31 +207,72 @@ def _check(path: str, module: nn.Module) -> None:
     elif isinstance(module, nn.Flatten):
         if module.start_dim != 1 or module.end_dim != -1:
             raise UnsupportedLayer(path, kind, "only a flatten of all but the batch")
-    elif not isinstance(module, nn.Linear | nn.ReLU | nn.Identity | Normalize):
+    elif isinstance(module, nn.AvgPool2d):
+        padded = module.padding not in (0, (0, 0)) and not module.count_include_pad
+        if module.ceil_mode or module.divisor_override or padded:
+            raise UnsupportedLayer(path, kind, "only averages over whole windows, padding counted")
+    elif not isinstance(module, nn.Linear | nn.ReLU | nn.Identity | nn.AdaptiveAvgPool2d | Normalize):
         raise UnsupportedLayer(path, kind)
+
+
+def _link(path: str, module: nn.Module, x: Tensor) -> Link:
+    """The link of a layer on a value x."""
+    shape = tuple(x.shape[1:])
+    if isinstance(module, nn.ReLU):
+        return ReLU(shape)
+    if isinstance(module, nn.Flatten):
+        return Flatten(shape)
+    if isinstance(module, nn.Linear):
+        if len(shape) != 1:
+            raise UnsupportedLayer(path, "Linear", f"it maps the last axis of {shape}: flatten before it")
+        return Dense(module.weight, _bias(module))
+    if isinstance(module, nn.Conv2d):
+        assert not isinstance(module.padding, str)
+        places = _pair(module.stride), _pair(module.padding), _pair(module.dilation)
+        return Conv(module.weight, _bias(module), *places, module.groups, shape)
+    if isinstance(module, nn.AvgPool2d):
+        stride = module.kernel_size if module.stride is None else module.stride
+        return _average(_pair(module.kernel_size), _pair(stride), _pair(module.padding), x)
+    assert isinstance(module, nn.AdaptiveAvgPool2d)
+    asked = _pair(module.output_size)
+    rows, columns = (asked[0] or shape[1]), (asked[1] or shape[2])
+    if shape[1] % rows or shape[2] % columns:
+        raise UnsupportedLayer(path, type(module).__name__, f"{shape[1:]} does not divide into {(rows, columns)}")
+    kernel = shape[1] // rows, shape[2] // columns
+    return _average(kernel, kernel, (0, 0), x)
+
+
+def _average(kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int], x: Tensor) -> Conv:
+    """Average pooling as the convolution of each channel that it is."""
+    shape = tuple(x.shape[1:])
+    weight = x.new_full((shape[0], 1, *kernel), 1 / (kernel[0] * kernel[1]))
+    return Conv(weight, x.new_zeros(shape[0]), stride, padding, (1, 1), shape[0], shape)
+
+
+def _pair(value: Any) -> tuple[Any, Any]:
+    return (value, value) if not isinstance(value, tuple) else (value[0], value[1])
 
 
 def _bias(module: nn.Conv2d | nn.Linear) -> Tensor:
     return module.bias if module.bias is not None else module.weight.new_zeros(len(module.weight))
 
 
-def _conv(module: nn.Conv2d, in_shape: Shape, out_shape: Shape) -> Conv:
-    stride, dilation, padding = module.stride, module.dilation, module.padding
-    assert not isinstance(padding, str)
-    places = (stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1])
-    return Conv(module.weight, _bias(module), *places, module.groups, in_shape, out_shape)
-
-
-def _batch_norm(path: str, module: nn.BatchNorm1d | nn.BatchNorm2d, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The module's output and the (scale, shift) [C] that gave it."""
+def _batch_norm(path: str, module: nn.BatchNorm1d | nn.BatchNorm2d, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The (scale, shift) [C] that the module applies to x; moves its running statistics in training mode."""
+    assert module.running_var is not None
+    assert module.running_mean is not None
     if module.training:
-        if x.numel() == x.shape[1]:
+        count = x.numel() // x.shape[1]
+        if count == 1:
             raise ModelError(f"BatchNorm '{path}' cannot be trained on a batch of one: use a larger batch_size")
-        dims = [0, *range(2, x.dim())]
-        variance, mean = torch.var_mean(x, dims, correction=0)
+        variance, mean = torch.var_mean(x, [0, *range(2, x.dim())], correction=0)
+        with torch.no_grad():
+            assert module.num_batches_tracked is not None
+            module.num_batches_tracked += 1
+            momentum = 1 / module.num_batches_tracked if module.momentum is None else module.momentum
+            module.running_mean.lerp_(mean, momentum)
+            module.running_var.lerp_(variance * (count / (count - 1)), momentum)
     else:
-        assert module.running_var is not None
-        assert module.running_mean is not None
         variance, mean = module.running_var, module.running_mean
     scale = (variance + module.eps).rsqrt()
     if module.weight is not None:
@@ -334,12 +280,4 @@ def _batch_norm(path: str, module: nn.BatchNorm1d | nn.BatchNorm2d, x: Tensor) -
     shift = -mean * scale
     if module.bias is not None:
         shift = shift + module.bias
-    return module(x), scale, shift
-
-
-def _scale_last(links: list[Link], scale: Tensor, shift: Tensor, shape: Shape) -> None:
-    """Folds a scale per channel into the map before it, or appends it where there is none."""
-    if links and isinstance(links[-1], Conv | Dense | Scale):
-        links[-1] = links[-1].scaled(scale, shift)
-    else:
-        links.append(Scale(scale, shift, shape))
+    return scale, shift

@@ -1,7 +1,8 @@
-"""The study's CNN: normalisation, encoder, head. Inputs are pixels in [0, 1]."""
+"""Classifiers: normalisation, encoder, head. Inputs are pixels in [0, 1]."""
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,11 +24,15 @@ class Normalize(nn.Module):
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def check(self, x: Tensor) -> None:
+        """Raises ModelError where x has another number of channels."""
         if x.shape[1] != self.mean.shape[1]:  # broadcasting would take a grey image for a coloured one
             raise ModelError(
                 f"the model takes images of {self.mean.shape[1]} channels, not {x.shape[1]}: wrong dataset?"
             )
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.check(x)
         return (x - self.mean) / self.std
 
 
@@ -59,16 +64,12 @@ class Classifier(nn.Module):
 
 def _paper_cnn(in_shape: tuple[int, int, int], width: float) -> tuple[nn.Module, int]:
     """The study's Figure 2: three strided convolutions instead of pooling (cheaper to verify), then two linear maps."""
-
-    def scaled(size: int) -> int:
-        return max(round(size * width), 1)
-
     channels, rows, columns = in_shape
+    *sizes, hidden, embedding = _scaled(width, 32, 64, 128, 256, 128)
     layers: list[nn.Module] = []
-    for out in (scaled(32), scaled(64), scaled(128)):
+    for out in sizes:
         layers += [nn.Conv2d(channels, out, 3, stride=2, padding=1), nn.BatchNorm2d(out), nn.ReLU()]
         channels, rows, columns = out, (rows + 1) // 2, (columns + 1) // 2
-    hidden, embedding = scaled(256), scaled(128)
     parts = [
         ("features", nn.Sequential(*layers)),
         ("flatten", nn.Flatten()),
@@ -85,8 +86,81 @@ def _paper_cnn(in_shape: tuple[int, int, int], width: float) -> tuple[nn.Module,
     return nn.Sequential(OrderedDict(parts)), embedding
 
 
+def _scaled(width: float, *sizes: int) -> list[int]:
+    return [max(round(size * width), 1) for size in sizes]
+
+
+def _stack(in_shape: tuple[int, int, int], convolutions: Sequence[tuple[int, int]], embedding: int) -> nn.Module:
+    """3x3 convolutions (channels, stride), then a linear map, each with BatchNorm and ReLU."""
+    channels, rows, columns = in_shape
+    layers: list[nn.Module] = []
+    for out, stride in convolutions:
+        layers += [nn.Conv2d(channels, out, 3, stride, padding=1), nn.BatchNorm2d(out), nn.ReLU()]
+        channels, rows, columns = out, -(-rows // stride), -(-columns // stride)
+    dense = [nn.Linear(channels * rows * columns, embedding), nn.BatchNorm1d(embedding), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Flatten(), *dense)
+
+
+def _cnn7(in_shape: tuple[int, int, int], width: float) -> tuple[nn.Module, int]:
+    """The network of the certified-training literature (Shi et al. 2021, with BatchNorm): 17 M weights."""
+    few, many, embedding = _scaled(width, 64, 128, 512)
+    return _stack(in_shape, [(few, 1), (few, 1), (many, 2), (many, 1), (many, 1)], embedding), embedding
+
+
+def _cnn5(in_shape: tuple[int, int, int], width: float) -> tuple[nn.Module, int]:
+    """A shallower cnn7: three convolutions, two of them strided; 4.4 M weights."""
+    few, many, embedding = _scaled(width, 64, 128, 512)
+    return _stack(in_shape, [(few, 1), (many, 2), (many, 2)], embedding), embedding
+
+
+class _Block(nn.Module):
+    """Two 3x3 convolutions beside a 1x1 one (He et al. 2016), all with BatchNorm."""
+
+    def __init__(self, channels: int, out: int, stride: int) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(
+            nn.Conv2d(channels, out, 3, stride, padding=1, bias=False),
+            nn.BatchNorm2d(out),
+            nn.ReLU(),
+            nn.Conv2d(out, out, 3, padding=1, bias=False),
+            nn.BatchNorm2d(out),
+        )
+        same = channels == out and stride == 1
+        shortcut = [nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out)]
+        self.shortcut = nn.Identity() if same else nn.Sequential(*shortcut)
+        self.relu = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.branch(x) + self.shortcut(x))
+
+
+def _resnet(in_shape: tuple[int, int, int], width: float) -> tuple[nn.Module, int]:
+    """A strided convolution, three residual blocks, average pooling, a linear map."""
+    stem, first, second, embedding = _scaled(width, 32, 64, 128, 128)
+    rows, columns = ((size + 7) // 8 for size in in_shape[1:])
+    pool = 2 if rows % 2 == columns % 2 == 0 else 1
+    body = nn.Sequential(
+        nn.Conv2d(in_shape[0], stem, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(stem),
+        nn.ReLU(),
+        _Block(stem, first, 2),
+        _Block(first, second, 2),
+        _Block(second, second, 1),
+        nn.AvgPool2d(pool),
+        nn.Flatten(),
+        nn.Linear(second * (rows // pool) * (columns // pool), embedding),
+        nn.BatchNorm1d(embedding),
+    )
+    return body, embedding
+
+
 # name -> ((C, H, W), width factor) -> (encoder, size of its embedding)
-ENCODERS: dict[str, Callable[[tuple[int, int, int], float], tuple[nn.Module, int]]] = {"paper-cnn": _paper_cnn}
+ENCODERS: dict[str, Callable[[tuple[int, int, int], float], tuple[nn.Module, int]]] = {
+    "paper-cnn": _paper_cnn,
+    "cnn5": _cnn5,
+    "cnn7": _cnn7,
+    "resnet": _resnet,
+}
 
 
 def build_model(
@@ -109,3 +183,13 @@ def build_model(
     encoder, embedding = ENCODERS[name](in_shape, width)
     normalize = Normalize([0.5] * in_shape[0], [0.5] * in_shape[0])
     return Classifier(Architecture(name, in_shape, classes, width), normalize, encoder, nn.Linear(embedding, classes))
+
+
+def interval_init(model: nn.Module) -> None:
+    """Weights under which intervals keep their width from map to map: N(0, 2π / n²) for n inputs a neuron, biases 0
+    (Shi et al. 2021, section 3.2)."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.normal_(module.weight, std=math.sqrt(2 * math.pi) / module.weight[0].numel())
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)

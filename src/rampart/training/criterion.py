@@ -13,7 +13,10 @@ from rampart.models import Classifier
 
 
 class Outputs(NamedTuple):
-    """A batch's cross-entropy (a scalar) and embeddings [B, D], or bounds that stand for them; None if not needed."""
+    """A batch's cross-entropy (a scalar) and embeddings, or bounds that stand for them; None if not needed.
+
+    The embeddings are [B, D], or [V * B, D] for V views of the batch, one after the other.
+    """
 
     cross_entropy: Tensor | None
     embeddings: Tensor | None
@@ -44,7 +47,8 @@ class Criterion:
         if outputs.cross_entropy is not None:
             terms.append((1 - self.supcon_weight) * outputs.cross_entropy)
         if outputs.embeddings is not None:
-            terms.append(self.supcon_weight * supcon_loss(outputs.embeddings, labels, self.temperature))
+            views = len(outputs.embeddings) // len(labels)
+            terms.append(self.supcon_weight * supcon_loss(outputs.embeddings, labels.repeat(views), self.temperature))
         return sum(terms[1:], terms[0])
 
     def on_images(self, model: Classifier, x: Tensor, labels: Tensor) -> Tensor:

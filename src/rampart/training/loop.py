@@ -8,10 +8,12 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from tqdm import tqdm
 
 from rampart.data import Augmentation, Dataset, batches
@@ -75,6 +77,10 @@ def fit(
     for parameter in trained.parameters():
         parameter.requires_grad_(True)
     optimizer = torch.optim.Adam(trained.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
+    average = None
+    if recipe.ema:
+        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True)
+    maps = [m.weight for m in trained.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     steps = math.ceil(len(data.train) / recipe.batch_size)
     total = stage.epochs * steps
     best, best_score, best_state = first_epoch, -math.inf, copy.deepcopy(model.state_dict())
@@ -94,15 +100,26 @@ def fit(
                 if augmentation is not None:
                     x = augmentation(x, streams.device)
                 loss = stage.method.batch_loss(x, y, stage.criterion, eps, streams.device)
+                if recipe.l1:
+                    loss = loss + recipe.l1 * sum(weight.abs().sum() for weight in maps)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
+                if recipe.grad_clip:
+                    nn.utils.clip_grad_norm_(trained.parameters(), recipe.grad_clip)
                 optimizer.step()
+                if average is not None:
+                    average.update_parameters(model)
                 # Kept on the device: fetching it would wait for the device at every step.
                 loss_sum += loss.detach() * len(y)
                 seen += len(y)
                 bar.update()
             mean_loss = loss_sum.item() / seen
             seconds = time.perf_counter() - started
+            live = copy.deepcopy(model.state_dict())
+            if average is not None:
+                model.load_state_dict(average.module.state_dict())
+            if recipe.bn_batches:
+                measure_statistics(stage, model, data, recipe, augmentation, streams)
             score, validation = validate(stage, model, data, recipe, streams.device)
             # The loss is that of the steps' starts: the last step may have ruined the weights behind a finite one.
             if not (math.isfinite(mean_loss) and math.isfinite(score)):
@@ -126,9 +143,26 @@ def fit(
             # Of equal epochs the later one: it has seen more images at full ε.
             if recipe.select == "last" or score >= best_score:
                 best, best_score, best_state = epoch, score, copy.deepcopy(model.state_dict())
+            model.load_state_dict(live)
     model.load_state_dict(best_state)
     log.info("%s: kept epoch %d of %d (score %.4f)", stage.name, best, first_epoch + stage.epochs - 1, best_score)
     return best
+
+
+def measure_statistics(
+    stage: Stage,
+    model: Classifier,
+    data: Dataset,
+    recipe: Recipe,
+    augmentation: Augmentation | None,
+    streams: Streams,
+) -> None:
+    """BatchNorm's statistics of the weights as they stand, the mean over `recipe.bn_batches` training batches: those
+    that training gathered lag behind its weights, and an average of weights has none of its own."""
+    if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in stage.trained.modules()):
+        return
+    chosen = islice(batches(data.train, recipe.batch_size, streams.order, drop_single=True), recipe.bn_batches)
+    update_bn((augmentation(x, streams.device) if augmentation else x for x, _ in chosen), model)
 
 
 def validate(

@@ -8,7 +8,7 @@ from typing import Literal
 from rampart.errors import require, require_choices, unknown
 from rampart.models.classifier import ENCODERS
 
-MethodName = Literal["normal", "adversarial", "certified"]
+MethodName = Literal["normal", "adversarial", "trades", "certified", "ibp", "sabr", "mtl-ibp"]
 Contrastive = Literal["none", "double", "single"]
 
 
@@ -17,8 +17,10 @@ class Recipe:
     """One arm's training.
 
     Args:
-        method: `normal` (cross-entropy), `adversarial` (the batch doubled with PGD examples, Madry et al. 2018) or
-            `certified` (loss on CROWN-IBP bounds, Zhang et al. 2020).
+        method: `normal` (cross-entropy), `adversarial` (the batch doubled with PGD examples, Madry et al. 2018),
+            `trades` (Zhang et al. 2019), `certified` (loss on CROWN-IBP bounds, Zhang et al. 2020), `ibp` (on interval
+            bounds, Gowal et al. 2018), `sabr` (on the intervals of a small box around a PGD example, Müller et al. 2023)
+            or `mtl-ibp` (loss of a PGD example and loss on intervals, De Palma et al. 2024).
         augment: whether training images are augmented.
         contrastive: `none`; `double` (encoder by SupCon, then frozen, then the head by cross-entropy: the study's
             DTM); `single` (both losses at once: STM).
@@ -37,15 +39,32 @@ class Recipe:
         head: how the head of `double` is trained: `normal` (cross-entropy on clean images, as in the study) or
             `method` (by the arm's own method, through the frozen encoder).
         eps: radius in pixels of the attack or of the certified ball.
-        eps_warmup: share of a stage's steps in which ε rises from 0 (`certified` alone).
-        attack_steps: PGD steps a batch (`adversarial` alone).
-        attack_rel_step: PGD's step size as a share of ε.
+        eps_warmup: share of a stage's steps in which ε rises from 0: as the fourth power of time in the first quarter
+            of them, then in a line (Xu et al. 2020).
+        attack_steps: PGD steps a batch, for the methods that attack.
+        attack_rel_step: PGD's step size as a share of the attack's radius.
+        attack_rel_eps: the attack's radius as a share of ε.
+        trades_beta: weight β of the divergence between the outputs on an image and on its example.
+        sabr_lambda: half-width of SABR's box as a share λ of ε.
+        mtl_alpha: share α of MTL-IBP's loss that is on intervals.
         certified_loss: `margin` (cross-entropy on bounds of z_y - z_j: a bound of the loss), `fused` (one linear bound
             of that cross-entropy: looser, several times as fast) or `logit-lower` (on lower bounds of the logits: the
             study's, not a bound of the loss).
-        clean_weight: share κ of the clean loss in the certified one (Gowal et al. 2018, eq. 12).
-        embedding_bound: of the embedding under a certified SupCon loss: `crown-ibp` (one row for each of its
-            dimensions: slow) or `ibp`.
+        clean_weight: share κ of the clean loss in that of `certified` and `ibp` (Gowal et al. 2018, eq. 12); two
+            values, as in 1,0.5: from the first to the second as ε rises.
+        ibp_weight: share of the interval bounds in the margins of `certified` (Zhang et al. 2020, eq. 10: 1 - β), one
+            value or two, as above.
+        ibp_regularizer: weight λ of the regularisers of Shi et al. 2021 while ε rises (methods with bounds).
+        init: of the weights: `default` (PyTorch's) or `ibp` (Shi et al. 2021: intervals keep their width).
+        embeddings: what SupCon sees of an image under a method with bounds: `crown-ibp` or `ibp` (the lower bounds of
+            its embedding, as in the study; the former costs one row for each dimension), `worst` (two views: its
+            embedding, and the corner of the interval bounds that raises the loss most) or `attack` (two views: its
+            embedding, and that of its PGD example; `sabr` and `mtl-ibp` alone).
+        l1: weight of the sum of the absolute weights of convolutions and linear maps in the loss.
+        grad_clip: largest L2 norm of a step's gradient; 0: any.
+        ema: decay a step of an average of the weights, which then is what is validated and kept; 0: no average.
+        bn_batches: training batches over which BatchNorm's statistics are measured anew, with the weights of the
+            moment, before each validation; 0: the running averages of training, as usual.
         select: which epoch's weights are kept: `best` on validation (accuracy, robust or certified accuracy as the
             method has it, the loss for a SupCon encoder) or `last`.
     """
@@ -70,9 +89,20 @@ class Recipe:
     eps_warmup: float = 0.0
     attack_steps: int = 10
     attack_rel_step: float = 0.25
+    attack_rel_eps: float = 1.0
+    trades_beta: float = 6.0
+    sabr_lambda: float = 0.1
+    mtl_alpha: float = 0.01
     certified_loss: Literal["margin", "fused", "logit-lower"] = "margin"
-    clean_weight: float = 0.0
-    embedding_bound: Literal["crown-ibp", "ibp"] = "crown-ibp"
+    clean_weight: tuple[float, ...] = (0.0,)
+    ibp_weight: tuple[float, ...] = (0.0,)
+    ibp_regularizer: float = 0.0
+    init: Literal["default", "ibp"] = "default"
+    embeddings: Literal["crown-ibp", "ibp", "worst", "attack"] = "crown-ibp"
+    l1: float = 0.0
+    grad_clip: float = 0.0
+    ema: float = 0.0
+    bn_batches: int = 0
     select: Literal["best", "last"] = "best"
 
     def __post_init__(self) -> None:
@@ -81,9 +111,28 @@ class Recipe:
         for name in ("epochs", "encoder_epochs", "head_epochs", "attack_steps"):
             require(getattr(self, name) >= 1, f"{name} must be 1 or more, not {getattr(self, name)}")
         require(self.batch_size >= 2, f"batch_size must be 2 or more (BatchNorm), not {self.batch_size}")
-        for name in ("lr", "temperature", "attack_rel_step", "width"):
+        for name in ("lr", "temperature", "attack_rel_step", "attack_rel_eps", "width"):
             require(getattr(self, name) > 0, f"{name} must be above 0, not {getattr(self, name)}")
-        require(self.weight_decay >= 0, f"weight_decay must be 0 or more, not {self.weight_decay}")
-        for name in ("supcon_weight", "encoder_supcon_weight", "clean_weight", "eps_warmup"):
+        for name in ("weight_decay", "trades_beta", "ibp_regularizer", "l1", "grad_clip", "bn_batches"):
+            require(getattr(self, name) >= 0, f"{name} must be 0 or more, not {getattr(self, name)}")
+        for name in ("supcon_weight", "encoder_supcon_weight", "mtl_alpha"):
             require(0 <= getattr(self, name) <= 1, f"{name} must lie between 0 and 1, not {getattr(self, name)}")
+        for name in ("clean_weight", "ibp_weight"):
+            values = getattr(self, name)
+            require(
+                len(values) in (1, 2) and all(0 <= value <= 1 for value in values),
+                f"{name} must be one or two numbers between 0 and 1, not {values}",
+            )
+        require(0 < self.sabr_lambda <= 1, f"sabr_lambda must be above 0 and at most 1, not {self.sabr_lambda}")
+        require(0 <= self.ema < 1, f"ema must be 0 or more and below 1, not {self.ema}")
+        require(
+            0 <= self.eps_warmup <= 1,
+            f"eps_warmup must lie between 0 and 1, not {self.eps_warmup}: it is a share of the training's steps, "
+            "and ε cannot rise for longer than the training",
+        )
+        require(
+            self.embeddings != "attack" or self.method in ("sabr", "mtl-ibp") or self.contrastive == "none",
+            f"embeddings=attack needs a method that attacks and bounds (sabr, mtl-ibp), not {self.method}: "
+            "take embeddings=worst",
+        )
         require(0 <= self.eps <= 1, f"eps must lie between 0 and 1 (pixels), not {self.eps}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from rampart.data import Augmentation, Dataset
-from rampart.models import Classifier, build_model
+from rampart.models import Classifier, build_model, interval_init
 from rampart.training.criterion import Criterion
 from rampart.training.loop import Recorder, Stage, Streams, fit
 from rampart.training.methods import METHODS, Normal
@@ -35,6 +35,8 @@ def train(
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
     model = build_model(recipe.architecture, data.in_shape, len(data.classes), recipe.width).to(device)
+    if recipe.init == "ibp":
+        interval_init(model)
     streams = Streams(torch.Generator().manual_seed(seed), torch.Generator(device).manual_seed(seed + 1))
     if not recipe.augment:
         augmentation = None

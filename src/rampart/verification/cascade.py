@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from rampart.attacks import pgd
-from rampart.bounds import crown, ibp, margin_bounds
+from rampart.bounds import alpha, crown, margin_bounds
 from rampart.bounds.box import pixel_box
-from rampart.bounds.margins import margin_spec
+from rampart.bounds.margins import chain_bounds, check, margin_spec
 from rampart.errors import ModelError, RampartError, UnsupportedLayer, require, unknown
 from rampart.models import Layout
 
@@ -119,18 +119,19 @@ def _stages(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Iterator[tupl
             yield method, margin_bounds(model, x, y, eps, method, "auto_lirpa")[0]
         return
     with torch.no_grad():
-        links, box = chain.links, pixel_box(x, eps)
+        box = pixel_box(x, eps)
         spec = margin_spec(y, chain.output.shape[1]).to(x.dtype)
-        bounds = ibp.lower_bounds(links, box, spec)[0]
+        bounds = chain_bounds(chain, box, spec, "ibp")[0]
         bounds[y] = torch.inf
         yield "ibp", bounds
-        boxes = crown.preactivations(links, box)
+        inputs = crown.preactivations(chain, box)
+        check(inputs)
         # Out of place: the caller has seen the stage before.
         left = (bounds <= TOLERANCE).nonzero().squeeze(1)
-        bounds = bounds.index_put((left,), crown.backward(links, boxes, box, spec[:, left])[0])
+        bounds = bounds.index_put((left,), crown.backward(chain, inputs, box, spec[:, left])[0])
         yield "crown", bounds
         left = (bounds <= TOLERANCE).nonzero().squeeze(1)
-        tightened = crown.optimise(links, boxes, box, spec[:, left], ALPHA_STEPS, target=TOLERANCE)[0]
+        tightened = alpha.optimise(chain, inputs, box, spec[:, left], ALPHA_STEPS, target=TOLERANCE)[0]
         yield "alpha-crown", bounds.index_put((left,), tightened)
 
 

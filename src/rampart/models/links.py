@@ -1,0 +1,190 @@
+"""The links of a chain: affine maps, ReLUs and additions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+import torch.nn.functional as F
+from torch import Tensor
+
+Shape = tuple[int, ...]
+
+
+class Affine:
+    """y = L x + bias on single-sample shapes `in_shape` -> `out_shape`."""
+
+    in_shape: Shape
+    out_shape: Shape
+
+    def apply(self, x: Tensor) -> Tensor:
+        """[B, *in_shape] -> [B, *out_shape]."""
+        raise NotImplementedError
+
+    def radius(self, r: Tensor) -> Tensor:
+        """|L| r: what the map makes of a box's half-widths r [B, *in_shape]."""
+        raise NotImplementedError
+
+    def pull(self, a: Tensor) -> Tensor:
+        """a L: coefficients of the output, [R, *out_shape], as coefficients of the input, [R, *in_shape]."""
+        raise NotImplementedError
+
+    def offset(self, a: Tensor) -> Tensor:
+        """a · bias, [R], for a [R, *out_shape]."""
+        raise NotImplementedError
+
+    def scaled(self, scale: Tensor, shift: Tensor) -> Affine:
+        """This map followed by a scale and shift per channel (the first axis of out_shape)."""
+        raise NotImplementedError
+
+
+def _per_channel(value: Tensor, shape: Shape) -> Tensor:
+    return value.view(-1, *(1,) * (len(shape) - 1))
+
+
+@dataclass
+class Conv(Affine):
+    weight: Tensor  # [out, in / groups, kernel, kernel]
+    bias: Tensor  # [out]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+    in_shape: Shape
+
+    @cached_property
+    def out_shape(self) -> Shape:  # type: ignore[override]
+        sizes = [
+            (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+            for size, stride, padding, dilation, kernel in zip(
+                self.in_shape[1:], self.stride, self.padding, self.dilation, self.weight.shape[2:], strict=True
+            )
+        ]
+        return (len(self.weight), *sizes)
+
+    def _conv(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+    def apply(self, x: Tensor) -> Tensor:
+        return self._conv(x, self.weight, self.bias)
+
+    def radius(self, r: Tensor) -> Tensor:
+        return self._conv(r, self.weight.abs(), None)
+
+    def pull(self, a: Tensor) -> Tensor:
+        # Rows and columns that a stride skips at the far edge get no gradient otherwise.
+        missing = [
+            size - ((out - 1) * stride - 2 * padding + dilation * (kernel - 1) + 1)
+            for size, out, stride, padding, dilation, kernel in zip(
+                self.in_shape[1:],
+                self.out_shape[1:],
+                self.stride,
+                self.padding,
+                self.dilation,
+                self.weight.shape[2:],
+                strict=True,
+            )
+        ]
+        return F.conv_transpose2d(a, self.weight, None, self.stride, self.padding, missing, self.groups, self.dilation)
+
+    def offset(self, a: Tensor) -> Tensor:
+        return a.sum((2, 3)) @ self.bias
+
+    def scaled(self, scale: Tensor, shift: Tensor) -> Conv:
+        weight = self.weight * scale.view(-1, 1, 1, 1)
+        conv = (self.stride, self.padding, self.dilation, self.groups, self.in_shape)
+        return Conv(weight, self.bias * scale + shift, *conv)
+
+
+@dataclass
+class Dense(Affine):
+    weight: Tensor  # [out, in]
+    bias: Tensor  # [out]
+
+    @property
+    def in_shape(self) -> Shape:  # type: ignore[override]
+        return (self.weight.shape[1],)
+
+    @property
+    def out_shape(self) -> Shape:  # type: ignore[override]
+        return (self.weight.shape[0],)
+
+    def apply(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    def radius(self, r: Tensor) -> Tensor:
+        return r @ self.weight.abs().T
+
+    def pull(self, a: Tensor) -> Tensor:
+        return a @ self.weight
+
+    def offset(self, a: Tensor) -> Tensor:
+        return a @ self.bias
+
+    def scaled(self, scale: Tensor, shift: Tensor) -> Dense:
+        return Dense(self.weight * scale[:, None], self.bias * scale + shift)
+
+
+@dataclass
+class Scale(Affine):
+    """A scale and shift per channel that has no convolution or linear map before it to be folded into."""
+
+    scale: Tensor  # [C]
+    shift: Tensor  # [C]
+    in_shape: Shape
+
+    @property
+    def out_shape(self) -> Shape:  # type: ignore[override]
+        return self.in_shape
+
+    def apply(self, x: Tensor) -> Tensor:
+        return x * _per_channel(self.scale, self.in_shape) + _per_channel(self.shift, self.in_shape)
+
+    def radius(self, r: Tensor) -> Tensor:
+        return r * _per_channel(self.scale.abs(), self.in_shape)
+
+    def pull(self, a: Tensor) -> Tensor:
+        return a * _per_channel(self.scale, self.in_shape)
+
+    def offset(self, a: Tensor) -> Tensor:
+        return a.flatten(2).sum(2) @ self.shift if a.dim() > 2 else a @ self.shift
+
+    def scaled(self, scale: Tensor, shift: Tensor) -> Scale:
+        return Scale(self.scale * scale, self.shift * scale + shift, self.in_shape)
+
+
+@dataclass
+class Flatten(Affine):
+    in_shape: Shape
+
+    @property
+    def out_shape(self) -> Shape:  # type: ignore[override]
+        return (prod(self.in_shape),)
+
+    def apply(self, x: Tensor) -> Tensor:
+        return x.flatten(1)
+
+    def radius(self, r: Tensor) -> Tensor:
+        return r.flatten(1)
+
+    def pull(self, a: Tensor) -> Tensor:
+        return a.view(len(a), *self.in_shape)
+
+    def offset(self, a: Tensor) -> Tensor:
+        return a.new_zeros(len(a))
+
+
+@dataclass
+class ReLU:
+    out_shape: Shape
+
+
+@dataclass
+class Add:
+    """The sum of two values of one shape: a residual connection."""
+
+    out_shape: Shape
+
+
+Link = Affine | ReLU | Add

@@ -1,0 +1,62 @@
+"""What a training objective is: a small object with one `batch_loss`, and a score that picks its best epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from torch import Generator, Tensor, nn
+
+from rampart.attacks import perturb
+from rampart.models import Classifier
+from rampart.training.criterion import Criterion
+from rampart.training.recipe import Recipe
+
+
+class Method(Protocol):
+    score_name: str  # the share of validation images that `survives` counts
+
+    def __init__(self, model: Classifier, recipe: Recipe) -> None: ...
+
+    def batch_loss(self, x: Tensor, y: Tensor, criterion: Criterion, eps: float, generator: Generator | None) -> Tensor:
+        """The scalar loss on x [B, C, H, W] in [0, 1], y [B], at radius eps (pixels)."""
+        ...
+
+    def survives(self, x: Tensor, y: Tensor, eps: float, generator: Generator | None) -> Tensor:
+        """Whether the model (in eval mode) holds on each image, as the method understands it: bool [B]."""
+        ...
+
+
+def example(
+    model: Classifier,
+    recipe: Recipe,
+    x: Tensor,
+    y: Tensor,
+    criterion: Criterion,
+    eps: float,
+    generator: Generator | None,
+) -> Tensor:
+    """The last iterate of the recipe's PGD on the criterion, at radius eps (pixels): [B, C, H, W]."""
+    # BatchNorm's running statistics are those that an attacker meets, and the attack must not move them.
+    with evaluating(model):
+        return perturb(
+            lambda moved: criterion.on_images(model, moved, y),
+            x,
+            eps,
+            recipe.attack_steps,
+            recipe.attack_rel_step * eps,
+            generator,
+        )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode for a while; every module gets its own mode back (a frozen encoder may be in eval mode already)."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

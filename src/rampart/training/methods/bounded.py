@@ -1,0 +1,157 @@
+"""Objectives on bounds of the network over the ball."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from rampart.bounds import crown, ibp
+from rampart.bounds.box import Box, pixel_box
+from rampart.bounds.fusion import fused_cross_entropy
+from rampart.bounds.margins import identity_spec, margin_bounds, margin_spec
+from rampart.errors import ModelError
+from rampart.losses import interval_regularizer, supcon_loss, worst_case_logits
+from rampart.models import Chain, Classifier, Layout
+from rampart.models.links import Dense
+from rampart.training.criterion import Criterion, Outputs
+from rampart.training.methods.base import example
+from rampart.training.recipe import Recipe
+from rampart.training.schedules import ramp
+
+
+class Bounded:
+    """What all objectives on bounds share: the network as a chain, its bounds, SupCon on them, regularisers."""
+
+    score_name = "certified_accuracy"
+
+    def __init__(self, model: Classifier, recipe: Recipe) -> None:
+        self.model, self.recipe = model, recipe
+        # The head is one linear map, so that the encoder's chain and the head make the network's.
+        if not isinstance(model.head, nn.Linear):
+            raise ModelError(f"{recipe.method} training needs a head that is one linear map, not {type(model.head)}")
+        self.head = model.head
+        self.encoder = Layout(nn.Sequential(model.normalize, model.encoder))
+
+    def batch_loss(self, x: Tensor, y: Tensor, criterion: Criterion, eps: float, generator: Generator | None) -> Tensor:
+        raise NotImplementedError
+
+    def survives(self, x: Tensor, y: Tensor, eps: float, generator: Generator | None) -> Tensor:
+        return (margin_bounds(self.model, x, y, eps, "crown-ibp") > 0).all(1)
+
+    def risen(self, eps: float) -> float:
+        """How much of its full value ε has reached, in [0, 1]."""
+        return eps / self.recipe.eps if self.recipe.eps else 1.0
+
+    def whole(self, chain: Chain) -> Chain:
+        """The encoder's chain with the head after it."""
+        return chain.then(Dense(self.head.weight, self.head.bias))
+
+    def spec(self, y: Tensor, x: Tensor) -> Tensor:
+        return margin_spec(y, self.head.out_features).to(x.dtype)
+
+    def supcon_view(
+        self, chain: Chain, box: Box, found: ibp.Intervals, y: Tensor, criterion: Criterion
+    ) -> Tensor | None:
+        """What SupCon sees, [B or 2B, D]; `attack` is the business of the methods that attack."""
+        kind, clean = self.recipe.embeddings, chain.output
+        if not criterion.needs_embeddings:
+            return None
+        if kind == "worst":
+            return torch.cat([clean[: len(y)], worst_corner(found[chain.last], y, criterion.temperature)])
+        if kind == "attack":
+            return clean
+        spec = identity_spec(clean.shape[1], box.lower)
+        if kind == "ibp":
+            return ibp.lower_bounds(chain, found, spec)
+        return crown.lower_bounds(chain, ibp.inputs(chain, found), box, spec)
+
+    def regularizer(self, chain: Chain, box: Box, found: ibp.Intervals, eps: float) -> Tensor | float:
+        weight = self.recipe.ibp_regularizer * (1 - self.risen(eps))
+        return weight * interval_regularizer(box, list(ibp.inputs(chain, found).values())) if weight > 0 else 0.0
+
+    def interval_cross_entropy(self, whole: Chain, found: ibp.Intervals, x: Tensor, y: Tensor) -> Tensor:
+        """Cross-entropy on interval bounds, all maps behind the last ReLU merged with the margins."""
+        margins = ibp.lower_bounds(whole, found, self.spec(y, x), ibp.tail(whole))
+        return F.cross_entropy(worst_case_logits(margins, y), y)
+
+
+class Certified(Bounded):
+    """Cross-entropy on CROWN-IBP bounds over the ball (Zhang et al. 2020, eq. 10), mixed with the clean loss by κ."""
+
+    def batch_loss(self, x: Tensor, y: Tensor, criterion: Criterion, eps: float, generator: Generator | None) -> Tensor:
+        chain, box = self.encoder.resolve(x), pixel_box(x, eps)
+        found = ibp.intervals(chain, box)
+        worst = self.worst_cross_entropy(self.whole(chain), box, found, y, eps) if criterion.needs_logits else None
+        loss = criterion(Outputs(worst, self.supcon_view(chain, box, found, y, criterion)), y)
+        clean_share = ramp(self.recipe.clean_weight, self.risen(eps))
+        if clean_share:
+            clean = criterion(criterion.clean(self.model, chain.output, y), y)
+            loss = clean_share * clean + (1 - clean_share) * loss
+        return loss + self.regularizer(chain, box, found, eps)
+
+    def worst_cross_entropy(self, whole: Chain, box: Box, found: ibp.Intervals, y: Tensor, eps: float) -> Tensor:
+        kind, spec, inputs = self.recipe.certified_loss, self.spec(y, box.lower), ibp.inputs(whole, found)
+        if kind == "logit-lower":
+            logits = crown.lower_bounds(whole, inputs, box, identity_spec(spec.shape[1], box.lower))
+            return F.cross_entropy(logits, y)
+        if kind == "fused":
+            return fused_cross_entropy(whole, box, found, spec).mean()
+        share, margins = ramp(self.recipe.ibp_weight, self.risen(eps)), spec.new_zeros(())
+        if share < 1:
+            margins = margins + (1 - share) * crown.lower_bounds(whole, inputs, box, spec)
+        if share > 0:
+            margins = margins + share * ibp.lower_bounds(whole, found, spec, ibp.tail(whole))
+        return F.cross_entropy(worst_case_logits(margins, y), y)
+
+
+class Ibp(Certified):
+    """Cross-entropy on interval bounds, the last maps merged with the margins (Gowal et al. 2018, eq. 12)."""
+
+    def worst_cross_entropy(self, whole: Chain, box: Box, found: ibp.Intervals, y: Tensor, eps: float) -> Tensor:
+        return self.interval_cross_entropy(whole, found, box.lower, y)
+
+
+class Sabr(Bounded):
+    """Cross-entropy on the intervals of a box of half-width λε around a PGD example, inside of the ball
+    (Müller et al. 2023, eq. 5); BatchNorm's statistics are those of the examples."""
+
+    def batch_loss(self, x: Tensor, y: Tensor, criterion: Criterion, eps: float, generator: Generator | None) -> Tensor:
+        half = self.recipe.sabr_lambda * eps
+        center = example(self.model, self.recipe, x, y, criterion, eps - half, generator)
+        chain, box = self.encoder.resolve(self.seen(x, center, criterion)), pixel_box(center, half)
+        found = ibp.intervals(chain, box)
+        worst = self.interval_cross_entropy(self.whole(chain), found, x, y) if criterion.needs_logits else None
+        loss = criterion(Outputs(worst, self.supcon_view(chain, box, found, y, criterion)), y)
+        return loss + self.regularizer(chain, box, found, eps)
+
+    def seen(self, x: Tensor, moved: Tensor, criterion: Criterion) -> Tensor:
+        """The images that run through the network: the examples, after the images where SupCon sees those, too."""
+        both = criterion.needs_embeddings and self.recipe.embeddings in ("worst", "attack")
+        return torch.cat([x, moved]) if both else moved
+
+
+class MtlIbp(Sabr):
+    """(1 - α) times the loss of a PGD example and α times that on the ball's intervals (De Palma et al. 2024, eq. 8);
+    BatchNorm's statistics are those of the examples."""
+
+    def batch_loss(self, x: Tensor, y: Tensor, criterion: Criterion, eps: float, generator: Generator | None) -> Tensor:
+        alpha, box = self.recipe.mtl_alpha, pixel_box(x, eps)
+        moved = example(self.model, self.recipe, x, y, criterion, self.recipe.attack_rel_eps * eps, generator)
+        chain = self.encoder.resolve(self.seen(x, moved, criterion))
+        found = ibp.intervals(chain, box)
+        cross_entropy = None
+        if criterion.needs_logits:
+            attacked = F.cross_entropy(self.head(chain.output[-len(x) :]), y)
+            worst = self.interval_cross_entropy(self.whole(chain), found, x, y)
+            cross_entropy = (1 - alpha) * attacked + alpha * worst
+        loss = criterion(Outputs(cross_entropy, self.supcon_view(chain, box, found, y, criterion)), y)
+        return loss + self.regularizer(chain, box, found, eps)
+
+
+def worst_corner(box: Box, y: Tensor, temperature: float) -> Tensor:
+    """The corner of the boxes of a batch of embeddings, [B, D], that the gradient of SupCon at their centres points to:
+    its first-order worst case; differentiable."""
+    center = box.center.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(supcon_loss(center, y, temperature), center)
+    return box.center + box.half * gradient.sign()

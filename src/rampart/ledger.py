@@ -35,7 +35,8 @@ def evaluation_ledger(labels: Tensor, predictions: Tensor, success: Tensor, eps:
 
 
 def attack_rates(ledger: pd.DataFrame) -> dict[str, float]:
-    """accuracy, and asr/<ε>, afr/<ε>, robust_accuracy/<ε> for every ε of the ledger, all in [0, 1].
+    """accuracy, asr/<ε>, afr/<ε>, robust_accuracy/<ε> for every ε attacked, and certified_accuracy/<ε> for every ε at
+    which images were to be proved, all in [0, 1].
 
     ASR is over the correctly classified images (0 where there is none); robust accuracy = accuracy * AFR.
     """
@@ -47,6 +48,8 @@ def attack_rates(ledger: pd.DataFrame) -> dict[str, float]:
             asr = float(ledger.loc[correct, column].mean()) if correct.any() else 0.0
             rates[f"asr/{key}"], rates[f"afr/{key}"] = asr, 1 - asr
             rates[f"robust_accuracy/{key}"] = float((correct & ~ledger[column]).mean())
+        elif kind == "certified":
+            rates[f"certified_accuracy/{key}"] = float((correct & ledger[column]).mean())
     return rates
 
 

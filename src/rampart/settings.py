@@ -20,13 +20,13 @@ from pydantic import TypeAdapter, ValidationError
 
 from rampart.data import Augmentation
 from rampart.errors import SettingsError, require, unknown
-from rampart.evaluation import AttackPlan, EmbeddingPlan
+from rampart.evaluation import AttackPlan, CertificationPlan, EmbeddingPlan
 from rampart.training.recipe import Contrastive, MethodName, Recipe
 from rampart.verification import VerificationPlan
 
 EpsSpace = Literal["pixel", "normalized"]
 # Names of settings that are radii; each is logged twice: as `eps` in the user's space and `eps_pixel`.
-EPS_NAMES = ("eps", "survive_eps")
+EPS_NAMES = ("eps", "survive_eps", "certify_eps")
 # The study's data were normalised with std 0.5, so that its radii are twice as long as in pixels.
 PIXELS = {"pixel": 1.0, "normalized": 0.5}
 DEFAULT_PROFILE = "quick"
@@ -93,12 +93,13 @@ class ModelSettings(Common):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateSettings(ModelSettings, AttackPlan):
+class EvaluateSettings(ModelSettings, CertificationPlan, AttackPlan):
     """Settings of `evaluate`."""
 
     def __post_init__(self) -> None:
         ModelSettings.__post_init__(self)
         AttackPlan.__post_init__(self)
+        CertificationPlan.__post_init__(self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,11 @@ def both_ways(chain: Chain, box: Box) -> tuple[tuple[Tensor, Tensor], tuple[Tens
     )
     relaxed = {p: relax(b) for p, b in ibp.inputs(chain, ibp.intervals(chain, box)).items()}
     given = (chain, chain.last, relaxed, box, image, neuron)
-    return windows.neuron_bounds(*given), crown._neuron_bounds(*given)
+    up = torch.ones_like(neuron)
+    return tuple(
+        (bound_rows(*given, up), -bound_rows(*given, -up))
+        for bound_rows in (windows.lower_bounds, crown._neuron_bounds)
+    )
 
 
 def assert_same(layers: list[nn.Module], x: Tensor, eps: float = 0.1) -> None:

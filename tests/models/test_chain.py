@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from rampart.errors import ModelError, UnsupportedLayer
-from rampart.models import Chain, Layout
+from rampart.models import Layout
 from rampart.models.links import Add, Affine, Conv, Dense, Flatten, ReLU, Scale
 from tests.nets import NETS, run_chain, small_classifier, small_net
 

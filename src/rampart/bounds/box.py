@@ -18,11 +18,11 @@ class Box(NamedTuple):
 
     @property
     def center(self) -> Tensor:
-        return (self.lower + self.upper) / 2
+        return self.lower + self.half
 
     @property
     def half(self) -> Tensor:
-        return (self.upper - self.lower) / 2
+        return (self.upper - self.lower) * 0.5
 
 
 def pixel_box(x: Tensor, eps: float | Tensor) -> Box:
@@ -35,5 +35,8 @@ def pixel_box(x: Tensor, eps: float | Tensor) -> Box:
 def lower_on(box: Box, a: Tensor) -> Tensor:
     """min of a·x over the box, [B, K], for a [B, K, *shape]."""
     flat = a.flatten(2)
-    center, half = box.center.flatten(1), box.half.flatten(1)
+    half = box.half.flatten(1)
+    center = box.lower.flatten(1) + half
+    if flat.shape[1] == 1:  # a product of matrices is slow for single rows, and its derivative more so
+        return (flat * center[:, None] - flat.abs() * half[:, None]).sum(2)
     return (flat @ center[:, :, None] - flat.abs() @ half[:, :, None]).squeeze(2)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rampart.bounds import ibp, windows
 from rampart.bounds.box import Box, lower_on
-from rampart.bounds.relaxation import Relaxation, relax
+from rampart.bounds.relaxation import Relaxation, relax, through_relu
 from rampart.models.chain import Chain
 from rampart.models.links import Add, Conv, Dense, ReLU
 
@@ -62,9 +62,8 @@ def backward_relaxed(
             lower_slope = relaxation.lower_slope[:, None]
             if slopes is not None:
                 lower_slope = torch.where(relaxation.unstable[:, None], slopes[place], lower_slope)
-            negative = a.clamp(max=0)
-            bound = bound + (negative.flatten(2) @ relaxation.intercept.flatten(1)[:, :, None]).squeeze(2)
-            a = a * lower_slope + negative * (relaxation.upper_slope[:, None] - lower_slope)
+            a, constant = through_relu(a, relaxation, lower_slope)
+            bound = bound + constant
         elif not isinstance(link, Add):
             batch, rows = a.shape[:2]
             flat = a.flatten(0, 1)
@@ -113,9 +112,16 @@ def at(box: Box, images: Tensor) -> Box:
 
 
 def preactivations(chain: Chain, box: Box, memory: int = MEMORY) -> ibp.Intervals:
-    """CROWN bounds of every ReLU's input, by its place; a neuron that intervals show to be stable keeps those."""
+    """CROWN bounds of every ReLU's input, by its place.
+
+    A neuron that intervals show to be stable keeps those. Of the others the bound on the side of the neuron's value at
+    the box's centre comes first: where it shows that the neuron is stable, the other side keeps its interval, since the
+    relaxation of a stable ReLU is exact.
+    """
     found: ibp.Intervals = {}
     inputs: ibp.Intervals = {}
+    relaxed: dict[int, Relaxation] = {}
+    middle: ibp.Intervals = {}
     for place in chain.relus:
         value = chain.sources[place][0]
         # Forward from the bounds found so far: the tighter these intervals, the fewer neurons are left to CROWN.
@@ -124,40 +130,77 @@ def preactivations(chain: Chain, box: Box, memory: int = MEMORY) -> ibp.Interval
         maps = sum(isinstance(link, Conv | Dense) for link in before)
         # One linear map of a box: intervals are exact.
         if maps > 1 or any(isinstance(link, Add) for link in before):
-            found[value] = _tighten(chain, value, inputs, box, found[value], memory)
+            middle = ibp.intervals(chain, Box(box.center, box.center), value, middle)
+            found[value] = _tighten(chain, value, relaxed, box, found[value], middle[value].center, memory)
         inputs[place] = found[value]
+        relaxed[place] = relax(found[value])
     return inputs
 
 
-def _tighten(chain: Chain, value: int, inputs: ibp.Intervals, box: Box, loose: Box, memory: int) -> Box:
-    """Replaces the bounds of the unstable neurons of `loose` [B, *shape] by CROWN's."""
+def _tighten(
+    chain: Chain,
+    value: int,
+    relaxed: dict[int, Relaxation],
+    box: Box,
+    loose: Box,
+    middle: Tensor,
+    memory: int,
+) -> Box:
+    """Replaces the bounds of the unstable neurons of `loose` [B, *shape] by CROWN's, as told above."""
     lower, upper = loose.lower.flatten(1).clone(), loose.upper.flatten(1).clone()
     images, neurons = ((lower < 0) & (upper > 0)).nonzero(as_tuple=True)
     if not len(images):
         return loose
-    needed = chain.before(value)
-    relaxed = {place: relax(bounds) for place, bounds in inputs.items() if place in needed}
     field = windows.receptive_field(chain, value)
-    # Each neuron has two rows.
-    size = rows_at_once(field or widest(chain, value), memory) // 2
-    for part in torch.arange(len(images), device=images.device).split(max(size, 1)):
-        image, neuron = images[part], neurons[part]
-        if field is not None:
-            below, above = windows.neuron_bounds(chain, value, relaxed, box, image, neuron)
-        else:
-            below, above = _neuron_bounds(chain, value, relaxed, box, image, neuron)
-        lower[image, neuron], upper[image, neuron] = below, above
+    # Full rows are padded to as many an image, up to twice as many in all.
+    size = rows_at_once(field or 2 * widest(chain, value), memory)
+    bound_rows = windows.lower_bounds if field is not None else _neuron_bounds
+
+    def improve(image: Tensor, neuron: Tensor, sign: Tensor) -> Tensor:
+        """Writes the bounds and returns them, [R], times the sign."""
+        bounds = in_parts(
+            lambda part: bound_rows(chain, value, relaxed, box, image[part], neuron[part], sign[part]),
+            len(image),
+            size,
+            image.device,
+        )
+        below = sign > 0
+        lower[image[below], neuron[below]] = bounds[below]
+        upper[image[~below], neuron[~below]] = -bounds[~below]
+        return bounds
+
+    sign = torch.where(middle.flatten(1)[images, neurons] > 0, 1, -1)
+    unsettled = improve(images, neurons, sign) <= 0
+    if bool(unsettled.any()):
+        improve(images[unsettled], neurons[unsettled], -sign[unsettled])
     return Box(lower.view_as(loose.lower), upper.view_as(loose.upper))
 
 
 def _neuron_bounds(
-    chain: Chain, value: int, relaxed: dict[int, Relaxation], box: Box, image: Tensor, neuron: Tensor
-) -> tuple[Tensor, Tensor]:
-    """As windows.neuron_bounds, for any links: each neuron by two full rows of a backward pass."""
+    chain: Chain,
+    value: int,
+    relaxed: dict[int, Relaxation],
+    box: Box,
+    image: Tensor,
+    neuron: Tensor,
+    sign: Tensor,
+) -> Tensor:
+    """As windows.lower_bounds, for any links: each neuron by a full row of a backward pass."""
     shape = chain.links[value].out_shape
-    rows = torch.zeros(len(image), 2, prod(shape), dtype=box.lower.dtype, device=box.lower.device)
-    rows[:, 0].scatter_(1, neuron[:, None], 1.0)
-    rows[:, 1].scatter_(1, neuron[:, None], -1.0)
-    own = {place: Relaxation(*(tensor[image] for tensor in relaxation)) for place, relaxation in relaxed.items()}
-    bounds = backward_relaxed(chain, own, at(box, image), rows.view(len(image), 2, *shape), value)
-    return bounds[:, 0], -bounds[:, 1]
+    # The rows of an image stand together and share its relaxations, unless that takes too many rows that are empty.
+    chosen, turn = torch.unique(image, return_inverse=True)
+    counts = torch.bincount(turn)
+    if len(chosen) * int(counts.max()) > 2 * len(image):
+        chosen, turn = image, torch.arange(len(image), device=image.device)
+        counts = torch.ones_like(turn)
+    place = torch.arange(len(image), device=image.device) - (counts.cumsum(0) - counts)[turn]
+    rows = box.lower.new_zeros(len(chosen), int(counts.max()), prod(shape))
+    rows[turn, place, neuron] = sign.to(rows.dtype)
+    needed = set(chain.before(value))
+    own = {
+        relu: Relaxation(*(tensor[chosen] for tensor in relaxation))
+        for relu, relaxation in relaxed.items()
+        if relu in needed
+    }
+    bounds = backward_relaxed(chain, own, at(box, chosen), rows.view(*rows.shape[:2], *shape), value)
+    return bounds[turn, place]

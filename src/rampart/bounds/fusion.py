@@ -32,9 +32,8 @@ def chords(chain: Chain, found: ibp.Intervals, spec: Tensor) -> tuple[Tensor, Te
 
     Over the interval [l_j, u_j] of each z_j - z_y, exp lies under its chord.
     """
-    classes = spec.shape[1]
-    outer = ibp.lower_bounds(chain, found, torch.cat([spec, -spec], 1), ibp.tail(chain))
-    upper, lower = -outer[:, :classes], outer[:, classes:]
+    margins = ibp.bounds(chain, found, spec, ibp.tail(chain))
+    lower, upper = -margins.upper, -margins.lower
     # exp of bounds that are loose early in training overflows; the largest of them is taken out, and added at the end.
     shift = upper.amax(1, keepdim=True)
     width = (upper - lower).clamp(min=1e-6)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from rampart.bounds.box import Box, lower_on
+from rampart.bounds.box import Box
 from rampart.models.chain import Chain
 from rampart.models.links import Add, Affine, Dense, Link, ReLU
 
@@ -19,7 +20,8 @@ def step(link: Link, boxes: list[Box]) -> Box:
         return Box(box.lower + boxes[1].lower, box.upper + boxes[1].upper)
     if isinstance(link, ReLU):
         return Box(box.lower.relu(), box.upper.relu())
-    center, half = link.apply(box.center), link.radius(box.half)
+    half = box.half
+    center, half = link.apply(box.lower + half), link.radius(half)
     return Box(center - half, center + half)
 
 
@@ -38,7 +40,12 @@ def inputs(chain: Chain, found: Intervals) -> Intervals:
 
 
 def lower_bounds(chain: Chain, found: Intervals, spec: Tensor, value: int | None = None) -> Tensor:
-    """Lower bounds [B, K] of spec [B, K, out] @ output.
+    """Lower bounds [B, K] of spec [B, K, out] @ output; arguments as in `bounds`."""
+    return bounds(chain, found, spec, value).lower
+
+
+def bounds(chain: Chain, found: Intervals, spec: Tensor, value: int | None = None) -> Box:
+    """Lower and upper bounds, both [B, K], of spec [B, K, out] @ output.
 
     Args:
         found: boxes of values; that of `value` is used.
@@ -46,16 +53,22 @@ def lower_bounds(chain: Chain, found: Intervals, spec: Tensor, value: int | None
             farther back, the tighter the bounds: `tail(chain)` is the farthest.
     """
     value = merged(chain) if value is None else value
-    offset: Tensor | float = 0.0
     place = chain.last
+    # The maps are the same for every image: they are multiplied out once, not for each row of a specification.
+    rows = torch.eye(spec.shape[2], dtype=spec.dtype, device=spec.device)
+    offset = spec.new_zeros(spec.shape[2])
     while place != value:
         link = chain.links[place]
         assert isinstance(link, Affine)
-        flat = spec.flatten(0, 1)
-        offset = offset + link.offset(flat).view(spec.shape[:2])
-        spec = link.pull(flat).view(*spec.shape[:2], *link.in_shape)
+        offset = offset + link.offset(rows)
+        rows = link.pull(rows)
         (place,) = chain.sources[place]
-    return lower_on(found[value], spec) + offset
+    rows, offset = spec @ rows.flatten(1), spec @ offset
+    box = found[value]
+    half = box.half.flatten(1)
+    center = (rows @ (box.lower.flatten(1) + half)[:, :, None]).squeeze(2) + offset
+    radius = (rows.abs() @ half[:, :, None]).squeeze(2)
+    return Box(center - radius, center + radius)
 
 
 def merged(chain: Chain) -> int:

@@ -29,7 +29,7 @@ def lirpa_bounds(model: nn.Module, x: Tensor, eps: float | Tensor, method: str, 
     with contextlib.redirect_stdout(io.StringIO()):
         try:
             options = {"optimize_bound_args": {"iteration": 20, "lr_alpha": 0.1}, "conv_mode": _conv_mode(model)}
-            bounded = library.BoundedModule(_plain(model), x, bound_opts=options, device=x.device)
+            bounded = library.BoundedModule(plain(model), x, bound_opts=options, device=x.device)
             bounded.eval()
             with torch.no_grad():
                 classes = model(x[:1]).shape[1]
@@ -70,7 +70,7 @@ def _check_pooling(model: nn.Module) -> None:
                 raise UnsupportedLayer(path, "AvgPool2d", "auto_LiRPA knows windows side by side alone")
 
 
-def _plain(model: nn.Module) -> nn.Module:
+def plain(model: nn.Module) -> nn.Module:
     """A copy whose normalisations are 1x1 convolutions: auto_LiRPA 0.3 cannot propagate patches through a division."""
     model = copy.deepcopy(model)
     for name, module in list(model.named_modules()):

@@ -65,8 +65,9 @@ def _reach(link: Conv, axis: int) -> int:
 
 
 class _Window(NamedTuple):
-    """Coefficients a [R, C, h, w] of R rows, each with its corner at (top, left), [R], of its map.
+    """Coefficients a [R, h, w, C] of R rows, and the corners (top, left), [G], of the G windows that they share.
 
+    Channels last: small maps of many channels are then one matrix product, and cut out in whole rows.
     `inside`: whether a is zero on the zero padding around the map.
     """
 
@@ -77,81 +78,102 @@ class _Window(NamedTuple):
 
     def __add__(self, other: _Window) -> _Window:  # type: ignore[override]
         top, left = torch.minimum(self.top, other.top), torch.minimum(self.left, other.left)
-        height, width = (
-            max(
-                int((mine - least)[0]) + self.a.shape[axis],
-                int((theirs - least)[0]) + other.a.shape[axis],
-            )
-            for axis, mine, theirs, least in ((2, self.top, other.top, top), (3, self.left, other.left, left))
-        )
+        # Corners differ by as much in every window: branches walk the map at one pace.
+        above, before = [int((w.top - top)[0]) for w in (self, other)], [int((w.left - left)[0]) for w in (self, other)]
+        height = max(space + w.a.shape[1] for space, w in zip(above, (self, other), strict=True))
+        width = max(space + w.a.shape[2] for space, w in zip(before, (self, other), strict=True))
+        total = self.a.new_zeros(len(self.a), height, width, self.a.shape[3])
+        for window, row, column in zip((self, other), above, before, strict=True):
+            total[:, row : row + window.a.shape[1], column : column + window.a.shape[2]] += window.a
+        return _Window(total, top, left, self.inside and other.inside)
 
-        def placed(window: _Window) -> Tensor:
-            above, before = int((window.top - top)[0]), int((window.left - left)[0])
-            below, after = height - above - window.a.shape[2], width - before - window.a.shape[3]
-            return F.pad(window.a, (before, after, above, below))
+    def through(self, conv: Conv) -> _Window:
+        """As coefficients of the convolution's input: its transpose, as a matrix product for all places at once."""
+        rows, height, width, channels = self.a.shape
+        kernel, stride, dilation = conv.weight.shape[2:], conv.stride, conv.dilation
+        by_group = self.a.reshape(-1, conv.groups, channels // conv.groups).transpose(0, 1)
+        weight = conv.weight.permute(0, 2, 3, 1).reshape(conv.groups, channels // conv.groups, -1)
+        columns = (by_group @ weight).view(conv.groups, rows, height, width, *kernel, -1)
+        reach = [
+            (size - 1) * s + d * (k - 1) + 1
+            for size, s, d, k in zip((height, width), stride, dilation, kernel, strict=True)
+        ]
+        total = self.a.new_zeros(rows, *reach, conv.groups, columns.shape[-1])
+        for i in range(kernel[0]):
+            for j in range(kernel[1]):
+                down, across = (
+                    slice(start * d, start * d + (size - 1) * s + 1, s)
+                    for start, d, size, s in zip((i, j), dilation, (height, width), stride, strict=True)
+                )
+                total[:, down, across] += columns[:, :, :, :, i, j].movedim(0, 3)
+        top, left = self.top * stride[0] - conv.padding[0], self.left * stride[1] - conv.padding[1]
+        return _Window(total.flatten(3), top, left, False)
 
-        return _Window(placed(self) + placed(other), top, left, self.inside and other.inside)
 
-
-def neuron_bounds(
-    chain: Chain, value: int, relaxed: dict[int, Relaxation], box: Box, image: Tensor, neuron: Tensor
-) -> tuple[Tensor, Tensor]:
-    """CROWN's lower and upper bounds, both [R], of R single neurons of `value`, which has a `receptive_field`.
+def lower_bounds(
+    chain: Chain,
+    value: int,
+    relaxed: dict[int, Relaxation],
+    box: Box,
+    image: Tensor,
+    neuron: Tensor,
+    sign: Tensor,
+) -> Tensor:
+    """CROWN's lower bounds, [R], of R single neurons of `value`, each times its sign; it has a `receptive_field`.
 
     Args:
         relaxed: the relaxations of the ReLUs before it, by their places, for all images.
         image: [R] index of the image of each row.
         neuron: [R] index into the flattened value [C, H, W].
+        sign: [R] of 1 (bounds the neuron from below) and -1 (minus the bound bounds it from above).
     """
     channels, height, width = chain.links[value].out_shape
-    rows = len(neuron)
     top, left = neuron // width % height, neuron % width
-    a = F.one_hot(neuron // (height * width), channels).to(box.lower.dtype)
-    # Rows 0..R bound the neuron from below, rows R..2R its negative.
-    a = torch.cat([a, -a])[:, :, None, None]
-    image = image.repeat(2)
-    windows = {value: _Window(a, top.repeat(2), left.repeat(2), True)}
-    bound = a.new_zeros(2 * rows)
+    a = torch.zeros(len(neuron), 1, 1, channels, dtype=box.lower.dtype, device=box.lower.device)
+    a[torch.arange(len(neuron), device=a.device), 0, 0, neuron // (height * width)] = sign.to(a.dtype)
+    # All channels of a place of an image look through the same window: it is cut out once.
+    spot, shared = torch.unique((image * height + top) * width + left, return_inverse=True)
+    image, top, left = spot // (height * width), spot // width % height, spot % width
+    windows = {value: _Window(a, top, left, True)}
+    bound = a.new_zeros(len(a))
+
+    def cut(maps: Tensor, window: _Window) -> Tensor:
+        return _gather(maps, image, window.top, window.left, window.a).index_select(0, shared)
+
     for place in reversed(chain.before(value)):
         window, link = windows.pop(place), chain.links[place]
-        a, top, left, _ = window
+        a = window.a
         if isinstance(link, ReLU):
             relaxation = relaxed[place]
             # Outside of the map all three are zero, which removes what a convolution put on its padding.
-            lower_slope = _gather(relaxation.lower_slope, image, top, left, a)
-            upper_slope = _gather(relaxation.upper_slope, image, top, left, a)
             negative = a.clamp(max=0)
-            bound = bound + (negative * _gather(relaxation.intercept, image, top, left, a)).sum((1, 2, 3))
-            window = window._replace(a=a * lower_slope + negative * (upper_slope - lower_slope), inside=True)
+            bound = bound + (negative * cut(relaxation.intercept, window)).sum((1, 2, 3))
+            kept = (a - negative).mul_(cut(relaxation.lower_slope, window))
+            window = window._replace(a=kept.addcmul_(negative, cut(relaxation.upper_slope, window)), inside=True)
         elif not isinstance(link, Add):
             assert isinstance(link, Conv | Scale)
             if not window.inside:
-                ones = torch.ones(1, *link.out_shape, device=a.device, dtype=a.dtype)
-                a = a * _gather(ones, torch.zeros_like(image), top, left, a)
-            bound = bound + link.offset(a)
+                ones = a.new_ones(1, *link.out_shape).expand(len(box.lower), -1, -1, -1)
+                a = a * cut(ones, window)
+            bound = bound + a.sum((1, 2)) @ (link.bias if isinstance(link, Conv) else link.shift)
             if isinstance(link, Conv):
-                a = F.conv_transpose2d(a, link.weight, None, link.stride, 0, 0, link.groups, link.dilation)
-                top, left = top * link.stride[0] - link.padding[0], left * link.stride[1] - link.padding[1]
-                window = _Window(a, top, left, False)
+                window = window._replace(a=a).through(link)
             else:
-                window = _Window(link.pull(a), top, left, True)
+                window = window._replace(a=a * link.scale, inside=True)
         for source in chain.sources[place]:
             windows[source] = windows[source] + window if source in windows else window
-    a, top, left, _ = windows[-1]
-    center, half = _gather(box.center, image, top, left, a), _gather(box.half, image, top, left, a)
-    bound = bound + (a * center - a.abs() * half).sum((1, 2, 3))
-    return bound[:rows], -bound[rows:]
+    window = windows[-1]
+    a = window.a
+    return bound + (a * cut(box.center, window) - a.abs() * cut(box.half, window)).sum((1, 2, 3))
 
 
 def _gather(maps: Tensor, image: Tensor, top: Tensor, left: Tensor, like: Tensor) -> Tensor:
-    """Windows [R, C, h, w] of maps [B, C, H, W] with their corners at (top, left); zero outside of the map."""
-    height, width = like.shape[2:]
-    if (height, width) == maps.shape[2:] == (1, 1):
-        return maps[image]
+    """Windows [G, h, w, C] of maps [B, C, H, W] with their corners at (top, left), all [G]; zero outside of the map."""
+    height, width = like.shape[1:3]
     pad_top, pad_left = max(-int(top.min()), 0), max(-int(left.min()), 0)
     pad_bottom = max(int(top.max()) + height - maps.shape[2], 0)
     pad_right = max(int(left.max()) + width - maps.shape[3], 0)
     padded = F.pad(maps, (pad_left, pad_right, pad_top, pad_bottom)).permute(0, 2, 3, 1).contiguous()
     rows = (top + pad_top)[:, None] + torch.arange(height, device=top.device)
     columns = (left + pad_left)[:, None] + torch.arange(width, device=top.device)
-    return padded[image[:, None, None], rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    return padded[image[:, None, None], rows[:, :, None], columns[:, None, :]]

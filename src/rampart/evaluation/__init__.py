@@ -1,4 +1,5 @@
 from rampart.evaluation.attacked import AttackPlan, evaluate
+from rampart.evaluation.certified import CertificationPlan, certify
 from rampart.evaluation.embedding import EmbeddingPlan, embed
 
-__all__ = ["AttackPlan", "EmbeddingPlan", "embed", "evaluate"]
+__all__ = ["AttackPlan", "CertificationPlan", "EmbeddingPlan", "certify", "embed", "evaluate"]

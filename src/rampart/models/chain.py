@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from rampart.errors import ModelError, UnsupportedLayer
 from rampart.models.classifier import Normalize
-from rampart.models.links import Add, Affine, Conv, Dense, Flatten, Link, ReLU, Scale, Shape
+from rampart.models.links import Add, Affine, Conv, Dense, Flatten, Link, ReLU, Scale
 
 
 @dataclass
@@ -144,7 +144,8 @@ class Layout:
             x = values[step.sources[0]]
             sources = tuple(places[source] for source in step.sources)
             shape = tuple(x.shape[1:])
-            scale = None
+            scale = shift = None
+            link: Link
             if step.module is None:
                 if values[step.sources[1]].shape != x.shape:
                     raise UnsupportedLayer(step.path, "add", "its two values differ in shape")
@@ -156,10 +157,10 @@ class Layout:
                 scale, shift = 1 / step.module.std.flatten(), -(step.module.mean / step.module.std).flatten()
             else:
                 link = _link(step.path, step.module, x)
-                x = x.relu() if isinstance(link, ReLU) else link.apply(x)
-            if scale is not None:
-                link = Scale(scale, shift, shape)
-                x = link.apply(x)
+                x = link.apply(x) if isinstance(link, Affine) else x.relu()
+            if scale is not None and shift is not None:
+                norm = link = Scale(scale, shift, shape)
+                x = norm.apply(x)
                 before = chain.links[sources[0]] if sources[0] >= 0 else None
                 if step.alone and isinstance(before, Conv | Dense | Scale):
                     chain.links[sources[0]] = before.scaled(scale, shift)

@@ -95,6 +95,16 @@ def sections(summary: pd.DataFrame, evidence: Evidence) -> list[Section]:
                 None,
             ),
         ]
+    if ((summary["step"] == "evaluate") & (summary["metric"] == "certified_accuracy")).any():
+        found.append(
+            Section(
+                "certified_accuracy",
+                "Certified accuracy",
+                "Share of all test images that are classified correctly and proved robust by bounds alone at ε.",
+                tables.by_eps(summary, "certified_accuracy"),
+                None,
+            )
+        )
     if (summary["step"] == "verify").any():
         found.append(
             Section(

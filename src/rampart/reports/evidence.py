@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import PurePath
+from typing import get_args
 
 import pandas as pd
 
@@ -12,11 +13,12 @@ from rampart.errors import RampartError
 from rampart.ledger import VERDICTS
 from rampart.settings import CompareSettings
 from rampart.tracking.queries import find_runs, read_table, run_tags
+from rampart.training.recipe import MethodName
 
 log = logging.getLogger(__name__)
 
 KEYS = ["augment", "method", "contrastive", "arm"]
-METHOD_ORDER = ["normal", "adversarial", "certified"]
+METHOD_ORDER = get_args(MethodName)
 CONTRASTIVE_ORDER = ["none", "single", "double"]
 
 

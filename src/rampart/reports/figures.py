@@ -19,7 +19,16 @@ from matplotlib.ticker import MaxNLocator
 from rampart.ledger import VERDICTS
 from rampart.settings import eps_text
 
-COLOURS = {"normal": "#E69F00", "adversarial": "#0072B2", "certified": "#009E73", "other": "#666666"}
+COLOURS = {
+    "normal": "#E69F00",
+    "adversarial": "#0072B2",
+    "trades": "#56B4E9",
+    "certified": "#009E73",
+    "ibp": "#F0E442",
+    "sabr": "#D55E00",
+    "mtl-ibp": "#CC79A7",
+    "other": "#666666",
+}
 VERDICT_COLOURS = {
     "safe-incomplete": "#009E73",
     "safe": "#56B4E9",

@@ -21,8 +21,8 @@ def accuracy(summary: pd.DataFrame) -> pd.DataFrame:
 
 
 def by_eps(summary: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """`robust_accuracy` (the study's Figure 4) or `asr` by arm and ε, in percent."""
-    rows = summary[summary["metric"] == metric]
+    """`robust_accuracy` (the study's Figure 4), `asr` or `certified_accuracy` by arm and ε, in percent."""
+    rows = summary[(summary["metric"] == metric) & (summary["step"] == "evaluate")]
     return _pivoted(
         rows, [(f"ε {eps_text(eps)}", rows["eps"] == eps) for eps in sorted(rows["eps"].unique())], _percent
     )

@@ -14,7 +14,7 @@ import torch
 from rampart.arms import Arm
 from rampart.data import Dataset, load_dataset, to_pixels
 from rampart.errors import SettingsError
-from rampart.evaluation import embed, evaluate
+from rampart.evaluation import certify, embed, evaluate
 from rampart.ledger import attack_rates, verdict_counts
 from rampart.models import Classifier
 from rampart.reports import figures
@@ -30,6 +30,7 @@ from rampart.settings import (
     TrainSettings,
     VerifySettings,
     as_text,
+    eps_text,
     resolve,
 )
 from rampart.study.identity import identity
@@ -132,7 +133,8 @@ def _evaluate(run: Run, settings: Settings, given: Mapping[str, str]) -> None:
     assert isinstance(settings, EvaluateSettings)
     model, label, _ = _open_model(run, settings)
     data = open_data(run, settings)
-    ledger = evaluate(model, data.test.to(prepare(settings)), settings, settings.seed)
+    test = data.test.to(prepare(settings))
+    ledger = certify(model, test, evaluate(model, test, settings, settings.seed), settings)
     rates = attack_rates(ledger)
     run.table(ledger, "ledger.parquet")
     run.metrics(rates)
@@ -148,6 +150,10 @@ def _evaluate(run: Run, settings: Settings, given: Mapping[str, str]) -> None:
         100 * rates["accuracy"],
         ", ".join(f"{100 * rate:.2f} % at {eps}" for eps, rate in shown),
     )
+    for key, rate in rates.items():
+        if key.startswith("certified_accuracy/"):
+            eps = eps_text(float(key.partition("/")[2]))
+            log.info("%s: certified accuracy %.2f %% at %s (%s)", label, 100 * rate, eps, settings.certify)
 
 
 def _verify(run: Run, settings: Settings, given: Mapping[str, str]) -> None:

@@ -19,8 +19,8 @@ class Recipe:
     Args:
         method: `normal` (cross-entropy), `adversarial` (the batch doubled with PGD examples, Madry et al. 2018),
             `trades` (Zhang et al. 2019), `certified` (loss on CROWN-IBP bounds, Zhang et al. 2020), `ibp` (on interval
-            bounds, Gowal et al. 2018), `sabr` (on the intervals of a small box around a PGD example, Müller et al. 2023)
-            or `mtl-ibp` (loss of a PGD example and loss on intervals, De Palma et al. 2024).
+            bounds, Gowal et al. 2018), `sabr` (on the intervals of a small box around a PGD example, Müller et al.
+            2023) or `mtl-ibp` (loss of a PGD example and loss on intervals, De Palma et al. 2024).
         augment: whether training images are augmented.
         contrastive: `none`; `double` (encoder by SupCon, then frozen, then the head by cross-entropy: the study's
             DTM); `single` (both losses at once: STM).

@@ -17,15 +17,13 @@ from torch import Tensor, nn
 from rampart.attacks import pgd
 from rampart.bounds import alpha, crown, margin_bounds
 from rampart.bounds.box import pixel_box
-from rampart.bounds.margins import chain_bounds, check, margin_spec
+from rampart.bounds.margins import PROVED, chain_bounds, check, margin_spec
 from rampart.errors import ModelError, RampartError, UnsupportedLayer, require, unknown
 from rampart.models import Layout
 
 log = logging.getLogger(__name__)
 
 ENGINES = ("native",)
-# A margin counts as proved above this: rounding of float32 in a pass over the study's CNN stays below a tenth of it.
-TOLERANCE = 1e-4
 ALPHA_STEPS = 40
 
 
@@ -97,7 +95,7 @@ def verify(
             if bool(bounds.isnan().any()):
                 raise RampartError(f"{stage} gave NaN: the network's weights or activations overflow")
             best = torch.maximum(best, bounds)
-            if bool((best > TOLERANCE).all()):
+            if bool((best > PROVED).all()):
                 return verdict("safe-incomplete", best.min().item(), stage)
             if time.perf_counter() - started > timeout:
                 break
@@ -127,11 +125,11 @@ def _stages(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Iterator[tupl
         inputs = crown.preactivations(chain, box)
         check(inputs)
         # Out of place: the caller has seen the stage before.
-        left = (bounds <= TOLERANCE).nonzero().squeeze(1)
+        left = (bounds <= PROVED).nonzero().squeeze(1)
         bounds = bounds.index_put((left,), crown.backward(chain, inputs, box, spec[:, left])[0])
         yield "crown", bounds
-        left = (bounds <= TOLERANCE).nonzero().squeeze(1)
-        tightened = alpha.optimise(chain, inputs, box, spec[:, left], ALPHA_STEPS, target=TOLERANCE)[0]
+        left = (bounds <= PROVED).nonzero().squeeze(1)
+        tightened = alpha.optimise(chain, inputs, box, spec[:, left], ALPHA_STEPS, target=PROVED)[0]
         yield "alpha-crown", bounds.index_put((left,), tightened)
 
 

@@ -15,4 +15,4 @@ METHODS: dict[MethodName, type[Method]] = {
     "mtl-ibp": MtlIbp,
 }
 
-__all__ = ["METHODS", "Method"]
+__all__ = ["METHODS", "Method", "Normal"]

@@ -1,0 +1,171 @@
+"""Bounds and certified training steps beside auto_LiRPA's: python -m benchmarks.bounds [--quick] [--json].
+
+Training steps are forward, backward and Adam, on random images. Of auto_LiRPA: CROWN-IBP as the study calls it (both
+sides of all logits, cross-entropy on the lower ones), with a specification matrix and the lower side alone, and its own
+loss fusion (the network wrapped so that its output is the sum of exp(z_j - z_y)). One-shot bounds are those of the
+margins of images of the digits, all inner bounds included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.common import Row, in_turn, peak_memory, show
+from rampart.bounds import margin_bounds
+from rampart.bounds.compat import import_auto_lirpa
+from rampart.bounds.lirpa import plain
+from rampart.bounds.margins import margin_spec
+from rampart.data import load_dataset, to_pixels
+from rampart.losses import worst_case_logits
+from rampart.models import Classifier, build_model, load_model
+from rampart.training import Recipe
+from rampart.training.train import stages
+
+EPS = 1 / 255
+CLASSES = 10
+Call = Callable[[], object]
+
+
+class SumOfExponentials(nn.Module):
+    """The sum over j of exp(z_j - z_y): log of its upper bound bounds the cross-entropy (Xu et al. 2020, §3.2)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        logits = self.model(x)
+        return torch.exp(logits - torch.gather(logits, 1, labels[:, None])).sum(1, keepdim=True)
+
+
+def our_step(architecture: str, batch: int, **recipe: object) -> Call:
+    """A training step of ours; `recipe` names the objective."""
+    torch.manual_seed(0)
+    model = build_model(architecture).train()
+    stage = stages(Recipe(architecture=architecture, **recipe), model)[0]  # type: ignore[arg-type]
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    x, y = torch.rand(batch, 3, 32, 32), torch.arange(batch) % CLASSES
+
+    def step() -> None:
+        loss = stage.method.batch_loss(x, y, stage.criterion, EPS, None)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def lirpa_step(architecture: str, batch: int, form: str) -> Call:
+    """A training step on auto_LiRPA's CROWN-IBP bounds; `form` is study, margin or fusion."""
+    library = import_auto_lirpa()
+    torch.manual_seed(0)
+    model = plain(build_model(architecture)).train()
+    x, y = torch.rand(batch, 3, 32, 32), torch.arange(batch) % CLASSES
+    with contextlib.redirect_stdout(io.StringIO()):
+        if form == "fusion":
+            bounded = library.BoundedModule(SumOfExponentials(model), (x, y), bound_opts={"loss_fusion": True})
+        else:
+            bounded = library.BoundedModule(model, x)
+    bounded.train()
+    optimizer = torch.optim.Adam(bounded.parameters(), 1e-3)
+    ball = library.PerturbationLpNorm(norm=float("inf"), x_L=(x - EPS).clamp(0, 1), x_U=(x + EPS).clamp(0, 1))
+    bounded_x = library.BoundedTensor(x, ball)
+    spec = margin_spec(y, CLASSES)
+
+    def step() -> None:
+        if form == "fusion":
+            _, upper = bounded.compute_bounds(x=(bounded_x, y), method="CROWN-IBP", bound_lower=False)
+            loss = upper.log().mean()
+        elif form == "margin":
+            lower, _ = bounded.compute_bounds(x=(bounded_x,), C=spec, method="CROWN-IBP", bound_upper=False)
+            loss = F.cross_entropy(worst_case_logits(lower, y), y)
+        else:
+            lower, _ = bounded.compute_bounds(x=(bounded_x,), method="CROWN-IBP")
+            loss = F.cross_entropy(lower, y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def one_shot(engine: str, method: str, images: int, file: str) -> Call:
+    """Bounds of the margins of `images` digits, by `method`."""
+    model = load_model(file) if file else settled(build_model())
+    test = load_dataset("digits").test[:images]
+    return partial(margin_bounds, model, to_pixels(test.images), test.labels, EPS, method, engine)  # type: ignore[arg-type]
+
+
+def settled(model: Classifier) -> Classifier:
+    """Fresh weights with BatchNorm's statistics of the digits."""
+    torch.manual_seed(0)
+    images = to_pixels(load_dataset("digits").train.images[:512])
+    with torch.no_grad():
+        for _ in range(30):
+            model.train()(images)
+    return model.eval()
+
+
+def training_rows(architecture: str, batch: int, repeats: int) -> list[Row]:
+    calls = {
+        "fused": our_step(architecture, batch, method="certified", certified_loss="fused"),
+        "margin": our_step(architecture, batch, method="certified", certified_loss="margin"),
+        "ibp": our_step(architecture, batch, method="ibp"),
+        "normal": our_step(architecture, batch, method="normal"),
+        **{f"its {form}": lirpa_step(architecture, batch, form) for form in ("study", "margin", "fusion")},
+    }
+    speed = {name: batch / seconds for name, seconds in in_turn(calls, repeats).items()}
+    pairs = [
+        ("fused / study's call", "fused", "its study"),
+        ("fused / margin form", "fused", "its margin"),
+        ("fused / its loss fusion", "fused", "its fusion"),
+        ("margin / margin form", "margin", "its margin"),
+        ("ibp / its loss fusion", "ibp", "its fusion"),
+        ("fused / plain training", "fused", "normal"),
+    ]
+    return [
+        Row(f"{architecture} {name}", "images/s", speed[ours], speed[theirs], speed[ours] / speed[theirs])
+        for name, ours, theirs in pairs
+    ]
+
+
+def one_shot_rows(images: int, repeats: int, file: str) -> list[Row]:
+    rows = []
+    for method in ("crown", "alpha-crown"):
+        calls = {engine: one_shot(engine, method, images, file) for engine in ("native", "auto_lirpa")}
+        seconds = in_turn(calls, repeats)
+        ours, theirs = seconds["native"], seconds["auto_lirpa"]
+        rows.append(Row(f"{method} {images} images", "s", ours, theirs, theirs / ours))
+        memory = {engine: peak_memory(one_shot, engine, method, images, file) for engine in calls}
+        ours, theirs = memory["native"], memory["auto_lirpa"]
+        rows.append(Row(f"{method} peak memory", "MiB", ours, theirs, theirs / max(ours, 1)))
+        bounds = [call().clamp(max=1e6).mean().item() for call in calls.values()]  # type: ignore[attr-defined]
+        print(f"{method}: mean bound {bounds[0]:.5g} (native), {bounds[1]:.5g} (auto_LiRPA)")
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a look: fewer images and repeats, one architecture")
+    parser.add_argument("--json", action="store_true", help="the last line is one JSON object")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--model", default="", help="weights for the one-shot rows (default: fresh ones)")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    rows = training_rows("paper-cnn", 128, 2 if given.quick else 7)
+    if not given.quick:
+        rows += training_rows("cnn7", 8, 3)
+    rows += one_shot_rows(4 if given.quick else 64, 1 if given.quick else 3, given.model)
+    show(f"bounds, {given.threads} threads", rows, given.json)
+
+
+if __name__ == "__main__":
+    main()

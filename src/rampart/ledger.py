@@ -36,7 +36,7 @@ def evaluation_ledger(labels: Tensor, predictions: Tensor, success: Tensor, eps:
 
 def attack_rates(ledger: pd.DataFrame) -> dict[str, float]:
     """accuracy, asr/<ε>, afr/<ε>, robust_accuracy/<ε> for every ε attacked, and certified_accuracy/<ε> for every ε at
-    which images were to be proved, all in [0, 1].
+    which images were to be proved (a share of those images), all in [0, 1].
 
     ASR is over the correctly classified images (0 where there is none); robust accuracy = accuracy * AFR.
     """
@@ -49,7 +49,8 @@ def attack_rates(ledger: pd.DataFrame) -> dict[str, float]:
             rates[f"asr/{key}"], rates[f"afr/{key}"] = asr, 1 - asr
             rates[f"robust_accuracy/{key}"] = float((correct & ~ledger[column]).mean())
         elif kind == "certified":
-            rates[f"certified_accuracy/{key}"] = float((correct & ledger[column]).mean())
+            chosen = ledger[column].notna()
+            rates[f"certified_accuracy/{key}"] = float((correct & ledger[column])[chosen].mean())
     return rates
 
 

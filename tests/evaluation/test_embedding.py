@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rampart.data import Dataset
+from rampart.data import Dataset, stratified_order
 from rampart.errors import SettingsError
 from rampart.evaluation import EmbeddingPlan, embed
 from rampart.models import build_model
-from rampart.verification.selection import stratified_order
 
 
 @pytest.mark.parametrize(

@@ -111,3 +111,15 @@ def _digest(pools: Pools) -> str:
         sha.update(str(array.shape).encode())
         sha.update(np.ascontiguousarray(array).data)
     return sha.hexdigest()[:16]
+
+
+def stratified_order(split: Split, seed: int) -> list[int]:
+    """All images of the split in a seeded order in which the classes take turns."""
+    rng = np.random.default_rng(seed)
+    labels = split.labels.cpu().numpy()
+    turn = np.empty(len(labels))
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        turn[members] = np.arange(len(members))
+    # Within a turn the classes are shuffled, too, so that the first images are not always of class 0.
+    return [int(i) for i in np.lexsort((rng.random(len(labels)), turn))]

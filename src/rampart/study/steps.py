@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from rampart.arms import Arm
-from rampart.data import Dataset, load_dataset, to_pixels
+from rampart.data import Dataset, load_dataset, stratified_order, to_pixels
 from rampart.errors import SettingsError
 from rampart.evaluation import certify, embed, evaluate
 from rampart.ledger import attack_rates, verdict_counts
@@ -38,7 +38,6 @@ from rampart.tracking import Run, fetch_model, open_run, source_run
 from rampart.tracking.queries import run_tags
 from rampart.training import train
 from rampart.verification import verify_split
-from rampart.verification.selection import stratified_order
 
 log = logging.getLogger(__name__)
 

@@ -5,28 +5,15 @@ from __future__ import annotations
 import logging
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import nn
 
 from rampart.attacks import pgd
-from rampart.data import Split, to_pixels
+from rampart.data import Split, stratified_order, to_pixels
 
 log = logging.getLogger(__name__)
 
 Selection = Literal["common", "survivors"]
-
-
-def stratified_order(split: Split, seed: int) -> list[int]:
-    """All images of the split in a seeded order in which the classes take turns."""
-    rng = np.random.default_rng(seed)
-    labels = split.labels.cpu().numpy()
-    turn = np.empty(len(labels))
-    for label in np.unique(labels):
-        members = rng.permutation(np.flatnonzero(labels == label))
-        turn[members] = np.arange(len(members))
-    # Within a turn the classes are shuffled, too, so that the first images are not always of class 0.
-    return [int(i) for i in np.lexsort((rng.random(len(labels)), turn))]
 
 
 def choose(

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import io
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rampart.bounds import ibp
+from rampart.bounds import crown, ibp
 from rampart.bounds.box import pixel_box
-from rampart.bounds.fusion import fused_cross_entropy
+from rampart.bounds.compat import import_auto_lirpa
+from rampart.bounds.fusion import chords, fused_cross_entropy
 from rampart.bounds.margins import chain_bounds, margin_spec
 from rampart.losses import worst_case_logits
 from rampart.models import Layout
@@ -96,3 +101,40 @@ def test_bounds_of_thousands_do_not_overflow_the_fused_loss() -> None:
     value = fused(model, x, y, 0.5)
     assert bool(value.isfinite().all())
     assert bool((value >= F.cross_entropy(model(x), y, reduction="none")).all())
+
+
+@pytest.mark.parametrize("name", ["dense", "deep", "maps-in-a-row"])
+def test_the_linear_form_is_bounded_as_auto_lirpa_bounds_it_with_the_same_gradients(name: str) -> None:
+    """One specification row an image over the intervals of the inner neurons: CROWN-IBP."""
+    model, x, y = small_net(name, count=3)
+    chain, box = Layout(model).resolve(x), pixel_box(x, 0.03)
+    found = ibp.intervals(chain, box)
+    row = chords(chain, found, margin_spec(y, CLASSES))[0].detach()
+    ours = crown.backward(chain, ibp.inputs(chain, found), box, row[:, None])
+    library = import_auto_lirpa()
+    with contextlib.redirect_stdout(io.StringIO()):
+        bounded = library.BoundedModule(copy.deepcopy(model), x)
+    ball = library.PerturbationLpNorm(norm=float("inf"), x_L=box.lower, x_U=box.upper)
+    theirs, _ = bounded.compute_bounds(
+        x=(library.BoundedTensor(x, ball),), C=row[:, None], method="CROWN-IBP", bound_upper=False
+    )
+    assert torch.allclose(ours, theirs, rtol=0, atol=1e-4 * theirs.abs().max().item())
+    expected = torch.autograd.grad(theirs.sum(), list(bounded.parameters()), allow_unused=True)
+    gradients = torch.autograd.grad(ours.sum(), list(model.parameters()), allow_unused=True)
+    # auto_LiRPA orders parameters by its own graph: each of ours has its twin among those of its shape.
+    for gradient in gradients:
+        assert gradient is not None
+        scale = 1e-4 * gradient.abs().max().item() + 1e-6
+        twins = [g for g in expected if g is not None and g.shape == gradient.shape]
+        assert any(torch.allclose(gradient, twin, rtol=0, atol=scale) for twin in twins)
+
+
+def test_the_chords_lie_above_the_sum_of_exponentials() -> None:
+    model, x, y = small_net("strided", count=3)
+    with torch.no_grad():
+        chain, box = Layout(model).resolve(x), pixel_box(x, 0.05)
+        row, constant, shift = chords(chain, ibp.intervals(chain, box), margin_spec(y, CLASSES))
+        for image in range(3):
+            logits = model(points_in_ball(x[image], 0.05, 2000))
+            exact = (logits - logits[:, y[image], None]).exp().sum(1)
+            assert bool((exact <= shift[image].exp() * (logits @ row[image] + constant[image]) + 1e-4).all())

@@ -8,13 +8,15 @@ from itertools import pairwise
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rampart.attacks import pgd
-from rampart.bounds import margin_bounds
+from rampart.bounds import ibp, margin_bounds
+from rampart.bounds.box import pixel_box
+from rampart.bounds.margins import chain_bounds, margin_spec
 from rampart.data import Augmentation, Dataset, Split, to_pixels
 from rampart.errors import TrainingDiverged
-from rampart.models import Classifier
+from rampart.models import Classifier, Layout, interval_init
 from rampart.training import Recipe, train
 from tests.training.conftest import ListRecorder
 
@@ -34,6 +36,10 @@ METHODS = {
     "margin": {"method": "certified", "certified_loss": "margin"},
     "fused": {"method": "certified", "certified_loss": "fused"},
     "logit-lower": {"method": "certified", "certified_loss": "logit-lower"},
+    "trades": {"method": "trades"},
+    "ibp": {"method": "ibp", "embeddings": "worst"},
+    "sabr": {"method": "sabr", "embeddings": "attack"},
+    "mtl-ibp": {"method": "mtl-ibp", "embeddings": "attack"},
 }
 
 
@@ -277,3 +283,106 @@ def test_a_last_batch_of_one_image_is_left_out(few_digits: Dataset, recorder: Li
     """BatchNorm has no statistics of one image."""
     train(recipe(epochs=1), replace(few_digits, train=few_digits.train[:101]), recorder)
     assert math.isfinite(recorder.series("train/loss")[0])
+
+
+def test_an_average_of_the_weights_is_what_is_kept(few_digits: Dataset, recorder: ListRecorder) -> None:
+    """With weights that move by whole steps it lags behind them; a decay of 0 is no average."""
+    plain = train(recipe(epochs=2), few_digits, ListRecorder())
+    averaged = train(recipe(epochs=2, ema=0.9), few_digits, recorder)
+    difference = [float((a - b).abs().max()) for a, b in zip(plain.parameters(), averaged.parameters(), strict=True)]
+    assert max(difference) > 1e-4
+    assert same(averaged.state_dict(), recorder.states[-1])
+
+
+def test_averaging_does_not_change_the_training_itself(few_digits: Dataset) -> None:
+    """Losses are those of the weights that are trained, not of their average."""
+    recorders = [ListRecorder(), ListRecorder()]
+    for recorder, ema in zip(recorders, (0.0, 0.9), strict=True):
+        train(recipe(epochs=3, ema=ema), few_digits, recorder)
+    assert recorders[0].series("train/loss") == pytest.approx(recorders[1].series("train/loss"), rel=1e-4)
+
+
+def test_l1_draws_weights_to_zero_and_leaves_batch_norm_alone(few_digits: Dataset) -> None:
+    plain, sparse = (train(recipe(epochs=4, l1=l1), few_digits, ListRecorder()) for l1 in (0.0, 0.05))
+
+    def size(model: Classifier) -> float:
+        return sum(float(m.weight.abs().sum()) for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear))
+
+    assert size(sparse) < 0.7 * size(plain)
+    norms = [m for m in sparse.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert all(float(norm.weight.mean()) > 0.9 for norm in norms)
+
+
+def test_clipped_gradients_are_no_longer_than_allowed(
+    few_digits: Dataset, recorder: ListRecorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths = []
+    step = torch.optim.Adam.step
+
+    def watched(self: torch.optim.Adam, *given: object) -> object:
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        lengths.append(float(torch.stack([g.norm() for g in gradients]).norm()))
+        return step(self, *given)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", watched)
+    train(recipe(epochs=1), few_digits, ListRecorder())
+    free = max(lengths)
+    lengths.clear()
+    train(recipe(epochs=1, grad_clip=free / 4), few_digits, recorder)
+    assert max(lengths) <= free / 4 * (1 + 1e-4)
+
+
+def test_measured_statistics_make_bounds_in_training_and_eval_mode_agree(
+    few_digits: Dataset, recorder: ListRecorder
+) -> None:
+    """Over one batch that holds all training images: eval mode then normalises as training mode does on them."""
+    how = {"batch_size": 200, "bn_batches": 1, "epochs": 3}
+    model = train(recipe("ibp", **how), few_digits, recorder)
+    lagging = train(recipe("ibp", **{**how, "bn_batches": 0}), few_digits, ListRecorder())
+    x, y = to_pixels(few_digits.train.images), few_digits.train.labels
+
+    def gap(model: Classifier) -> float:
+        spec = margin_spec(y, 10)
+        with torch.no_grad():
+            evaluated, trained = (
+                chain_bounds(Layout(model.train(mode)).resolve(x), pixel_box(x, 2 / 255), spec, "crown-ibp")
+                for mode in (False, True)
+            )
+        return float((evaluated - trained).abs().max() / trained.abs().max())
+
+    assert gap(model) < 0.02
+    assert gap(lagging) > 0.1
+
+
+def test_interval_init_keeps_the_width_of_intervals(few_digits: Dataset) -> None:
+    """From layer to layer, where PyTorch's own lets it grow."""
+    x = torch.rand(4, 64, 1, 1)
+
+    def growth(init: bool) -> float:
+        torch.manual_seed(0)
+        layers = [layer for _ in range(4) for layer in (nn.Linear(64, 64), nn.ReLU())]
+        model = nn.Sequential(nn.Flatten(), *layers)
+        if init:
+            interval_init(model)
+        chain, box = Layout(model).resolve(x), pixel_box(x, 0.1)
+        return float(ibp.intervals(chain, box)[chain.last].half.mean() / box.half.mean())
+
+    assert 0.2 < growth(True) < 5
+    assert growth(False) > 10 * growth(True)
+
+
+def test_a_recipe_asks_for_interval_init(few_digits: Dataset) -> None:
+    start = train(recipe(epochs=1, lr=1e-9, init="ibp"), few_digits, ListRecorder())
+    weight = start.encoder.projection[0].weight
+    assert float(weight.std()) == pytest.approx((2 * math.pi) ** 0.5 / weight.shape[1], rel=0.1)
+
+
+@pytest.mark.parametrize("architecture", ["cnn5", "cnn7", "resnet"])
+def test_other_architectures_are_trained_with_bounds(
+    architecture: str, few_digits: Dataset, recorder: ListRecorder
+) -> None:
+    how = {"architecture": architecture, "width": 1 / 16, "epochs": 2, "eps": 1 / 255, "lr": 1e-2}
+    model = train(recipe("ibp", **how), few_digits, recorder)
+    losses = recorder.series("train/loss")
+    assert losses[-1] < losses[0]
+    assert model.architecture.name == architecture

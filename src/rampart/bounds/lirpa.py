@@ -29,6 +29,8 @@ def lirpa_bounds(model: nn.Module, x: Tensor, eps: float | Tensor, method: str, 
     with contextlib.redirect_stdout(io.StringIO()):
         try:
             options = {"optimize_bound_args": {"iteration": 20, "lr_alpha": 0.1}, "conv_mode": _conv_mode(model)}
+            if method == "alpha-crown":  # 0.3 cannot optimise slopes of inner bounds that it keeps sparse
+                options |= {"sparse_intermediate_bounds": False}
             bounded = library.BoundedModule(plain(model), x, bound_opts=options, device=x.device)
             bounded.eval()
             with torch.no_grad():

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rampart.bounds.box import Box, lower_on, pixel_box
-from rampart.bounds.relaxation import relax
+from rampart.bounds.relaxation import relax, through_relu
 from rampart.errors import SettingsError
 
 numbers = st.floats(-5, 5, allow_subnormal=False)
@@ -23,7 +23,44 @@ def test_a_relu_lies_between_its_two_lines(ends: list[float], share: float) -> N
     # The interval is widened by 1e-8 where it has no width.
     assert bool(relaxed.lower_slope * v <= v.clamp(min=0) + 1e-7)
     assert bool(v.clamp(min=0) <= relaxed.upper_slope * v + relaxed.intercept + 1e-7)
-    assert bool(relaxed.unstable) == (ends[0] < 0 < ends[1])
+    if ends[0] > 1e-3 or ends[1] < -1e-3:
+        assert relaxed.lower_slope == relaxed.upper_slope == (ends[0] > 0)
+        assert relaxed.intercept == 0
+
+
+def boxes() -> tuple[Tensor, Tensor]:
+    """Float64 boxes of every kind, none of them with an end near 0."""
+    lower = torch.tensor([[-1.0, -2.0, 0.5, -3.0, -0.2]], dtype=torch.float64)
+    return lower, torch.tensor([[2.0, 0.3, 1.5, -1.0, 3.0]], dtype=torch.float64)
+
+
+def test_the_derivatives_of_a_relaxation_are_exact() -> None:
+    ends = [end.requires_grad_() for end in boxes()]
+    assert torch.autograd.gradcheck(lambda lower, upper: relax(Box(lower, upper))[1:], ends)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("own_slopes", [False, True])
+def test_the_derivatives_of_a_step_through_a_relu_are_exact(rows: int, own_slopes: bool) -> None:
+    """To the coefficients, both slopes and the intercept; lower slopes shared by all rows or one for each."""
+    lower, upper = (end.requires_grad_() for end in boxes())
+    a = torch.randn(1, rows, 5, dtype=torch.float64).requires_grad_()
+    slopes = torch.rand(1, rows if own_slopes else 1, 5, dtype=torch.float64).requires_grad_()
+
+    def step(a: Tensor, lower: Tensor, upper: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
+        return through_relu(a, relax(Box(lower, upper)), slopes)
+
+    assert torch.autograd.gradcheck(step, (a, lower, upper, slopes))
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.4, 1.0])
+def test_a_step_through_a_relu_bounds_it_from_below(slope: float) -> None:
+    lower, upper = boxes()
+    a, slopes = torch.randn(1, 4, 5, dtype=torch.float64), torch.full((1, 1, 5), slope, dtype=torch.float64)
+    coefficients, constant = through_relu(a, relax(Box(lower, upper)), slopes)
+    for share in torch.rand(200, 5, dtype=torch.float64):
+        v = (lower + (upper - lower) * share)[0]
+        assert bool((coefficients[0] @ v + constant[0] <= a[0] @ v.relu() + 1e-9).all())
 
 
 def test_the_upper_line_touches_the_relu_at_both_ends() -> None:

@@ -55,6 +55,18 @@ def test_gradients_flow_through_a_chain_as_through_the_network(name: str) -> Non
         assert torch.allclose(ours, theirs, rtol=1e-7, atol=1e-10)
 
 
+@pytest.mark.parametrize("affine", [True, False])
+def test_the_derivatives_of_batch_statistics_are_exact(affine: bool) -> None:
+    """Of a network's output by way of the chain's folded maps alone."""
+    model = nn.Sequential(nn.Conv2d(2, 3, 2), nn.BatchNorm2d(3, affine=affine, momentum=None)).double().train()
+    x, other = torch.rand(3, 2, 3, 3).double(), torch.rand(2, 2, 3, 3).double()
+
+    def folded(x: Tensor) -> Tensor:
+        return run_chain(Layout(model).resolve(x), other)
+
+    assert torch.autograd.gradcheck(folded, x.requires_grad_())
+
+
 def test_a_layout_serves_as_weights_change() -> None:
     model, x, _ = small_net("strided")
     layout = Layout(model)

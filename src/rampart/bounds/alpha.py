@@ -48,6 +48,7 @@ def _optimise(
         for place, relaxation in relaxed.items():
             start = relaxation.lower_slope[:, None]
             slopes[place] = start.expand(-1, spec.shape[1], *start.shape[2:]).detach().clone().requires_grad_()
+        stable = {place: ~((bounds.lower < 0) & (bounds.upper > 0))[:, None] for place, bounds in inputs.items()}
         optimizer = torch.optim.Adam(slopes.values(), lr=lr)
         best = spec.new_full(spec.shape[:2], -torch.inf)
         for i in range(steps + 1):
@@ -60,8 +61,8 @@ def _optimise(
             (-bounds.sum()).backward(inputs=list(slopes.values()))
             optimizer.step()
             with torch.no_grad():
-                for slope in slopes.values():
-                    slope.clamp_(0, 1)
+                for place, slope in slopes.items():
+                    slope.copy_(torch.where(stable[place], relaxed[place].lower_slope[:, None], slope.clamp(0, 1)))
             for group in optimizer.param_groups:
                 group["lr"] *= 0.98
     return best

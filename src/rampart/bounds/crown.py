@@ -35,7 +35,8 @@ def backward(
         inputs: bounds of each ReLU's input, by its place (`relax`ed here).
         a: [B, K, *shape of the value].
         value: default the output.
-        slopes: of the lower side where a ReLU is unstable; default 0 or 1, whichever leaves the smaller area.
+        slopes: of the lower side; default 0 or 1, whichever leaves the smaller area. Sound whatever they are in
+            [0, 1]; at stable ReLUs the default is exact.
     """
     relaxed = {place: relax(inputs[place]) for place in inputs}
     return backward_relaxed(chain, relaxed, box, a, value, slopes)
@@ -59,9 +60,7 @@ def backward_relaxed(
         a, link = coefficients.pop(place), chain.links[place]
         if isinstance(link, ReLU):
             relaxation = relaxed[place]
-            lower_slope = relaxation.lower_slope[:, None]
-            if slopes is not None:
-                lower_slope = torch.where(relaxation.unstable[:, None], slopes[place], lower_slope)
+            lower_slope = relaxation.lower_slope[:, None] if slopes is None else slopes[place]
             a, constant = through_relu(a, relaxation, lower_slope)
             bound = bound + constant
         elif not isinstance(link, Add):

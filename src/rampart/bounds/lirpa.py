@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,10 @@ def lirpa_bounds(model: nn.Module, x: Tensor, eps: float | Tensor, method: str, 
     # auto_LiRPA changes the module that it is given, and prints.
     with contextlib.redirect_stdout(io.StringIO()):
         try:
-            options = {"optimize_bound_args": {"iteration": 20, "lr_alpha": 0.1}, "conv_mode": _conv_mode(model)}
+            options: dict[str, Any] = {
+                "optimize_bound_args": {"iteration": 20, "lr_alpha": 0.1},
+                "conv_mode": _conv_mode(model),
+            }
             if method == "alpha-crown":  # 0.3 cannot optimise slopes of inner bounds that it keeps sparse
                 options |= {"sparse_intermediate_bounds": False}
             bounded = library.BoundedModule(plain(model), x, bound_opts=options, device=x.device)

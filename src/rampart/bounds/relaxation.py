@@ -19,14 +19,12 @@ class Relaxation(NamedTuple):
     lower_slope: Tensor
     upper_slope: Tensor
     intercept: Tensor
-    unstable: Tensor
 
 
 def relax(box: Box) -> Relaxation:
     """The triangle's upper side, and below it 0 or v, whichever leaves the smaller area."""
     slope, intercept = _UpperSide.apply(box.lower, box.upper)
-    unstable = (box.lower < 0) & (box.upper > 0)
-    return Relaxation((slope > 0.5).to(slope.dtype), slope, intercept, unstable)
+    return Relaxation((slope > 0.5).to(slope.dtype), slope, intercept)
 
 
 def through_relu(a: Tensor, relaxation: Relaxation, lower_slope: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,9 +84,13 @@ class _Through(torch.autograd.Function):
             to_a.addcmul_(falling, intercept * of_constant)
         if ctx.needs_input_grad[1]:
             to_lower = (a - negative).mul_(of_a)
-            to_lower = to_lower.sum(1, keepdim=True) if lower_slope.shape[1] == 1 else to_lower
+            to_lower = _over_rows(to_lower) if lower_slope.shape[1] == 1 else to_lower
         if ctx.needs_input_grad[2]:
-            to_upper = (negative * of_a).sum(1, keepdim=True)
+            to_upper = _over_rows(negative * of_a)
         if ctx.needs_input_grad[3]:
-            to_intercept = negative.mul_(of_constant).sum(1, keepdim=True)
+            to_intercept = _over_rows(negative.mul_(of_constant))
         return to_a, to_lower, to_upper, to_intercept
+
+
+def _over_rows(a: Tensor) -> Tensor:
+    return a if a.shape[1] == 1 else a.sum(1, keepdim=True)

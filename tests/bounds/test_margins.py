@@ -9,12 +9,16 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from rampart.bounds import METHODS, margin_bounds
+from rampart.bounds.box import Box
+from rampart.bounds.margins import check
 from rampart.errors import BoundError, ModelError, SettingsError, UnsupportedLayer
 from tests.exact import exact_margins, tiny_net
-from tests.nets import CLASSES, NETS, margins, points_in_ball, small_net
+from tests.nets import CLASSES, NETS, margins, points_in_ball, randomised, small_net
 
 # auto_LiRPA has no BatchNorm without scale and shift, and no average pooling in windows that overlap.
 SHARED_NETS = [name for name in NETS if name not in ("plain-norm", "pooled")]
@@ -228,6 +232,15 @@ def test_weights_that_overflow_give_an_error_and_no_bound() -> None:
             margin_bounds(model, x, y, EPS, method)
 
 
+@pytest.mark.parametrize("wrong", [(1.0, 0.5), (float("nan"), 1.0), (0.0, float("nan"))])
+def test_bounds_that_cross_or_are_nan_are_an_error(wrong: tuple[float, float]) -> None:
+    fine = Box(torch.zeros(2, 3), torch.ones(2, 3))
+    check({0: fine, 2: Box(torch.zeros(1), torch.zeros(1))})
+    lower, upper = (torch.full((2, 3), end) for end in wrong)
+    with pytest.raises(BoundError, match="NaN or cross"):
+        check({0: fine, 2: Box(lower, upper)})
+
+
 def test_auto_lirpa_takes_a_network_in_float64() -> None:
     model, x, y = small_net("strided")
     model, x = model.double(), x.double()
@@ -283,3 +296,29 @@ def test_a_network_in_training_mode_is_refused(engine: str) -> None:
     model, x, y = small_net("strided")
     with pytest.raises(ModelError, match=r"eval\(\)"):
         margin_bounds(model.train(), x, y, EPS, "ibp", engine)
+
+
+layer = st.tuples(st.integers(1, 3), st.integers(1, 2), st.integers(0, 2), st.booleans())
+
+
+@settings(max_examples=15, deadline=None)
+@given(layers=st.lists(layer, min_size=1, max_size=3), size=st.integers(4, 7), seed=st.integers(0, 999))
+def test_bounds_of_random_networks_equal_those_of_auto_lirpa(layers, size: int, seed: int) -> None:
+    """Kernels, strides, paddings, with and without BatchNorm; sound on sampled points, too."""
+    torch.manual_seed(seed)
+    channels, parts = 2, []
+    for kernel, stride, padding, norm in layers:
+        parts += [nn.Conv2d(channels, 3, kernel, stride, padding), *([nn.BatchNorm2d(3)] if norm else []), nn.ReLU()]
+        channels = 3
+    x, y = torch.rand(2, 2, size, size), torch.tensor([0, 3])
+    body = randomised(nn.Sequential(*parts))
+    try:
+        width = body(x).flatten(1).shape[1]
+    except RuntimeError:
+        assume(False)  # a kernel larger than its map
+    model = nn.Sequential(body, nn.Flatten(), nn.Linear(width, 6), nn.ReLU(), nn.Linear(6, CLASSES)).eval()
+    seen = sampled_minima(model, x, y, EPS)
+    for method in ("ibp", "crown-ibp", "crown"):
+        ours = margin_bounds(model, x, y, EPS, method)
+        assert_close(ours, margin_bounds(model, x, y, EPS, method, engine="auto_lirpa"), y)
+        assert_sound(ours, seen)

@@ -32,11 +32,11 @@ def optimise(
     # Slopes, their gradients, Adam's two moments and what autograd keeps: about four times a plain backward pass.
     size = crown.rows_at_once(4 * crown.widest(chain), memory) // max(spec.shape[1], 1)
 
-    def part_of(part: Tensor) -> Tensor:
+    def part_of(part: slice) -> Tensor:
         own = {place: crown.at(bounds, part) for place, bounds in inputs.items()}
         return _optimise(chain, own, crown.at(box, part), spec[part], steps, lr, target)
 
-    return crown.in_parts(part_of, len(spec), size, spec.device)
+    return crown.in_parts(part_of, len(spec), size)
 
 
 def _optimise(

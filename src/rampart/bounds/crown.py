@@ -74,20 +74,23 @@ def backward_relaxed(
 
 
 def lower_bounds(chain: Chain, inputs: ibp.Intervals, box: Box, spec: Tensor, memory: int = MEMORY) -> Tensor:
-    """`backward` from the output on as many images at once as `memory` (MiB) allows, and one at least."""
+    """`backward` from the output on as many images at once as `memory` (MiB) allows, and one at least.
+
+    For use without gradients: what autograd keeps is not capped, and cutting into parts makes it slow.
+    """
     return in_parts(
         lambda part: backward(
             chain, {place: at(bounds, part) for place, bounds in inputs.items()}, at(box, part), spec[part]
         ),
         len(spec),
         rows_at_once(widest(chain), memory) // max(spec.shape[1], 1),
-        spec.device,
     )
 
 
-def in_parts(bound: Callable[[Tensor], Tensor], count: int, size: int, device: torch.device) -> Tensor:
+def in_parts(bound: Callable[[slice], Tensor], count: int, size: int) -> Tensor:
     """`bound` of the indices 0 to count, `size` of them (at least one) at a time."""
-    return torch.cat([bound(part) for part in torch.arange(count, device=device).split(max(size, 1))])
+    size = max(size, 1)
+    return torch.cat([bound(slice(start, start + size)) for start in range(0, count, size)])
 
 
 def rows_at_once(floats: int, memory: int) -> int:
@@ -105,7 +108,7 @@ def _inputs_of(link: object) -> int:
     return prod(getattr(link, "in_shape", (1,)))
 
 
-def at(box: Box, images: Tensor) -> Box:
+def at(box: Box, images: Tensor | slice) -> Box:
     """The boxes of some images."""
     return Box(box.lower[images], box.upper[images])
 
@@ -161,7 +164,6 @@ def _tighten(
             lambda part: bound_rows(chain, value, relaxed, box, image[part], neuron[part], sign[part]),
             len(image),
             size,
-            image.device,
         )
         below = sign > 0
         lower[image[below], neuron[below]] = bounds[below]

@@ -56,6 +56,7 @@ def verify(
     timeout: float = 180.0,
     attack_first: bool = False,
     engine: str = "native",
+    memory: int = crown.MEMORY,
 ) -> Verdict:
     """Whether the model gives `label` on the whole L∞ ball of radius eps (pixels) around `image`, cut to [0, 1].
 
@@ -64,6 +65,7 @@ def verify(
         image: [C, H, W] in [0, 1]. One that is misclassified as it stands is its own counterexample (`unsafe`).
         timeout: seconds after which no further stage is begun.
         attack_first: whether PGD looks for a counterexample first.
+        memory: MiB that the native engine's coefficients take at once.
 
     Raises:
         SettingsError: a bad ε, label, time limit or engine. UnsupportedLayer: no engine can bound the model.
@@ -91,7 +93,7 @@ def verify(
     best = torch.full_like(logits[0], -torch.inf)
     stage = ""
     try:
-        for stage, bounds in _stages(model, x, y, eps):
+        for stage, bounds in _stages(model, x, y, eps, memory):
             if bool(bounds.isnan().any()):
                 raise RampartError(f"{stage} gave NaN: the network's weights or activations overflow")
             best = torch.maximum(best, bounds)
@@ -107,7 +109,7 @@ def verify(
     return verdict("unknown", best.min().item(), stage)
 
 
-def _stages(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Iterator[tuple[str, Tensor]]:
+def _stages(model: nn.Module, x: Tensor, y: Tensor, eps: float, memory: int) -> Iterator[tuple[str, Tensor]]:
     """(stage, lower bounds [K] of the margins, +inf at the label); each stage works on the classes not yet proved."""
     try:
         with torch.no_grad():
@@ -122,14 +124,14 @@ def _stages(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Iterator[tupl
         bounds = chain_bounds(chain, box, spec, "ibp")[0]
         bounds[y] = torch.inf
         yield "ibp", bounds
-        inputs = crown.preactivations(chain, box)
+        inputs = crown.preactivations(chain, box, memory)
         check(inputs)
         # Out of place: the caller has seen the stage before.
         left = (bounds <= PROVED).nonzero().squeeze(1)
         bounds = bounds.index_put((left,), crown.backward(chain, inputs, box, spec[:, left])[0])
         yield "crown", bounds
         left = (bounds <= PROVED).nonzero().squeeze(1)
-        tightened = alpha.optimise(chain, inputs, box, spec[:, left], ALPHA_STEPS, target=PROVED)[0]
+        tightened = alpha.optimise(chain, inputs, box, spec[:, left], ALPHA_STEPS, target=PROVED, memory=memory)[0]
         yield "alpha-crown", bounds.index_put((left,), tightened)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from rampart.bounds.crown import MEMORY
 from rampart.data import Split, to_pixels
 from rampart.errors import require, require_choices
 from rampart.evaluation.attacked import logits_of
@@ -32,6 +33,7 @@ class VerificationPlan:
         selection_seed: of the order in which images are taken.
         attack_first: whether PGD looks for a counterexample before bounds are computed.
         timeout: seconds an image after which no further stage is begun.
+        memory: MiB that the bounds' coefficients take at once.
     """
 
     eps: float = 2 / 255
@@ -41,12 +43,14 @@ class VerificationPlan:
     selection_seed: int = 0
     attack_first: bool = False
     timeout: float = 180.0
+    memory: int = MEMORY
 
     def __post_init__(self) -> None:
         require_choices(self)
         for name in ("eps", "survive_eps"):
             require(0 <= getattr(self, name) <= 1, f"{name} must lie between 0 and 1, not {getattr(self, name):g}")
         require(self.images >= 1, f"images must be 1 or more, not {self.images}")
+        require(self.memory >= 1, f"memory must be 1 or more, not {self.memory}")
         require(self.timeout > 0, f"timeout must be above 0 seconds, not {self.timeout:g}")
 
 
@@ -70,7 +74,7 @@ def verify_split(
             }
             row["eps"] = plan.eps
             if prediction == label:
-                found = verify(model, image, label, plan.eps, plan.timeout, plan.attack_first)
+                found = verify(model, image, label, plan.eps, plan.timeout, plan.attack_first, memory=plan.memory)
                 row |= {"verdict": found.status, "stage": found.stage}
                 row |= {"lower_bound": found.lower_bound, "seconds": found.seconds}
                 if found.counterexample is not None:

@@ -64,7 +64,7 @@ class Bounded:
         spec = identity_spec(clean.shape[1], box.lower)
         if kind == "ibp":
             return ibp.lower_bounds(chain, found, spec)
-        return crown.lower_bounds(chain, ibp.inputs(chain, found), box, spec)
+        return crown.backward(chain, ibp.inputs(chain, found), box, spec)
 
     def regularizer(self, chain: Chain, box: Box, found: ibp.Intervals, eps: float) -> Tensor | float:
         weight = self.recipe.ibp_regularizer * (1 - self.risen(eps))
@@ -93,13 +93,13 @@ class Certified(Bounded):
     def worst_cross_entropy(self, whole: Chain, box: Box, found: ibp.Intervals, y: Tensor, eps: float) -> Tensor:
         kind, spec, inputs = self.recipe.certified_loss, self.spec(y, box.lower), ibp.inputs(whole, found)
         if kind == "logit-lower":
-            logits = crown.lower_bounds(whole, inputs, box, identity_spec(spec.shape[1], box.lower))
+            logits = crown.backward(whole, inputs, box, identity_spec(spec.shape[1], box.lower))
             return F.cross_entropy(logits, y)
         if kind == "fused":
             return fused_cross_entropy(whole, box, found, spec).mean()
         share, margins = ramp(self.recipe.ibp_weight, self.risen(eps)), spec.new_zeros(())
         if share < 1:
-            margins = margins + (1 - share) * crown.lower_bounds(whole, inputs, box, spec)
+            margins = margins + (1 - share) * crown.backward(whole, inputs, box, spec)
         if share > 0:
             margins = margins + share * ibp.lower_bounds(whole, found, spec, ibp.tail(whole))
         return F.cross_entropy(worst_case_logits(margins, y), y)

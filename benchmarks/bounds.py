@@ -157,13 +157,14 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a look: fewer images and repeats, one architecture")
     parser.add_argument("--json", action="store_true", help="the last line is one JSON object")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--images", type=int, default=64, help="of the one-shot rows")
     parser.add_argument("--model", default="", help="weights for the one-shot rows (default: fresh ones)")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     rows = training_rows("paper-cnn", 128, 2 if given.quick else 7)
     if not given.quick:
         rows += training_rows("cnn7", 8, 3)
-    rows += one_shot_rows(4 if given.quick else 64, 1 if given.quick else 3, given.model)
+    rows += one_shot_rows(4 if given.quick else given.images, 1 if given.quick else 3, given.model)
     show(f"bounds, {given.threads} threads", rows, given.json)
 
 

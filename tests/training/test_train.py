@@ -289,7 +289,9 @@ def test_an_average_of_the_weights_is_what_is_kept(few_digits: Dataset, recorder
     """With weights that move by whole steps it lags behind them; a decay of 0 is no average."""
     plain = train(recipe(epochs=2), few_digits, ListRecorder())
     averaged = train(recipe(epochs=2, ema=0.9), few_digits, recorder)
-    difference = [float((a - b).abs().max()) for a, b in zip(plain.parameters(), averaged.parameters(), strict=True)]
+    difference = [
+        float((a - b).detach().abs().max()) for a, b in zip(plain.parameters(), averaged.parameters(), strict=True)
+    ]
     assert max(difference) > 1e-4
     assert same(averaged.state_dict(), recorder.states[-1])
 

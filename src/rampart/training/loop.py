@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from tqdm import tqdm
 
 from rampart.data import Augmentation, Dataset, batches
-from rampart.errors import TrainingDiverged
+from rampart.errors import BoundError, TrainingDiverged
 from rampart.models import Classifier
 from rampart.training.criterion import Criterion
 from rampart.training.methods import Method
@@ -190,7 +190,10 @@ def validate(
             finite = finite and bool(logits.isfinite().all())
             add("val/accuracy", (logits.argmax(1) == y).sum())
         if stage.method.score_name != "accuracy":
-            add(f"val/{stage.method.score_name}", stage.method.survives(x, y, recipe.eps, generator).sum())
+            try:
+                add(f"val/{stage.method.score_name}", stage.method.survives(x, y, recipe.eps, generator).sum())
+            except BoundError:  # weights that overflow
+                finite = False
     metrics = {name: float(value) / len(data.val) for name, value in sums.items()}
     if encoder_alone:
         return -metrics["val/supcon_loss"], metrics

@@ -34,7 +34,7 @@ def lirpa_bounds(model: nn.Module, x: Tensor, eps: float | Tensor, method: str, 
                 "conv_mode": _conv_mode(model),
             }
             if method == "alpha-crown":  # 0.3 cannot optimise slopes of inner bounds that it keeps sparse
-                options |= {"sparse_intermediate_bounds": False}
+                options |= {f"sparse_{kind}": False for kind in ("intermediate_bounds", "features_alpha", "spec_alpha")}
             bounded = library.BoundedModule(plain(model), x, bound_opts=options, device=x.device)
             bounded.eval()
             with torch.no_grad():

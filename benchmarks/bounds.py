@@ -140,12 +140,12 @@ def training_rows(architecture: str, batch: int, repeats: int) -> list[Row]:
 def one_shot_rows(images: int, repeats: int, file: str) -> list[Row]:
     rows = []
     # auto_LiRPA 0.3 optimises slopes on dense maps, a minute for a few images.
-    for method, images in (("crown", images), ("alpha-crown", max(images // 16, 1))):
-        calls = {engine: one_shot(engine, method, images, file) for engine in ("native", "auto_lirpa")}
+    for method, count in (("crown", images), ("alpha-crown", max(images // 16, 1))):
+        calls = {engine: one_shot(engine, method, count, file) for engine in ("native", "auto_lirpa")}
         seconds = in_turn(calls, repeats)
         ours, theirs = seconds["native"], seconds["auto_lirpa"]
-        rows.append(Row(f"{method} {images} images", "s", ours, theirs, theirs / ours))
-        memory = {engine: peak_memory(one_shot, engine, method, images, file) for engine in calls}
+        rows.append(Row(f"{method} {count} images", "s", ours, theirs, theirs / ours))
+        memory = {engine: peak_memory(one_shot, engine, method, count, file) for engine in calls}
         ours, theirs = memory["native"], memory["auto_lirpa"]
         rows.append(Row(f"{method} peak memory", "MiB", ours, theirs, theirs / max(ours, 1)))
         bounds = [call().clamp(max=1e6).mean().item() for call in calls.values()]  # type: ignore[attr-defined]

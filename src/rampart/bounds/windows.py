@@ -76,7 +76,8 @@ class _Window(NamedTuple):
     left: Tensor
     inside: bool
 
-    def __add__(self, other: _Window) -> _Window:  # type: ignore[override]
+    def joined(self, other: _Window) -> _Window:
+        """The sum, in windows that hold both."""
         top, left = torch.minimum(self.top, other.top), torch.minimum(self.left, other.left)
         # Corners differ by as much in every window: branches walk the map at one pace.
         above, before = [int((w.top - top)[0]) for w in (self, other)], [int((w.left - left)[0]) for w in (self, other)]
@@ -161,7 +162,7 @@ def lower_bounds(
             else:
                 window = window._replace(a=a * link.scale, inside=True)
         for source in chain.sources[place]:
-            windows[source] = windows[source] + window if source in windows else window
+            windows[source] = windows[source].joined(window) if source in windows else window
     window = windows[-1]
     a = window.a
     return bound + (a * cut(box.center, window) - a.abs() * cut(box.half, window)).sum((1, 2, 3))

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from rampart.attacks import perturb, pgd
+from rampart.attacks import pgd
 from rampart.models import Classifier
 from rampart.training.criterion import Criterion, Outputs
-from rampart.training.methods.base import evaluating, example
+from rampart.training.methods.base import ascend, evaluating, example
 from rampart.training.recipe import Recipe
 
 
@@ -56,15 +56,9 @@ class Trades(Adversarial):
             return super().batch_loss(x, y, criterion, eps, generator)
         with evaluating(model), torch.no_grad():
             target = F.log_softmax(model(x), 1)
-        with evaluating(model):
-            adversarial = perturb(
-                lambda moved: _divergence(target, F.log_softmax(model(moved), 1)),
-                x,
-                radius,
-                self.recipe.attack_steps,
-                self.recipe.attack_rel_step * radius,
-                generator,
-            )
+        adversarial = ascend(
+            model, self.recipe, lambda moved: _divergence(target, F.log_softmax(model(moved), 1)), x, radius, generator
+        )
         embeddings = model.embed(torch.cat([x, adversarial]))
         clean, moved = F.log_softmax(model.head(embeddings), 1).chunk(2)
         loss = F.nll_loss(clean, y) + self.recipe.trades_beta * _divergence(clean, moved)

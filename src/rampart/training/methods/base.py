@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -38,16 +38,21 @@ def example(
     generator: Generator | None,
 ) -> Tensor:
     """The last iterate of the recipe's PGD on the criterion, at radius eps (pixels): [B, C, H, W]."""
+    return ascend(model, recipe, lambda moved: criterion.on_images(model, moved, y), x, eps, generator)
+
+
+def ascend(
+    model: Classifier,
+    recipe: Recipe,
+    loss: Callable[[Tensor], Tensor],
+    x: Tensor,
+    eps: float,
+    generator: Generator | None,
+) -> Tensor:
+    """As `example`, on any loss of the moved images."""
     # BatchNorm's running statistics are those that an attacker meets, and the attack must not move them.
     with evaluating(model):
-        return perturb(
-            lambda moved: criterion.on_images(model, moved, y),
-            x,
-            eps,
-            recipe.attack_steps,
-            recipe.attack_rel_step * eps,
-            generator,
-        )
+        return perturb(loss, x, eps, recipe.attack_steps, recipe.attack_rel_step * eps, generator)
 
 
 @contextmanager

@@ -33,9 +33,6 @@ class Bounded:
         self.head = model.head
         self.encoder = Layout(nn.Sequential(model.normalize, model.encoder))
 
-    def batch_loss(self, x: Tensor, y: Tensor, criterion: Criterion, eps: float, generator: Generator | None) -> Tensor:
-        raise NotImplementedError
-
     def survives(self, x: Tensor, y: Tensor, eps: float, generator: Generator | None) -> Tensor:
         return (margin_bounds(self.model, x, y, eps, "crown-ibp") > 0).all(1)
 
@@ -71,9 +68,8 @@ class Bounded:
         return weight * interval_regularizer(box, list(ibp.inputs(chain, found).values())) if weight > 0 else 0.0
 
     def interval_cross_entropy(self, whole: Chain, found: ibp.Intervals, x: Tensor, y: Tensor) -> Tensor:
-        """Cross-entropy on interval bounds, all maps behind the last ReLU merged with the margins."""
-        margins = ibp.lower_bounds(whole, found, self.spec(y, x), ibp.tail(whole))
-        return F.cross_entropy(worst_case_logits(margins, y), y)
+        """Cross-entropy on interval bounds."""
+        return F.cross_entropy(worst_case_logits(interval_margins(whole, found, self.spec(y, x)), y), y)
 
 
 class Certified(Bounded):
@@ -101,7 +97,7 @@ class Certified(Bounded):
         if share < 1:
             margins = margins + (1 - share) * crown.backward(whole, inputs, box, spec)
         if share > 0:
-            margins = margins + share * ibp.lower_bounds(whole, found, spec, ibp.tail(whole))
+            margins = margins + share * interval_margins(whole, found, spec)
         return F.cross_entropy(worst_case_logits(margins, y), y)
 
 
@@ -112,41 +108,60 @@ class Ibp(Certified):
         return self.interval_cross_entropy(whole, found, box.lower, y)
 
 
-class Sabr(Bounded):
-    """Cross-entropy on the intervals of a box of half-width λε around a PGD example, inside of the ball
-    (Müller et al. 2023, eq. 5); BatchNorm's statistics are those of the examples."""
+class Attacking(Bounded):
+    """What objectives on bounds and PGD examples share. BatchNorm's statistics are those of the examples."""
+
+    def example_and_box(
+        self, x: Tensor, y: Tensor, criterion: Criterion, eps: float, generator: Generator | None
+    ) -> tuple[Tensor, Box]:
+        """The PGD examples [B, C, H, W], and the boxes that are bounded."""
+        raise NotImplementedError
+
+    def cross_entropy(self, chain: Chain, found: ibp.Intervals, x: Tensor, y: Tensor) -> Tensor:
+        """Of the encoder's chain, whose last B outputs are those of the examples."""
+        return self.interval_cross_entropy(self.whole(chain), found, x, y)
 
     def batch_loss(self, x: Tensor, y: Tensor, criterion: Criterion, eps: float, generator: Generator | None) -> Tensor:
-        half = self.recipe.sabr_lambda * eps
-        center = example(self.model, self.recipe, x, y, criterion, eps - half, generator)
-        chain, box = self.encoder.resolve(self.seen(x, center, criterion)), pixel_box(center, half)
+        moved, box = self.example_and_box(x, y, criterion, eps, generator)
+        two_views = criterion.needs_embeddings and self.recipe.embeddings in ("worst", "attack")
+        chain = self.encoder.resolve(torch.cat([x, moved]) if two_views else moved)
         found = ibp.intervals(chain, box)
-        worst = self.interval_cross_entropy(self.whole(chain), found, x, y) if criterion.needs_logits else None
-        loss = criterion(Outputs(worst, self.supcon_view(chain, box, found, y, criterion)), y)
-        return loss + self.regularizer(chain, box, found, eps)
-
-    def seen(self, x: Tensor, moved: Tensor, criterion: Criterion) -> Tensor:
-        """The images that run through the network: the examples, after the images where SupCon sees those, too."""
-        both = criterion.needs_embeddings and self.recipe.embeddings in ("worst", "attack")
-        return torch.cat([x, moved]) if both else moved
-
-
-class MtlIbp(Sabr):
-    """(1 - α) times the loss of a PGD example and α times that on the ball's intervals (De Palma et al. 2024, eq. 8);
-    BatchNorm's statistics are those of the examples."""
-
-    def batch_loss(self, x: Tensor, y: Tensor, criterion: Criterion, eps: float, generator: Generator | None) -> Tensor:
-        alpha, box = self.recipe.mtl_alpha, pixel_box(x, eps)
-        moved = example(self.model, self.recipe, x, y, criterion, self.recipe.attack_rel_eps * eps, generator)
-        chain = self.encoder.resolve(self.seen(x, moved, criterion))
-        found = ibp.intervals(chain, box)
-        cross_entropy = None
-        if criterion.needs_logits:
-            attacked = F.cross_entropy(self.head(chain.output[-len(x) :]), y)
-            worst = self.interval_cross_entropy(self.whole(chain), found, x, y)
-            cross_entropy = (1 - alpha) * attacked + alpha * worst
+        cross_entropy = self.cross_entropy(chain, found, x, y) if criterion.needs_logits else None
         loss = criterion(Outputs(cross_entropy, self.supcon_view(chain, box, found, y, criterion)), y)
         return loss + self.regularizer(chain, box, found, eps)
+
+
+class Sabr(Attacking):
+    """Cross-entropy on the intervals of a box of half-width λε around a PGD example, inside of the ball
+    (Müller et al. 2023, eq. 5)."""
+
+    def example_and_box(
+        self, x: Tensor, y: Tensor, criterion: Criterion, eps: float, generator: Generator | None
+    ) -> tuple[Tensor, Box]:
+        half = self.recipe.sabr_lambda * eps
+        center = example(self.model, self.recipe, x, y, criterion, eps - half, generator)
+        return center, pixel_box(center, half)
+
+
+class MtlIbp(Attacking):
+    """(1 - α) times the loss of a PGD example and α times that on the ball's intervals (De Palma et al. 2024,
+    eq. 8)."""
+
+    def example_and_box(
+        self, x: Tensor, y: Tensor, criterion: Criterion, eps: float, generator: Generator | None
+    ) -> tuple[Tensor, Box]:
+        moved = example(self.model, self.recipe, x, y, criterion, self.recipe.attack_rel_eps * eps, generator)
+        return moved, pixel_box(x, eps)
+
+    def cross_entropy(self, chain: Chain, found: ibp.Intervals, x: Tensor, y: Tensor) -> Tensor:
+        alpha = self.recipe.mtl_alpha
+        attacked = F.cross_entropy(self.head(chain.output[-len(x) :]), y)
+        return (1 - alpha) * attacked + alpha * super().cross_entropy(chain, found, x, y)
+
+
+def interval_margins(whole: Chain, found: ibp.Intervals, spec: Tensor) -> Tensor:
+    """Interval bounds of the margins, [B, K], all maps behind the last ReLU merged with the specification."""
+    return ibp.lower_bounds(whole, found, spec, ibp.tail(whole))
 
 
 def worst_corner(box: Box, y: Tensor, temperature: float) -> Tensor:

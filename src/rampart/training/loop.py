@@ -6,7 +6,7 @@ import copy
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol
@@ -85,6 +85,12 @@ def fit(
     total = stage.epochs * steps
     best, best_score, best_state = first_epoch, -math.inf, copy.deepcopy(model.state_dict())
     kept = recorder.checkpoint(model)
+
+    def shuffled() -> Iterator[tuple[Tensor, Tensor]]:
+        """The training batches of one epoch, augmented."""
+        for x, y in batches(data.train, recipe.batch_size, streams.order, drop_single=True):
+            yield (augmentation(x, streams.device) if augmentation is not None else x), y
+
     with tqdm(total=total, desc=stage.name, unit="batch", disable=None, leave=False) as bar:
         for epoch in range(first_epoch, first_epoch + stage.epochs):
             # A frozen part keeps its running statistics, too.
@@ -92,13 +98,11 @@ def fit(
             trained.train()
             loss_sum, seen, started = torch.zeros((), device=data.train.labels.device), 0, time.perf_counter()
             eps = 0.0
-            for i, (x, y) in enumerate(batches(data.train, recipe.batch_size, streams.order, drop_single=True)):
+            for i, (x, y) in enumerate(shuffled()):
                 progress = ((epoch - first_epoch) * steps + i) / total
                 eps = warmed_eps(recipe.eps, recipe.eps_warmup, progress)
                 for group in optimizer.param_groups:
                     group["lr"] = recipe.lr * lr_factor(recipe.schedule, progress)
-                if augmentation is not None:
-                    x = augmentation(x, streams.device)
                 loss = stage.method.batch_loss(x, y, stage.criterion, eps, streams.device)
                 if recipe.l1:
                     loss = loss + recipe.l1 * sum(weight.abs().sum() for weight in maps)
@@ -119,7 +123,7 @@ def fit(
             if average is not None:
                 model.load_state_dict(average.module.state_dict())
             if recipe.bn_batches:
-                measure_statistics(stage, model, data, recipe, augmentation, streams)
+                measure_statistics(stage, model, islice(shuffled(), recipe.bn_batches))
             score, validation = validate(stage, model, data, recipe, streams.device)
             # The loss is that of the steps' starts: the last step may have ruined the weights behind a finite one.
             if not (math.isfinite(mean_loss) and math.isfinite(score)):
@@ -149,20 +153,12 @@ def fit(
     return best
 
 
-def measure_statistics(
-    stage: Stage,
-    model: Classifier,
-    data: Dataset,
-    recipe: Recipe,
-    augmentation: Augmentation | None,
-    streams: Streams,
-) -> None:
-    """BatchNorm's statistics of the weights as they stand, the mean over `recipe.bn_batches` training batches: those
-    that training gathered lag behind its weights, and an average of weights has none of its own."""
+def measure_statistics(stage: Stage, model: Classifier, chosen: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """BatchNorm's statistics of the weights as they stand, the mean over the `chosen` batches: those that training
+    gathered lag behind its weights, and an average of weights has none of its own."""
     if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in stage.trained.modules()):
         return
-    chosen = islice(batches(data.train, recipe.batch_size, streams.order, drop_single=True), recipe.bn_batches)
-    update_bn((augmentation(x, streams.device) if augmentation else x for x, _ in chosen), model)
+    update_bn((x for x, _ in chosen), model)
 
 
 def validate(

@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from rampart.data import Dataset, to_pixels
 from rampart.models import Chain, Classifier, Normalize, build_model
 from rampart.models.links import Affine, ReLU
 
@@ -287,3 +288,22 @@ def margins(model: nn.Module, x: Tensor, label: int) -> Tensor:
     found = logits[:, label, None] - logits
     found[:, label] = torch.inf
     return found
+
+
+def linear_classifier(data: Dataset) -> nn.Module:
+    """A linear classifier of `data`, in eval mode: right on most images, easily attacked on some."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), nn.Linear(192, 10))
+    return fitted(model, data, lr=0.02, steps=60)
+
+
+def fitted(model: M, data: Dataset, lr: float, steps: int) -> M:
+    """`model` after `steps` of Adam on all training images at once, in eval mode and without gradients."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+    x = to_pixels(data.train.images)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), data.train.labels).backward()
+        optimizer.step()
+    model.zero_grad()
+    return model.eval()

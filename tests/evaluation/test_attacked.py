@@ -11,6 +11,7 @@ from rampart.data import Dataset, Split, to_pixels
 from rampart.errors import ModelError, SettingsError
 from rampart.evaluation import AttackPlan, evaluate
 from rampart.ledger import attack_rates
+from tests.nets import linear_classifier
 
 PLAN = AttackPlan(eps=(0.05, 0.01, 0.05, 0.0), steps=4, batch_size=50)
 
@@ -18,15 +19,7 @@ PLAN = AttackPlan(eps=(0.05, 0.01, 0.05, 0.0), steps=4, batch_size=50)
 @pytest.fixture(scope="module")
 def network(digits: Dataset) -> nn.Module:
     """A linear classifier of the digits."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), nn.Linear(192, 10))
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
-    x = to_pixels(digits.train.images)
-    for _ in range(60):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x), digits.train.labels).backward()
-        optimizer.step()
-    return model.eval()
+    return linear_classifier(digits)
 
 
 @pytest.fixture(scope="module")

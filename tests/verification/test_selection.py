@@ -12,7 +12,7 @@ from rampart.attacks import pgd
 from rampart.data import Dataset, Split, to_pixels
 from rampart.models import Classifier, build_model
 from rampart.verification import choose
-from tests.nets import randomised
+from tests.nets import linear_classifier, randomised
 
 EPS = 0.05
 
@@ -31,16 +31,7 @@ def two_models() -> list[Classifier]:
 @pytest.fixture(scope="module")
 def learned(digits: Dataset) -> nn.Module:
     """A linear classifier of the digits: right on most, easily attacked on some."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), nn.Linear(192, 10))
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
-    x = to_pixels(digits.train.images)
-    for _ in range(60):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x), digits.train.labels).backward()
-        optimizer.step()
-    model.zero_grad()
-    return model.eval()
+    return linear_classifier(digits)
 
 
 def test_common_images_are_the_same_for_every_model(split: Split, two_models: list[Classifier]) -> None:

@@ -11,6 +11,7 @@ from rampart.errors import ModelError, SettingsError
 from rampart.ledger import VERDICTS, verdict_counts
 from rampart.verification import VerificationPlan, choose, verify, verify_split
 from rampart.verification.split import COLUMNS
+from tests.nets import fitted
 
 
 @pytest.fixture(scope="module")
@@ -18,14 +19,7 @@ def network(digits: Dataset) -> nn.Module:
     """Right on most digits, with margins that some balls fit under and others do not."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 16), nn.ReLU(), nn.Linear(16, 10))
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.003)
-    x = to_pixels(digits.train.images)
-    for _ in range(40):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x), digits.train.labels).backward()
-        optimizer.step()
-    model.zero_grad()
-    return model.eval()
+    return fitted(model, digits, lr=0.003, steps=40)
 
 
 def test_a_ledger_has_a_row_for_each_chosen_image(network: nn.Module, digits: Dataset) -> None:

@@ -24,6 +24,7 @@ from rampart.bounds.compat import import_auto_lirpa
 from rampart.bounds.lirpa import plain
 from rampart.bounds.margins import margin_spec
 from rampart.data import load_dataset, to_pixels
+from rampart.kernels import compiling
 from rampart.losses import worst_case_logits
 from rampart.models import Classifier, build_model, load_model
 from rampart.training import Recipe
@@ -46,19 +47,20 @@ class SumOfExponentials(nn.Module):
         return torch.exp(logits - torch.gather(logits, 1, labels[:, None])).sum(1, keepdim=True)
 
 
-def our_step(architecture: str, batch: int, **recipe: object) -> Call:
-    """A training step of ours; `recipe` names the objective."""
+def our_step(architecture: str, batch: int, compiled: bool = True, **recipe: object) -> Call:
+    """A training step of ours, its kernels compiled or not; `recipe` names the objective."""
     torch.manual_seed(0)
     model = build_model(architecture).train()
     stage = stages(Recipe(architecture=architecture, **recipe), model)[0]  # type: ignore[arg-type]
-    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
-    x, y = torch.rand(batch, 3, 32, 32), torch.arange(batch) % CLASSES
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3, fused=True)
+    x, y = to_pixels(torch.randint(256, (batch, 3, 32, 32), dtype=torch.uint8)), torch.arange(batch) % CLASSES
 
     def step() -> None:
-        loss = stage.method.batch_loss(x, y, stage.criterion, EPS, None)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        with compiling(compiled):
+            loss = stage.method.batch_loss(x, y, stage.criterion, EPS, None)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
 
     return step
 
@@ -117,6 +119,7 @@ def settled(model: Classifier) -> Classifier:
 def training_rows(architecture: str, batch: int, repeats: int) -> list[Row]:
     calls = {
         "fused": our_step(architecture, batch, method="certified", certified_loss="fused"),
+        "fused, not compiled": our_step(architecture, batch, False, method="certified", certified_loss="fused"),
         "margin": our_step(architecture, batch, method="certified", certified_loss="margin"),
         "ibp": our_step(architecture, batch, method="ibp"),
         "normal": our_step(architecture, batch, method="normal"),
@@ -127,6 +130,7 @@ def training_rows(architecture: str, batch: int, repeats: int) -> list[Row]:
         ("fused / study's call", "fused", "its study"),
         ("fused / margin form", "fused", "its margin"),
         ("fused / its loss fusion", "fused", "its fusion"),
+        ("fused, not compiled / its loss fusion", "fused, not compiled", "its fusion"),
         ("margin / margin form", "margin", "its margin"),
         ("ibp / its loss fusion", "ibp", "its fusion"),
         ("fused / plain training", "fused", "normal"),

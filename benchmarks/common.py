@@ -26,15 +26,16 @@ class Row:
 
 
 def in_turn(contenders: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds a call of each, called A B C A B C …, after one call that is not counted."""
+    """Median seconds a call of each, called A A B B C C A A B B C C …; the first call of each turn is not counted: it
+    finds memory as the contender before has left it."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for repeat in range(repeats + 1):
+    for _ in range(repeats):
         for name, call in contenders.items():
             gc.collect()
+            call()
             started = time.perf_counter()
             call()
-            if repeat:
-                seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(time.perf_counter() - started)
     return {name: statistics.median(found) for name, found in seconds.items()}
 
 

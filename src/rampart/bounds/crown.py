@@ -60,8 +60,7 @@ def backward_relaxed(
         a, link = coefficients.pop(place), chain.links[place]
         if isinstance(link, ReLU):
             relaxation = relaxed[place]
-            lower_slope = relaxation.lower_slope[:, None] if slopes is None else slopes[place]
-            a, constant = through_relu(a, relaxation, lower_slope)
+            a, constant = through_relu(a, relaxation, None if slopes is None else slopes[place])
             bound = bound + constant
         elif not isinstance(link, Add):
             batch, rows = a.shape[:2]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rampart.bounds.box import Box
+from rampart.bounds.relaxation import rectified
 from rampart.models.chain import Chain
 from rampart.models.links import Add, Affine, Dense, Link, ReLU
 
@@ -17,12 +18,10 @@ def step(link: Link, boxes: list[Box]) -> Box:
     """The box after one link, from those of the values that it reads."""
     box = boxes[0]
     if isinstance(link, Add):
-        return Box(box.lower + boxes[1].lower, box.upper + boxes[1].upper)
+        return Box.around(box.center + boxes[1].center, box.half + boxes[1].half)
     if isinstance(link, ReLU):
-        return Box(box.lower.relu(), box.upper.relu())
-    half = box.half
-    center, half = link.apply(box.lower + half), link.radius(half)
-    return Box(center - half, center + half)
+        return rectified(box)[0]
+    return Box.around(link.apply(box.center), link.radius(box.half))
 
 
 def intervals(chain: Chain, box: Box, value: int | None = None, known: Intervals | None = None) -> Intervals:
@@ -65,10 +64,8 @@ def bounds(chain: Chain, found: Intervals, spec: Tensor, value: int | None = Non
         (place,) = chain.sources[place]
     rows, offset = spec @ rows.flatten(1), spec @ offset
     box = found[value]
-    half = box.half.flatten(1)
-    center = (rows @ (box.lower.flatten(1) + half)[:, :, None]).squeeze(2) + offset
-    radius = (rows.abs() @ half[:, :, None]).squeeze(2)
-    return Box(center - radius, center + radius)
+    center = (rows @ box.center.flatten(1)[:, :, None]).squeeze(2) + offset
+    return Box.around(center, (rows.abs() @ box.half.flatten(1)[:, :, None]).squeeze(2))
 
 
 def merged(chain: Chain) -> int:

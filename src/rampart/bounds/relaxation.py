@@ -11,53 +11,96 @@ import torch
 from torch import Tensor
 
 from rampart.bounds.box import Box
+from rampart.kernels import Kernel, keep_where
 
 
 class Relaxation(NamedTuple):
     """lower_slope * v <= ReLU(v) <= upper_slope * v + intercept for v in a box; each [B, *shape]."""
 
-    lower_slope: Tensor
     upper_slope: Tensor
     intercept: Tensor
 
+    @property
+    def lower_slope(self) -> Tensor:
+        """0 or 1, whichever leaves the smaller area."""
+        return (self.upper_slope > 0.5).to(self.upper_slope.dtype)
+
+
+def rectified(box: Box) -> tuple[Box, Relaxation]:
+    """The box of ReLU(v) for v in `box`, and its relaxation there: the triangle's upper side, and below it 0 or v,
+    whichever leaves the smaller area."""
+    if box.rectified is None:
+        center, half, slope, intercept = _Rectified.apply(box.lower, box.upper)
+        box.rectified = Box.around(center, half), Relaxation(slope, intercept)
+    return box.rectified
+
 
 def relax(box: Box) -> Relaxation:
-    """The triangle's upper side, and below it 0 or v, whichever leaves the smaller area."""
-    slope, intercept = _UpperSide.apply(box.lower, box.upper)
-    return Relaxation((slope > 0.5).to(slope.dtype), slope, intercept)
+    """The second of `rectified`."""
+    return rectified(box)[1]
 
 
-def through_relu(a: Tensor, relaxation: Relaxation, lower_slope: Tensor) -> tuple[Tensor, Tensor]:
+def through_relu(a: Tensor, relaxation: Relaxation, lower_slope: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(coefficients [B, K, *shape] of the ReLU's input, constant [B, K]) that bound a · ReLU(v) from below.
 
     Args:
         a: [B, K, *shape].
-        lower_slope: [B, K or 1, *shape].
+        lower_slope: [B, K or 1, *shape]; default the relaxation's own.
     """
-    return _Through.apply(a, lower_slope, relaxation.upper_slope[:, None], relaxation.intercept[:, None])
+    return _Through.apply(a, lower_slope, relaxation.upper_slope.unsqueeze(1), relaxation.intercept.unsqueeze(1))
 
 
-class _UpperSide(torch.autograd.Function):
-    """u / (u - l) and -l u / (u - l) with l cut to 0 from above and u from below."""
-
-    @staticmethod
-    def forward(ctx: Any, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-        low = lower.clamp(max=0)
-        # A box that is the point 0 counts as active.
-        high = torch.maximum(upper.clamp(min=0), low + 1e-8)
-        width = high - low
-        slope = high / width
-        ctx.save_for_backward(low, upper, width, slope)
-        return slope, -low * slope
+class _Rectified(torch.autograd.Function):
+    """(lower, upper) -> centre and half-width after the ReLU; u / (u - l) and -l u / (u - l), where l is cut to 0 from
+    above and u from below."""
 
     @staticmethod
-    def backward(ctx: Any, of_slope: Tensor, of_intercept: Tensor) -> tuple[Tensor, Tensor]:
-        low, upper, width, slope = ctx.saved_tensors
-        by_slope = torch.addcmul(of_slope, low, of_intercept, value=-1).div_(width)
+    def forward(ctx: Any, lower: Tensor, upper: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        center, half, slope, intercept = _rectify(lower, upper)
+        ctx.save_for_backward(lower, upper, slope)
+        return center, half, slope, intercept
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        if all(gradient is None for gradient in gradients):
+            return None, None
+        return _rectify_backward(*ctx.saved_tensors, *gradients)
+
+
+@Kernel
+def _rectify(lower: Tensor, upper: Tensor) -> tuple[Tensor, ...]:
+    low, inner, outer = lower.clamp(max=0), lower.relu(), upper.relu()
+    # A box that is the point 0 counts as active.
+    high = torch.maximum(outer, low + 1e-8)
+    slope = high / (high - low)
+    half = (outer - inner) * 0.5
+    return inner + half, half, slope, -low * slope
+
+
+@Kernel
+def _rectify_backward(
+    lower: Tensor,
+    upper: Tensor,
+    slope: Tensor,
+    of_center: Tensor | None,
+    of_half: Tensor | None,
+    of_slope: Tensor | None,
+    of_intercept: Tensor | None,
+) -> tuple[Tensor | float, Tensor | float]:
+    to_lower: Tensor | float = 0.0
+    to_upper: Tensor | float = 0.0
+    if of_center is not None or of_half is not None:
+        of_center, of_half = (torch.zeros_like(lower) if of is None else of for of in (of_center, of_half))
+        to_lower = keep_where((of_center - of_half) * 0.5, lower)
+        to_upper = keep_where((of_center + of_half) * 0.5, upper)
+    if of_slope is not None or of_intercept is not None:
+        of_slope, of_intercept = (torch.zeros_like(lower) if of is None else of for of in (of_slope, of_intercept))
+        by_slope = (of_slope - lower * of_intercept) / (upper - lower).clamp(min=1e-8)
         # A stable neuron has slope 0 or 1 whatever its box.
-        to_low = (by_slope - of_intercept).mul_(slope).mul_(low < 0)
-        to_high = (1 - slope).mul_(by_slope).mul_(upper > 0)
-        return to_low, to_high
+        to_lower = to_lower + keep_where((by_slope - of_intercept) * slope, 1 - slope)
+        to_upper = to_upper + keep_where(by_slope * (1 - slope), slope)
+    return to_lower, to_upper
 
 
 class _Through(torch.autograd.Function):
@@ -65,32 +108,53 @@ class _Through(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, a: Tensor, lower_slope: Tensor, upper_slope: Tensor, intercept: Tensor
+        ctx: Any, a: Tensor, lower_slope: Tensor | None, upper_slope: Tensor, intercept: Tensor
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(a, lower_slope, upper_slope, intercept)
-        negative = a.clamp(max=0)
-        constant = (negative * intercept).sum(tuple(range(2, a.dim())))
-        return (a - negative).mul_(lower_slope).addcmul_(negative, upper_slope), constant
+        return _through(a, lower_slope, upper_slope, intercept)
 
     @staticmethod
     def backward(ctx: Any, of_a: Tensor, of_constant: Tensor) -> tuple[Tensor | None, ...]:
-        a, lower_slope, upper_slope, intercept = ctx.saved_tensors
-        to_a = to_lower = to_upper = to_intercept = None
-        of_constant = of_constant.view(*a.shape[:2], *(1,) * (a.dim() - 2))
-        negative = a.clamp(max=0)
-        if ctx.needs_input_grad[0]:
-            falling = (a < 0).to(a.dtype)
-            to_a = torch.addcmul(lower_slope, falling, upper_slope - lower_slope).mul_(of_a)
-            to_a.addcmul_(falling, intercept * of_constant)
-        if ctx.needs_input_grad[1]:
-            to_lower = (a - negative).mul_(of_a)
-            to_lower = _over_rows(to_lower) if lower_slope.shape[1] == 1 else to_lower
-        if ctx.needs_input_grad[2]:
-            to_upper = _over_rows(negative * of_a)
-        if ctx.needs_input_grad[3]:
-            to_intercept = _over_rows(negative.mul_(of_constant))
-        return to_a, to_lower, to_upper, to_intercept
+        return _through_backward(*ctx.saved_tensors, of_a, of_constant, *ctx.needs_input_grad)
 
 
-def _over_rows(a: Tensor) -> Tensor:
-    return a if a.shape[1] == 1 else a.sum(1, keepdim=True)
+@Kernel
+def _through(a: Tensor, lower_slope: Tensor | None, upper_slope: Tensor, intercept: Tensor) -> tuple[Tensor, Tensor]:
+    negative = a.clamp(max=0)
+    positive = _lower_side(a - negative, lower_slope, upper_slope)
+    return torch.addcmul(positive, negative, upper_slope), (negative * intercept).sum(tuple(range(2, a.dim())))
+
+
+@Kernel
+def _through_backward(
+    a: Tensor,
+    lower_slope: Tensor | None,
+    upper_slope: Tensor,
+    intercept: Tensor,
+    of_a: Tensor,
+    of_constant: Tensor,
+    *wanted: bool,
+) -> tuple[Tensor | None, ...]:
+    of_constant = of_constant.view(*a.shape[:2], *(1,) * (a.dim() - 2))
+    negative = a.clamp(max=0)
+    to_a = to_lower = None
+    if wanted[0]:
+        rising = _lower_side(of_a, lower_slope, upper_slope)
+        falling = torch.addcmul(upper_slope * of_a, intercept, of_constant)
+        to_a = rising + keep_where(falling - rising, -negative)
+    if wanted[1]:
+        assert lower_slope is not None
+        to_lower = _over_rows((a - negative) * of_a, lower_slope)
+    to_upper = _over_rows(negative * of_a, upper_slope) if wanted[2] else None
+    to_intercept = _over_rows(negative * of_constant, intercept) if wanted[3] else None
+    return to_a, to_lower, to_upper, to_intercept
+
+
+def _lower_side(x: Tensor, lower_slope: Tensor | None, upper_slope: Tensor) -> Tensor:
+    """x [B, K, *shape] times the lower slopes, those of `Relaxation` where none are given."""
+    return keep_where(x, upper_slope.expand_as(x), 0.5) if lower_slope is None else x * lower_slope
+
+
+def _over_rows(x: Tensor, like: Tensor) -> Tensor:
+    """x [B, K, *shape], summed over the rows where `like` has one for all."""
+    return x if x.shape[1] == like.shape[1] else x.sum(1, keepdim=True)

@@ -95,7 +95,7 @@ def _crop(x: Tensor, shifts: Tensor, padding: int) -> Tensor:
     rows = shifts[0][:, None] + torch.arange(height, device=x.device)
     columns = shifts[1][:, None] + torch.arange(width, device=x.device)
     image = torch.arange(len(x), device=x.device)[:, None, None]
-    return padded.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+    return padded.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 def _rotate(x: Tensor, degrees: Tensor) -> Tensor:

@@ -11,8 +11,9 @@ from rampart.data.dataset import Split
 
 
 def to_pixels(images: Tensor) -> Tensor:
-    """uint8 [..., C, H, W] -> float32 in [0, 1]."""
-    return images.float().div_(255)
+    """uint8 [..., C, H, W] -> float32 in [0, 1]; a batch with its channels last in memory, as convolutions like it."""
+    pixels = images.float().div_(255)
+    return pixels.contiguous(memory_format=torch.channels_last) if pixels.dim() == 4 else pixels
 
 
 def batches(

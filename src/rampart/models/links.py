@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -169,7 +170,8 @@ class Flatten(Affine):
         return r.flatten(1)
 
     def pull(self, a: Tensor) -> Tensor:
-        return a.view(len(a), *self.in_shape)
+        a = a.view(len(a), *self.in_shape)
+        return a.contiguous(memory_format=torch.channels_last) if len(self.in_shape) == 3 else a
 
     def offset(self, a: Tensor) -> Tensor:
         return a.new_zeros(len(a))

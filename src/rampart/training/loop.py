@@ -76,7 +76,7 @@ def fit(
         parameter.requires_grad_(False)
     for parameter in trained.parameters():
         parameter.requires_grad_(True)
-    optimizer = torch.optim.Adam(trained.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
+    optimizer = torch.optim.Adam(trained.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
     average = None
     if recipe.ema:
         average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True)

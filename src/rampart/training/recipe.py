@@ -65,6 +65,8 @@ class Recipe:
         ema: decay a step of an average of the weights, which then is what is validated and kept; 0: no average.
         bn_batches: training batches over which BatchNorm's statistics are measured anew, with the weights of the
             moment, before each validation; 0: the running averages of training, as usual.
+        compile: whether element-wise work on bounds is compiled (torch.compile, which needs a C++ compiler): half a
+            minute at the start, and steps up to 1.5 times as fast.
         select: which epoch's weights are kept: `best` on validation (accuracy, robust or certified accuracy as the
             method has it, the loss for a SupCon encoder) or `last`.
     """
@@ -103,6 +105,7 @@ class Recipe:
     grad_clip: float = 0.0
     ema: float = 0.0
     bn_batches: int = 0
+    compile: bool = False
     select: Literal["best", "last"] = "best"
 
     def __post_init__(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from rampart.data import Augmentation, Dataset
+from rampart.kernels import compiling
 from rampart.models import Classifier, build_model, interval_init
 from rampart.training.criterion import Criterion
 from rampart.training.loop import Recorder, Stage, Streams, fit
@@ -45,7 +46,8 @@ def train(
     on_device = data.to(device)
     epoch = 1
     for stage in stages(recipe, model):
-        best = fit(stage, model, on_device, recipe, augmentation, streams, recorder, epoch)
+        with compiling(recipe.compile):
+            best = fit(stage, model, on_device, recipe, augmentation, streams, recorder, epoch)
         recorder.metrics({f"{stage.name}/best_epoch": best}, step=epoch + stage.epochs - 1)
         epoch += stage.epochs
     for parameter in model.parameters():

@@ -48,7 +48,7 @@ def test_a_learning_rate_that_is_too_high_does_no_harm(name: str) -> None:
     with torch.no_grad():
         boxes = crown.preactivations(chain, box)
         plain = crown.backward(chain, boxes, box, spec)
-    assert bool((alpha.optimise(chain, boxes, box, spec, steps=1, lr=100.0) >= plain).all())
+    assert bool((alpha.optimise(chain, boxes, box, spec, steps=1, lr=100.0) >= plain - 1e-5).all())
     few, many = (alpha.optimise(chain, boxes, box, spec, steps=steps, lr=1.0) for steps in (3, 10))
     assert bool((many >= few).all())
 

@@ -93,8 +93,8 @@ def test_no_sampled_point_has_a_margin_below_its_bound(name: str) -> None:
 def test_alpha_crown_is_never_looser_than_crown_and_somewhere_tighter(name: str) -> None:
     model, x, y = small_net(name)
     plain, optimised = (margin_bounds(model, x, y, 2 * EPS, method) for method in ("crown", "alpha-crown"))
-    assert bool((optimised >= plain).all())
-    assert bool((optimised > plain).any())
+    assert bool((optimised >= plain - 1e-5).all())
+    assert bool((optimised > plain + 1e-4).any())
 
 
 @pytest.mark.parametrize("hidden", [(3,), (6,), (3, 3), (2, 2, 2)])

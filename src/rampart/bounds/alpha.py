@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor
 
-from rampart.bounds import crown, ibp
+from rampart.bounds import crown, ibp, reduced
 from rampart.bounds.box import Box
-from rampart.bounds.relaxation import relax
+from rampart.bounds.reduced import Domains
 from rampart.models.chain import Chain
+
+log = logging.getLogger(__name__)
 
 
 def optimise(
@@ -23,46 +27,29 @@ def optimise(
 ) -> Tensor:
     """The best lower bounds [B, K] of spec · output seen in `steps` of Adam on the lower slopes.
 
-    Every row of every image has its own slopes; the bounds of the ReLUs' inputs stay as given. The first iterate uses
-    CROWN's slopes, so the result is never looser than CROWN's. Stops early when every bound is above `target`. As many
-    images at once as `memory` (MiB) allows, and one at least.
+    Every row of every image has its own slopes; the bounds of the ReLUs' inputs stay as given. The first bound is
+    CROWN's, so the result is never looser. A row stops once it is above `target`. An image with too many unstable
+    neurons for `reduced.LIMIT` keeps CROWN's bounds, and a warning tells so.
     """
-    if not inputs:
-        return crown.lower_bounds(chain, inputs, box, spec, memory)
-    # Slopes, their gradients, Adam's two moments and what autograd keeps: about four times a plain backward pass.
-    size = crown.rows_at_once(4 * crown.widest(chain), memory) // max(spec.shape[1], 1)
-
-    def part_of(part: slice) -> Tensor:
-        own = {place: crown.at(bounds, part) for place, bounds in inputs.items()}
-        return _optimise(chain, own, crown.at(box, part), spec[part], steps, lr, target)
-
-    return crown.in_parts(part_of, len(spec), size)
+    return torch.stack([_of_image(chain, inputs, box, spec, i, steps, lr, target, memory) for i in range(len(spec))])
 
 
-def _optimise(
-    chain: Chain, inputs: ibp.Intervals, box: Box, spec: Tensor, steps: int, lr: float, target: float
+def _of_image(
+    chain: Chain,
+    inputs: ibp.Intervals,
+    box: Box,
+    spec: Tensor,
+    image: int,
+    steps: int,
+    lr: float,
+    target: float,
+    memory: int,
 ) -> Tensor:
-    relaxed = {place: relax(bounds) for place, bounds in inputs.items()}
-    with torch.enable_grad():
-        slopes = {}
-        for place, relaxation in relaxed.items():
-            start = relaxation.lower_slope[:, None]
-            slopes[place] = start.expand(-1, spec.shape[1], *start.shape[2:]).detach().clone().requires_grad_()
-        stable = {place: ~((bounds.lower < 0) & (bounds.upper > 0))[:, None] for place, bounds in inputs.items()}
-        optimizer = torch.optim.Adam(slopes.values(), lr=lr)
-        best = spec.new_full(spec.shape[:2], -torch.inf)
-        for i in range(steps + 1):
-            bounds = crown.backward_relaxed(chain, relaxed, box, spec, slopes=slopes)
-            best = torch.maximum(best, bounds.detach())
-            if i == steps or bool((best > target).all()):
-                break
-            optimizer.zero_grad()
-            # To the slopes alone: the network's weights must not gather gradients.
-            (-bounds.sum()).backward(inputs=list(slopes.values()))
-            optimizer.step()
-            with torch.no_grad():
-                for place, slope in slopes.items():
-                    slope.copy_(torch.where(stable[place], relaxed[place].lower_slope[:, None], slope.clamp(0, 1)))
-            for group in optimizer.param_groups:
-                group["lr"] *= 0.98
-    return best
+    if reduced.size_of(inputs, box, image) > reduced.LIMIT:
+        log.warning("too many unstable neurons for alpha-CROWN: CROWN's bound stands")
+        part = slice(image, image + 1)
+        own = {place: crown.at(bounds, part) for place, bounds in inputs.items()}
+        return crown.lower_bounds(chain, own, crown.at(box, part), spec[part], memory)[0]
+    with torch.no_grad():
+        net = reduced.reduce(chain, inputs, box, spec, image, memory)
+        return reduced.optimise(net, Domains.roots(net, net.outputs), steps, lr, target).bound

@@ -45,6 +45,11 @@ class Box:
     def half(self) -> Tensor:
         return self._found_middle()[1]
 
+    @property
+    def unstable(self) -> Tensor:
+        """Where a ReLU is neither always off nor always on."""
+        return (self.lower < 0) & (self.upper > 0)
+
     def _found_ends(self) -> tuple[Tensor, Tensor]:
         if self._ends is None:
             assert self._middle is not None

@@ -1,6 +1,6 @@
-"""Proves or refutes the robustness of one image: IBP, then CROWN, then α-CROWN.
+"""Proves or refutes the robustness of one image: IBP, CROWN, α-CROWN, then branch and bound.
 
-Branch and bound continues where `unknown` stands: with the classes that are left, their boxes and slopes.
+Each stage works on the classes that those before it have not proved.
 """
 
 from __future__ import annotations
@@ -9,22 +9,26 @@ import copy
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from rampart.attacks import pgd
-from rampart.bounds import alpha, crown, margin_bounds
+from rampart.bounds import crown, margin_bounds, reduced
 from rampart.bounds.box import pixel_box
 from rampart.bounds.margins import PROVED, chain_bounds, check, margin_spec
-from rampart.errors import ModelError, RampartError, UnsupportedLayer, require, unknown
-from rampart.models import Layout
+from rampart.bounds.reduced import Domains, Optimised, Reduced, optimise
+from rampart.errors import BoundError, ModelError, RampartError, UnsupportedLayer, require, unknown
+from rampart.models import Chain, Layout
+from rampart.verification.branching import Branching, Outcome, branch_and_bound
 
 log = logging.getLogger(__name__)
 
 ENGINES = ("native",)
-ALPHA_STEPS = 40
+STAGES = ("attack", "ibp", "crown", "alpha-crown", "branch-and-bound")
+ALPHA_STEPS = 20
 
 
 @dataclass(frozen=True)
@@ -32,12 +36,13 @@ class Verdict:
     """What is known of one image.
 
     Args:
-        status: `safe-incomplete`, `unsafe`, `unknown` or `error`.
+        status: `safe-incomplete`, `safe`, `unsafe`, `timeout`, `unknown` or `error`.
         lower_bound: the best proven lower bound of min over j of z_y - z_j.
         counterexample: [C, H, W] for `unsafe`, checked in float64.
-        domains: of branch and bound; 0 where bounds or an attack settled it.
+        domains: bounded by branch and bound; 0 where bounds or an attack settled it.
         seconds: spent on the image.
-        stage: what settled it: `attack`, `ibp`, `crown`, `alpha-crown`; the last one tried for `unknown`.
+        stage: what settled it, of STAGES; the last one tried where none did.
+        stage_seconds: spent in each stage that was tried.
     """
 
     status: str
@@ -46,6 +51,7 @@ class Verdict:
     domains: int
     seconds: float
     stage: str
+    stage_seconds: dict[str, float] = field(default_factory=dict)
 
 
 def verify(
@@ -57,15 +63,22 @@ def verify(
     attack_first: bool = False,
     engine: str = "native",
     memory: int = crown.MEMORY,
+    complete: bool = True,
+    branching: Branching = "kfsb",
+    max_domains: int = 1_000_000,
 ) -> Verdict:
     """Whether the model gives `label` on the whole L∞ ball of radius eps (pixels) around `image`, cut to [0, 1].
 
     Args:
-        model: pixels -> logits, in eval mode; an architecture beyond the native engine is bounded by auto_LiRPA.
+        model: pixels -> logits, in eval mode; an architecture beyond the native engine is bounded by auto_LiRPA,
+            without branch and bound.
         image: [C, H, W] in [0, 1]. One that is misclassified as it stands is its own counterexample (`unsafe`).
-        timeout: seconds after which no further stage is begun.
+        timeout: seconds after which no further stage, or batch of domains, is begun.
         attack_first: whether PGD looks for a counterexample first.
         memory: MiB that the native engine's coefficients take at once.
+        complete: whether branch and bound follows where bounds do not settle the image.
+        branching: its rule (`branch_and_bound`).
+        max_domains: that it bounds at most.
 
     Raises:
         SettingsError: a bad ε, label, time limit or engine. UnsupportedLayer: no engine can bound the model.
@@ -75,75 +88,165 @@ def verify(
     require(0 <= eps <= 1, f"eps must lie between 0 and 1 (pixels), not {eps:g}")
     if model.training:
         raise ModelError("a verdict is on one network: call model.eval() first")
-    started = time.perf_counter()
-    x, y = image[None], torch.tensor([label], device=image.device)
     with torch.no_grad():
-        logits = model(x)
+        logits = model(image[None])
     require(0 <= label < logits.shape[1], f"label {label} is not one of the model's {logits.shape[1]} classes")
-
-    def verdict(status: str, bound: float, stage: str, example: Tensor | None = None) -> Verdict:
-        return Verdict(status, bound, example, 0, time.perf_counter() - started, stage)
-
+    problem = _Problem(model, image, label, eps, time.perf_counter() + timeout, memory)
     if not bool(logits.isfinite().all()):
         log.error("verification failed: the network's output is NaN or infinite on the image itself")
-        return verdict("error", -torch.inf, "")
-    refuted = _refute(model, image, label, eps, attack_first)
-    if refuted is not None:
-        return verdict("unsafe", -torch.inf, "attack", refuted)
-    best = torch.full_like(logits[0], -torch.inf)
+        return problem.verdict("error", "")
     stage = ""
     try:
-        for stage, bounds in _stages(model, x, y, eps, memory):
-            if bool(bounds.isnan().any()):
-                raise RampartError(f"{stage} gave NaN: the network's weights or activations overflow")
-            best = torch.maximum(best, bounds)
-            if bool((best > PROVED).all()):
-                return verdict("safe-incomplete", best.min().item(), stage)
-            if time.perf_counter() - started > timeout:
-                break
+        with problem.timed("attack"):
+            example = image if is_counterexample(model, image, image, label, eps) else None
+            example = problem.attacked() if example is None and attack_first else example
+        if example is not None:
+            return problem.verdict("unsafe", "attack", example)
+        for stage in STAGES[1:4]:
+            with problem.timed(stage), torch.no_grad():
+                problem.raise_bound(stage)
+            if problem.proved:
+                return problem.verdict("safe-incomplete", stage)
+            if problem.late:
+                return problem.verdict("timeout" if complete else "unknown", stage)
+        if not complete or problem.reduced is None:
+            return problem.verdict("unknown", stage)
+        stage = STAGES[4]
+        with problem.timed(stage), torch.no_grad():
+            outcome = problem.search(branching, max_domains)
+        return problem.verdict(outcome.status, stage, problem.found, outcome.domains)
     except UnsupportedLayer:
         raise
     except (RampartError, RuntimeError) as error:
         log.error("verification failed: %s", error)
-        return verdict("error", -torch.inf, stage)
-    return verdict("unknown", best.min().item(), stage)
+        return problem.verdict("error", stage)
 
 
-def _stages(model: nn.Module, x: Tensor, y: Tensor, eps: float, memory: int) -> Iterator[tuple[str, Tensor]]:
-    """(stage, lower bounds [K] of the margins, +inf at the label); each stage works on the classes not yet proved."""
-    try:
-        with torch.no_grad():
-            chain = Layout(model).resolve(x)
-    except UnsupportedLayer:
-        for method in ("ibp", "crown", "alpha-crown"):
-            yield method, margin_bounds(model, x, y, eps, method, "auto_lirpa")[0]
-        return
-    with torch.no_grad():
-        box = pixel_box(x, eps)
-        spec = margin_spec(y, chain.output.shape[1]).to(x.dtype)
-        bounds = chain_bounds(chain, box, spec, "ibp")[0]
-        bounds[y] = torch.inf
-        yield "ibp", bounds
-        inputs = crown.preactivations(chain, box, memory)
-        check(inputs)
-        # Out of place: the caller has seen the stage before.
-        left = (bounds <= PROVED).nonzero().squeeze(1)
-        bounds = bounds.index_put((left,), crown.backward(chain, inputs, box, spec[:, left])[0])
-        yield "crown", bounds
-        left = (bounds <= PROVED).nonzero().squeeze(1)
-        tightened = alpha.optimise(chain, inputs, box, spec[:, left], ALPHA_STEPS, target=PROVED, memory=memory)[0]
-        yield "alpha-crown", bounds.index_put((left,), tightened)
+class _Problem:
+    """One image on its way through the stages."""
+
+    def __init__(self, model: nn.Module, image: Tensor, label: int, eps: float, deadline: float, memory: int) -> None:
+        self.model, self.image, self.label, self.eps = model, image, label, eps
+        self.deadline, self.memory, self.started = deadline, memory, time.perf_counter()
+        self.x, self.y = image[None], torch.tensor([label], device=image.device)
+        self.seconds: dict[str, float] = {}
+        self.bounds: Tensor | None = None  # [K], +inf at the label
+        self.found: Tensor | None = None  # a counterexample that branch and bound came upon
+        self.reduced: Reduced | None = None
+        self.roots: Optimised | None = None
+        self.chain: Chain | None = None
+        try:
+            with torch.no_grad():
+                self.chain = Layout(model).resolve(self.x)
+        except UnsupportedLayer as missing:
+            log.info("%s; using auto_LiRPA instead, without branch and bound", missing)
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = time.perf_counter() - started
+
+    @property
+    def late(self) -> bool:
+        return time.perf_counter() > self.deadline
+
+    @property
+    def proved(self) -> bool:
+        return self.bounds is not None and bool((self.bounds > PROVED).all())
+
+    def verdict(self, status: str, stage: str, example: Tensor | None = None, domains: int = 0) -> Verdict:
+        nothing = self.bounds is None or example is not None or status == "error"
+        bound = -torch.inf if nothing else self.bounds.min().item()  # type: ignore[union-attr]
+        return Verdict(status, bound, example, domains, time.perf_counter() - self.started, stage, self.seconds)
+
+    def raise_bound(self, stage: str) -> None:
+        """Bounds the classes that are left by the stage's method."""
+        if self.chain is None:
+            bounds = margin_bounds(self.model, self.x, self.y, self.eps, stage, "auto_lirpa")[0]  # type: ignore[arg-type]
+            self.bounds = bounds if self.bounds is None else torch.maximum(self.bounds, bounds)
+            return
+        box = pixel_box(self.x, self.eps)
+        spec = margin_spec(self.y, self.chain.output.shape[1]).to(self.x.dtype)
+        if stage == "ibp":
+            self.bounds = chain_bounds(self.chain, box, spec, "ibp")[0]
+            self.bounds[self.y] = torch.inf
+            self.check()
+            return
+        assert self.bounds is not None
+        left = (self.bounds <= PROVED).nonzero().squeeze(1)
+        if stage == "crown":
+            self.inputs = crown.preactivations(self.chain, box, self.memory)
+            check(self.inputs)
+            found = crown.backward(self.chain, self.inputs, box, spec[:, left])[0]
+        else:
+            if reduced.size_of(self.inputs, box, 0) > reduced.LIMIT:
+                log.warning("too many unstable neurons for alpha-CROWN and branch and bound: CROWN's bound stands")
+                return
+            self.reduced = reduced.reduce(self.chain, self.inputs, box, spec[:, left], 0, self.memory)
+            roots = Domains.roots(self.reduced, self.reduced.outputs)
+            self.roots = optimise(self.reduced, roots, ALPHA_STEPS, target=PROVED)
+            found = self.roots.bound
+        self.bounds[left] = torch.maximum(self.bounds[left], found)
+        self.check()
+
+    def check(self) -> None:
+        assert self.bounds is not None
+        if bool(self.bounds.isnan().any()):
+            raise BoundError("a bound is NaN: the network's weights or activations overflow")
+
+    def search(self, branching: Branching, max_domains: int) -> Outcome:
+        """Branch and bound from the roots of α-CROWN, on the rows that it left."""
+        assert self.reduced is not None
+        assert self.roots is not None
+        assert self.bounds is not None
+        outcome = branch_and_bound(
+            self.reduced, self.roots, self.refute, self.deadline, PROVED, branching, max_domains=max_domains
+        )
+        # Every class that is not proved is among the rows; the others have bounds above the tolerance already.
+        self.bounds = self.bounds.clamp(min=outcome.bound)
+        return outcome
+
+    def attacked(self) -> Tensor | None:
+        """A checked counterexample that PGD finds."""
+        found = pgd(self.model, self.x, self.y, self.eps, 20, restarts=3)
+        example = found.adversarial[0, 0]
+        return example if bool(found.success[0, 0]) and self.holds(example) else None
+
+    def holds(self, example: Tensor) -> bool:
+        return is_counterexample(self.model, example, self.image, self.label, self.eps)
+
+    def refute(self, points: Tensor) -> Tensor | None:
+        """A point that the model gets wrong, [I], among the points [N, I] of the ball or near the best of them."""
+        images = points.view(-1, *self.image.shape).clamp(0, 1)
+        margins = _margins(self.model, images, self.label)
+        box = pixel_box(self.x, self.eps)
+        nearest = images[margins.topk(min(PGD_SEEDS, len(images)), largest=False).indices]
+        with torch.enable_grad():
+            for _ in range(PGD_STEPS):
+                nearest = nearest.detach().requires_grad_()
+                (gradient,) = torch.autograd.grad(_margins(self.model, nearest, self.label).sum(), nearest)
+                nearest = nearest - self.eps / 4 * gradient.sign()
+                nearest = torch.maximum(torch.minimum(nearest, box.upper), box.lower)
+        tried = torch.cat([images[margins <= 0], nearest.detach()])
+        for example in tried[_margins(self.model, tried, self.label) <= 0]:
+            if self.holds(example):
+                self.found = example
+                return example.flatten()
+        return None
 
 
-def _refute(model: nn.Module, image: Tensor, label: int, eps: float, attack: bool) -> Tensor | None:
-    """A checked counterexample [C, H, W]: the image itself, or one that PGD finds."""
-    if is_counterexample(model, image, image, label, eps):
-        return image
-    if attack:
-        found = pgd(model, image[None], torch.tensor([label], device=image.device), eps, 20, restarts=3)
-        if bool(found.success[0, 0]) and is_counterexample(model, found.adversarial[0, 0], image, label, eps):
-            return found.adversarial[0, 0]
-    return None
+# Points of a batch of domains that PGD starts from, and its steps.
+PGD_SEEDS, PGD_STEPS = 4, 5
+
+
+def _margins(model: nn.Module, images: Tensor, label: int) -> Tensor:
+    """z_label minus the largest other logit, [N]."""
+    logits = model(images)
+    others = logits.index_fill(1, torch.tensor([label], device=logits.device), -torch.inf)
+    return logits[:, label] - others.amax(1)
 
 
 def is_counterexample(model: nn.Module, example: Tensor, image: Tensor, label: int, eps: float) -> bool:

@@ -14,10 +14,14 @@ from rampart.bounds.crown import MEMORY
 from rampart.data import Split, to_pixels
 from rampart.errors import require, require_choices
 from rampart.evaluation.attacked import logits_of
-from rampart.verification.cascade import verify
+from rampart.verification.branching import Branching
+from rampart.verification.cascade import STAGES, verify
 from rampart.verification.selection import Selection, choose
 
-COLUMNS = ("image", "label", "prediction", "correct", "eps", "verdict", "stage", "lower_bound", "seconds")
+COLUMNS = (
+    *("image", "label", "prediction", "correct", "eps", "verdict", "stage", "lower_bound", "domains", "seconds"),
+    *(f"seconds/{stage}" for stage in STAGES),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +36,11 @@ class VerificationPlan:
         survive_eps: radius in pixels of that PGD.
         selection_seed: of the order in which images are taken.
         attack_first: whether PGD looks for a counterexample before bounds are computed.
-        timeout: seconds an image after which no further stage is begun.
+        timeout: seconds an image after which no further stage, or batch of domains, is begun.
         memory: MiB that the bounds' coefficients take at once.
+        complete: whether branch and bound follows where bounds do not settle an image.
+        branching: which neuron it splits: `kfsb`, `babsr` or `gap` (`branch_and_bound`).
+        max_domains: that it bounds at most, for one image.
     """
 
     eps: float = 2 / 255
@@ -44,13 +51,17 @@ class VerificationPlan:
     attack_first: bool = False
     timeout: float = 180.0
     memory: int = MEMORY
+    complete: bool = True
+    branching: Branching = "kfsb"
+    max_domains: int = 1_000_000
 
     def __post_init__(self) -> None:
         require_choices(self)
         for name in ("eps", "survive_eps"):
             require(0 <= getattr(self, name) <= 1, f"{name} must lie between 0 and 1, not {getattr(self, name):g}")
         require(self.images >= 1, f"images must be 1 or more, not {self.images}")
-        require(self.memory >= 1, f"memory must be 1 or more, not {self.memory}")
+        for name in ("memory", "max_domains"):
+            require(getattr(self, name) >= 1, f"{name} must be 1 or more, not {getattr(self, name)}")
         require(self.timeout > 0, f"timeout must be above 0 seconds, not {self.timeout:g}")
 
 
@@ -74,9 +85,21 @@ def verify_split(
             }
             row["eps"] = plan.eps
             if prediction == label:
-                found = verify(model, image, label, plan.eps, plan.timeout, plan.attack_first, memory=plan.memory)
-                row |= {"verdict": found.status, "stage": found.stage}
-                row |= {"lower_bound": found.lower_bound, "seconds": found.seconds}
+                found = verify(
+                    model,
+                    image,
+                    label,
+                    plan.eps,
+                    plan.timeout,
+                    plan.attack_first,
+                    memory=plan.memory,
+                    complete=plan.complete,
+                    branching=plan.branching,
+                    max_domains=plan.max_domains,
+                )
+                row |= {"verdict": found.status, "stage": found.stage, "lower_bound": found.lower_bound}
+                row |= {"domains": found.domains, "seconds": found.seconds}
+                row |= {f"seconds/{stage}": seconds for stage, seconds in found.stage_seconds.items()}
                 if found.counterexample is not None:
                     examples[index] = found.counterexample
             counts[str(row.get("verdict", "misclassified"))] += 1

@@ -14,7 +14,7 @@ from rampart.bounds.box import pixel_box
 from rampart.bounds.margins import PROVED, margin_spec
 from rampart.bounds.reduced import Domains, Reduced, Rows, back, forth, optimise
 from rampart.models import Layout
-from rampart.verification import verify
+from rampart.verification import branching, verify
 from rampart.verification.branching import branch_and_bound, linear_program
 from tests.exact import exact_margins, smallest_margin, tiny_net
 from tests.nets import NETS, small_net
@@ -197,13 +197,13 @@ def test_a_linear_program_finds_the_minimum_where_all_signs_are_known() -> None:
     assert best.tolist() == pytest.approx(exact_margins(model, image, 0, 0.4)[1:].tolist(), abs=1e-5)
 
 
-def search(seed: int, **limits: object) -> tuple[object, float]:
+def search(seed: int, eps: float = 0.3, **limits: object) -> tuple[object, float]:
     """(outcome of an open problem, CROWN's lowest bound of it)."""
     torch.manual_seed(seed)
     model, image = tiny_net((12, 12), inputs=6), torch.rand(1, 1, 6)
     x, label = image[None], predicted(model, image)
     with torch.no_grad():
-        chain, box = Layout(model).resolve(x), pixel_box(x, 0.3)
+        chain, box = Layout(model).resolve(x), pixel_box(x, eps)
         inputs = crown.preactivations(chain, box)
         spec = margin_spec(torch.tensor([label]), 3)[:, [j for j in range(3) if j != label]].float()
         net = reduced.reduce(chain, inputs, box, spec)
@@ -246,3 +246,29 @@ def test_rows_are_cut_and_joined() -> None:
     rows = Rows(torch.rand(3, 4), torch.rand(3, 2), torch.rand(3))
     again = Rows.joined([rows.at(slice(0, 1)), rows.at(slice(1, 3))])
     assert all(torch.equal(one, other) for one, other in zip(rows, again, strict=True))
+
+
+def test_a_gpu_out_of_memory_halves_the_batch(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole, _ = search(3, batch=64)
+    sizes: list[int] = []
+
+    def small(net: Reduced, domains: Domains, *rest: object, **named: object) -> object:
+        sizes.append(len(domains))
+        if len(domains) > 8:
+            raise torch.OutOfMemoryError
+        return optimise(net, domains, *rest, **named)
+
+    monkeypatch.setattr(branching, "optimise", small)
+    halved, _ = search(10, eps=0.1, batch=64)
+    assert max(sizes) > 8
+    assert "going on with 8 domains" in caplog.text
+    assert halved.status == whole.status == "safe"
+
+
+def test_too_many_open_domains_end_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(branching, "OPEN_BYTES", 100)
+    outcome, root = search(3, batch=8)
+    assert outcome.status == "timeout"
+    assert root <= outcome.bound <= PROVED

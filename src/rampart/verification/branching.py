@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from rampart.bounds.reduced import Domains, Optimised, Reduced, Rows, back, optimise
+from rampart.bounds import reduced
+from rampart.bounds.reduced import Domains, Optimised, Reduced, Rows, optimise
 
 Branching = Literal["kfsb", "babsr", "gap"]
 
@@ -20,6 +22,12 @@ Branching = Literal["kfsb", "babsr", "gap"]
 CANDIDATES = 6
 # Those of each score that `kfsb` tries.
 FILTERED = 3
+
+
+# Beyond this the search of an image ends, as at its time limit.
+OPEN_BYTES = 2 << 30
+
+log = logging.getLogger(__name__)
 
 
 class Outcome(NamedTuple):
@@ -83,10 +91,21 @@ def branch_and_bound(
     while search.open and search.example is None:
         if time.perf_counter() > deadline or search.domains >= max_domains:
             return search.outcome("timeout")
+        if search.bytes > OPEN_BYTES:
+            log.warning("%d open domains take %d MiB: giving up", len(search.open), OPEN_BYTES >> 20)
+            return search.outcome("timeout")
         parents = search.worst(max(batch // 2, 1))
-        signs, parent = search.split(parents, batch)
+        try:
+            signs, parent = search.split(parents, batch)
+            found = optimise(net, search.domains_of(parents, parent, signs), steps, target=target)
+        except torch.OutOfMemoryError:
+            if batch <= 2:
+                raise
+            batch //= 2
+            log.warning("the GPU ran out of memory: going on with %d domains at once", batch)
+            search.back(parents)
+            continue
         row = torch.tensor([domain.row for domain in parents])[parent]
-        found = optimise(net, search.domains_of(parents, parent, signs), steps, target=target)
         # A part of a ball is no worse than the whole.
         bound = torch.maximum(found.bound, torch.tensor([domain.bound for domain in parents])[parent])
         search.domains += len(signs)
@@ -109,6 +128,15 @@ class _Search:
     def outcome(self, status: str) -> Outcome:
         left = [domain.bound for domain in self.open[:1]] + self.unresolved
         return Outcome(status, min(left, default=self.target), self.example, self.domains)
+
+    @property
+    def bytes(self) -> int:
+        """That the open domains take, about."""
+        return 5 * len(self.net.lower) * len(self.open)
+
+    def back(self, domains: list[_Domain]) -> None:
+        for domain in domains:
+            heapq.heappush(self.open, domain)
 
     def worst(self, count: int) -> list[_Domain]:
         """Takes the `count` domains of the lowest bounds."""
@@ -200,7 +228,7 @@ class _Search:
         children = signs[parent]
         place = torch.arange(len(parent))
         children[place, candidates.flatten().repeat_interleave(2)] = torch.tensor([1.0, -1.0]).repeat(count * tried)
-        bound = back(self.net, self.domains_of(parents, parent, children)).bound.view(count, tried, 2)
+        bound = reduced.back(self.net, self.domains_of(parents, parent, children)).bound.view(count, tried, 2)
         bound = bound.clamp(max=self.target)
         # Of equally bad worse children the better other one.
         score = (bound.amin(2) + 1e-3 * bound.amax(2)).masked_fill(~free, -torch.inf)
@@ -220,8 +248,12 @@ def _scores(net: Reduced, found: Optimised) -> dict[str, Tensor]:
 def linear_program(net: Reduced, row: Rows, signs: Tensor) -> tuple[float, Tensor | None]:
     """(minimum of a row where every neuron has its sign, [I] the point); inf and None where there is no such point."""
     import numpy as np
-    from scipy.optimize import linprog
 
+    try:
+        from scipy.optimize import linprog
+    except ImportError:  # a machine that has PyTorch alone
+        log.warning("scipy is not installed: a domain without unstable neurons stays unsolved")
+        return float("-inf"), None
     exact = replace(net, neurons=net.neurons.double(), outputs=row.double(), lower=net.lower.double())
     neurons, output = exact.substituted(signs)
     ends = torch.stack([net.center - net.half, net.center + net.half], 1).double()

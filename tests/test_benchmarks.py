@@ -7,19 +7,46 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
+import torch
+
+from benchmarks.verification import COLUMNS, rows_of
+from rampart.models import build_model, save_model
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["bounds"])
-def test_a_quick_benchmark_ends_with_its_ratios(name: str) -> None:
+@pytest.mark.parametrize("name", ["bounds", "verification"])
+def test_a_quick_benchmark_ends_with_its_ratios(name: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--json"]
+    if name == "verification":
+        torch.manual_seed(0)
+        save_model(build_model(width=0.25).eval(), tmp_path / "fresh.safetensors")
+        command += ["--models", str(tmp_path / "fresh.safetensors")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = json.loads(done.stdout.splitlines()[-1])
     assert rows
     for row in rows.values():
         assert set(row) == {"ours", "baseline", "ratio"}
-        assert row["ratio"] > 0
+        assert row["ratio"] >= 0
+
+
+def results(model: str, *rows: tuple[int, str, float, int, float]) -> pd.DataFrame:
+    return pd.DataFrame([(model, *row) for row in rows], columns=COLUMNS)
+
+
+def test_verifiers_are_compared_on_the_images_that_both_settle() -> None:
+    ours = results("m", (1, "safe", 2.0, 100, 1.0), (2, "unsafe", 1.0, 0, 0.0), (3, "timeout", 9.0, 900, 9.0))
+    theirs = results("m", (1, "safe", 8.0, 50, 5.0), (2, "timeout", 9.0, 10, 1.0), (3, "timeout", 9.0, 60, 6.0))
+    settled, median, domains = rows_of("m", ours, theirs)
+    assert (settled.ours, settled.baseline, settled.ratio) == (2, 1, 2)
+    assert (median.ours, median.baseline, median.ratio) == (2, 8, 4)
+    assert (domains.ours, domains.baseline, domains.ratio) == (100, 10, 10)
+
+
+def test_verdicts_that_contradict_each_other_stop_the_benchmark() -> None:
+    with pytest.raises(SystemExit, match=r"images \[1\] of m"):
+        rows_of("m", results("m", (1, "safe", 1.0, 2, 1.0)), results("m", (1, "unsafe", 1.0, 2, 1.0)))

@@ -31,6 +31,10 @@ class UnsupportedLayer(ModelError):
         super().__init__(f"no bounds for layer '{path or 'model'}' ({kind})" + (f": {reason}" if reason else ""))
 
 
+class Contradiction(RampartError):
+    """An image is both proved and broken."""
+
+
 class BoundError(RampartError):
     """Bounds that are NaN, or a lower one above the upper one."""
 

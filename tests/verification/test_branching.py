@@ -251,7 +251,7 @@ def test_rows_are_cut_and_joined() -> None:
 def test_a_gpu_out_of_memory_halves_the_batch(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    whole, _ = search(3, batch=64)
+    whole, _ = search(10, eps=0.1, batch=64)
     sizes: list[int] = []
 
     def small(net: Reduced, domains: Domains, *rest: object, **named: object) -> object:

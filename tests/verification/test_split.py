@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from rampart.data import Dataset, to_pixels
-from rampart.errors import ModelError, SettingsError
+from rampart.errors import Contradiction, ModelError, SettingsError
 from rampart.ledger import VERDICTS, verdict_counts
-from rampart.verification import VerificationPlan, choose, verify, verify_split
+from rampart.verification import Verdict, VerificationPlan, choose, split, verify, verify_split
 from rampart.verification.split import COLUMNS
 from tests.nets import fitted
 
@@ -86,3 +86,12 @@ def test_a_network_for_other_images_is_named(digits: Dataset) -> None:
 def test_a_plan_refuses_what_cannot_be_done(change: dict[str, object]) -> None:
     with pytest.raises(SettingsError):
         VerificationPlan(**change)
+
+
+def test_an_image_that_is_proved_and_broken_stops_the_run(
+    network: nn.Module, digits: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here the verifier lies."""
+    monkeypatch.setattr(split, "verify", lambda *given, **named: Verdict("safe", 1.0, None, 0, 0.0, "ibp"))
+    with pytest.raises(Contradiction, match=r"proved robust at ε 0\.1, but PGD breaks it"):
+        verify_split(network, digits.test, VerificationPlan(eps=0.1, images=30))

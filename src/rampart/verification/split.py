@@ -10,10 +10,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from rampart.attacks import pgd
 from rampart.bounds.crown import MEMORY
 from rampart.data import Split, to_pixels
-from rampart.errors import require, require_choices
+from rampart.errors import Contradiction, require, require_choices
 from rampart.evaluation.attacked import logits_of
+from rampart.ledger import PROVED
 from rampart.verification.branching import Branching
 from rampart.verification.cascade import STAGES, verify
 from rampart.verification.selection import Selection, choose
@@ -68,7 +70,11 @@ class VerificationPlan:
 def verify_split(
     model: nn.Module, split: Split, plan: VerificationPlan
 ) -> tuple[pd.DataFrame, dict[int, torch.Tensor]]:
-    """The ledger (COLUMNS; an image that the model gets wrong has no verdict) and counterexamples by image."""
+    """The ledger (COLUMNS; an image that the model gets wrong has no verdict) and counterexamples by image.
+
+    Raises:
+        Contradiction: PGD breaks an image that was proved.
+    """
     chosen = choose(model, split, plan.images, plan.selection, plan.survive_eps, plan.selection_seed)
     rows, examples = [], {}
     counts: Counter[str] = Counter()
@@ -105,4 +111,19 @@ def verify_split(
             counts[str(row.get("verdict", "misclassified"))] += 1
             bar.set_postfix(counts)
             rows.append(row)
-    return pd.DataFrame(rows, columns=list(COLUMNS)), examples
+    ledger = pd.DataFrame(rows, columns=list(COLUMNS))
+    _attack_the_proved(model, split, ledger, plan)
+    return ledger, examples
+
+
+def _attack_the_proved(model: nn.Module, split: Split, ledger: pd.DataFrame, plan: VerificationPlan) -> None:
+    proved = torch.tensor(ledger.loc[ledger["verdict"].isin(PROVED), "image"].tolist(), dtype=torch.long)
+    generator = torch.Generator(split.labels.device).manual_seed(plan.selection_seed)
+    for part in proved.split(256):
+        batch = split[part.to(split.labels.device)]
+        broken = pgd(model, to_pixels(batch.images), batch.labels, plan.eps, 20, generator=generator).success[0].cpu()
+        if bool(broken.any()):
+            raise Contradiction(
+                f"image {int(part[broken][0])} was proved robust at ε {plan.eps:.6g}, but PGD breaks it there: "
+                "the bounds or the attack are wrong, no verdict of this run can be trusted"
+            )

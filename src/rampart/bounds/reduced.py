@@ -27,6 +27,10 @@ from rampart.models.links import Add, ReLU
 LIMIT = 3 << 29
 
 
+# Of float32, as a share of the terms that the multipliers add.
+ROUNDING = 1e-6
+
+
 class Rows(NamedTuple):
     """Affine forms in x and ReLU(v): coefficients [R, I] and [R, U], and constants [R]."""
 
@@ -36,14 +40,6 @@ class Rows(NamedTuple):
 
     def at(self, rows: Tensor | slice) -> Rows:
         return Rows(*(tensor[rows] for tensor in self))
-
-    def scaled(self, factor: Tensor) -> Rows:
-        """Each row times its factor [R]."""
-        return Rows(self.of_input * factor[:, None], self.of_relu * factor[:, None], self.constant * factor)
-
-    def reading(self, which: Tensor | slice) -> Rows:
-        """The coefficients of some neurons alone."""
-        return Rows(self.of_input, self.of_relu[:, which], self.constant)
 
     def double(self) -> Rows:
         return Rows(*(tensor.double() for tensor in self))
@@ -131,12 +127,10 @@ def reduce(
         ones = spec.new_zeros(len(which), inputs[place].lower[image].numel())
         ones[torch.arange(len(which), device=which.device), which] = 1
         kinds.append(puller.rows(chain.sources[place][0], ones.view(-1, *inputs[place].lower.shape[1:])))
+    none = spec.new_zeros(0)
     lower, upper = (
-        torch.cat([spec.new_zeros(0), *(ends[place][which] for place, which in puller.unstable.items())])
-        for ends in (
-            {place: bounds.lower[image].flatten() for place, bounds in inputs.items()},
-            {place: bounds.upper[image].flatten() for place, bounds in inputs.items()},
-        )
+        torch.cat([none, *(getattr(inputs[p], end)[image].flatten()[which] for p, which in puller.unstable.items())])
+        for end in ("lower", "upper")
     )
     return Reduced(
         [(part.start, part.stop) for part in puller.columns.values()],
@@ -294,6 +288,7 @@ def optimise(
     slopes, multipliers = domains.slopes.clone(), domains.multipliers.clone()
     relu, x, v = torch.zeros_like(slopes), domains.rows.of_input.new_empty(domains.rows.of_input.shape), slopes.clone()
     target = torch.as_tensor(target).expand(len(domains))
+    reach = torch.maximum(net.lower.abs(), net.upper.abs())
     active, now = torch.arange(len(domains)), domains
     # Adam's two averages for either.
     averages = [torch.zeros_like(slopes) for _ in range(4)]
@@ -301,8 +296,10 @@ def optimise(
         found = back(net, now)
         ahead = forth(net, now, found)
         relu[active], x[active], v[active] = found.relu, found.x, ahead
-        better = found.bound > bound[active]
-        bound[active[better]] = found.bound[better]
+        # Large multipliers of what should be 0 leave their rounding behind.
+        proven = found.bound - ROUNDING * ((now.multipliers * now.signs).abs() @ reach)
+        better = (proven > bound[active]) & proven.isfinite()
+        bound[active[better]] = proven[better]
         slopes[active[better]], multipliers[active[better]] = now.slopes[better], now.multipliers[better]
         left = bound[active] <= target[active]
         if step == steps or not bool(left.any()):

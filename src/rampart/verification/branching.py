@@ -24,6 +24,8 @@ CANDIDATES = 6
 FILTERED = 3
 
 
+# Multiplier that float16 keeps.
+LARGEST = 6e4
 # Beyond this the search of an image ends, as at its time limit.
 OPEN_BYTES = 2 << 30
 
@@ -176,7 +178,7 @@ class _Search:
                     int(row[domain]),
                     signs[domain].to(torch.int8),
                     found.domains.slopes[domain].half(),
-                    found.domains.multipliers[domain].half(),
+                    found.domains.multipliers[domain].clamp(max=LARGEST).half(),
                     best[place],
                 ),
             )

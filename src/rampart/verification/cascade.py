@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rampart.attacks import pgd
-from rampart.bounds import crown, margin_bounds, reduced
+from rampart.bounds import crown, ibp, margin_bounds, reduced
 from rampart.bounds.box import pixel_box
 from rampart.bounds.margins import PROVED, chain_bounds, check, margin_spec
 from rampart.bounds.reduced import Domains, Optimised, Reduced, optimise
@@ -134,6 +134,7 @@ class _Problem:
         self.found: Tensor | None = None  # a counterexample that branch and bound came upon
         self.reduced: Reduced | None = None
         self.roots: Optimised | None = None
+        self.inputs: ibp.Intervals = {}
         self.chain: Chain | None = None
         try:
             with torch.no_grad():

@@ -58,7 +58,7 @@ def _works() -> bool:
     # Part of the key of the cache on disk: a kernel made for one thread would be taken for two otherwise.
     torch._inductor.config.cpp.threads = torch.get_num_threads()
     try:
-        torch.compile(_probe, dynamic=True)(torch.ones(2))
+        torch.compile(_probe, dynamic=True)(torch.ones(2, device="cuda" if torch.cuda.is_available() else "cpu"))
     except Exception as error:  # of many kinds: no compiler, no headers, an unsupported platform
         log.warning("torch.compile does not work here (%s): going on without", str(error).strip().split("\n")[0])
         return False

@@ -252,6 +252,17 @@ def small_classifier(classes: int = CLASSES, in_shape: tuple[int, int, int] = (3
     return randomised(build_model("paper-cnn", in_shape, classes, width=0.0625))
 
 
+def undecided_classifier(classes: int = 3) -> Classifier:
+    """A small classifier of random images [3, 8, 8] that gives every class to some of them, and is easily changed."""
+    torch.manual_seed(1)
+    model = small_classifier(classes)
+    with torch.no_grad():
+        model.head.weight *= 300
+        model.head.bias.zero_()
+        model.head.bias -= model(torch.rand(100, 3, 8, 8)).mean(0)
+    return model
+
+
 def values_of(chain: Chain, x: Tensor) -> dict[int, Tensor]:
     """x through the links: every value, by the place of the link that makes it; -1 is x."""
     values = {-1: x}

@@ -9,7 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rampart.errors import RampartError
-from rampart.ledger import PROVED, VERDICTS, attack_rates, eps_key, evaluation_ledger, verdict_counts
+from rampart.ledger import (
+    PROVED,
+    VERDICTS,
+    attack_rates,
+    attacked_by,
+    contradiction,
+    eps_key,
+    evaluation_ledger,
+    mark_attacked,
+    verdict_counts,
+)
 
 RADII = (1 / 255, 8 / 255)
 
@@ -110,3 +120,62 @@ def test_every_image_is_counted_once(verdicts: list[str | None]) -> None:
 def test_a_verdict_that_is_none_of_ours_is_refused() -> None:
     with pytest.raises(RampartError, match="'safe-ish'"):
         verdict_counts(verified(["safe", "safe-ish"], [True, True]))
+
+
+def test_balls_are_nested(ledger: pd.DataFrame) -> None:
+    """An attack of a smaller radius counts at a larger one, and so does a counterexample entered later."""
+    assert attacked_by(ledger, 0.5 / 255).sum() == 0
+    assert attacked_by(ledger, 1 / 255).tolist() == [True, False, False, False, True, True]
+    assert attacked_by(ledger, 4 / 255).tolist() == [True, False, False, False, True, True]
+    assert attacked_by(ledger, 8 / 255).tolist() == [True, True, True, False, True, True]
+    mark_attacked(ledger, 3, 4 / 255)
+    assert not ledger["attacked/0.00392157"][3]
+    assert ledger["attacked/0.0313725"][3]
+    mark_attacked(ledger, 1, 1 / 255)
+    assert ledger["attacked/0.00392157"][1]
+
+
+def proof(image: int, eps: float, verdict: str = "safe", radius: float = float("nan")) -> pd.DataFrame:
+    row = {"image": image, "eps": eps, "verdict": verdict, "correct": True, "seconds": 0.1, "radius": radius}
+    return pd.DataFrame([row])
+
+
+@pytest.mark.parametrize(
+    ("other", "image"),
+    [
+        (proof(0, 1 / 255), 0),
+        (proof(0, 2 / 255), 0),
+        (proof(0, 0.5 / 255), None),
+        (proof(1, 1 / 255), None),
+        (proof(1, 8 / 255), 1),
+        (proof(3, 8 / 255), None),
+        (proof(0, 2 / 255, "unknown"), None),
+        (proof(1, 0.5 / 255, "safe-incomplete", radius=9 / 255), 1),
+        (proof(1, 0.5 / 255, "safe-incomplete", radius=7 / 255), None),
+    ],
+)
+def test_an_image_that_is_proved_and_broken_is_found(
+    ledger: pd.DataFrame, other: pd.DataFrame, image: int | None
+) -> None:
+    said = contradiction({"attack": ledger, "proof": other})
+    if image is None:
+        assert said is None
+    else:
+        assert said is not None
+        assert said.startswith(f"image {image} was proved robust")
+        assert "(run proof)" in said
+        assert "(run attack)" in said
+
+
+def test_two_verifiers_that_disagree_are_found() -> None:
+    assert contradiction({"a": proof(5, 0.1, "unsafe"), "b": proof(5, 0.1, "safe")}) is not None
+    assert contradiction({"a": proof(5, 0.1, "unsafe"), "b": proof(5, 0.1, "timeout")}) is None
+    assert contradiction({"a": proof(5, 0.1, "unsafe"), "b": proof(5, 0.09, "safe")}) is None
+
+
+def test_the_bracket_is_of_the_images_that_were_to_be_proved(ledger: pd.DataFrame) -> None:
+    ledger["certified/0.00392157"] = pd.array([False, True, pd.NA, pd.NA, False, pd.NA], dtype="boolean")
+    rates = attack_rates(ledger)
+    assert rates["certified_accuracy/0.00392157"] == pytest.approx(1 / 3)
+    assert rates["attacked_accuracy/0.00392157"] == pytest.approx(1 / 3)
+    assert rates["robust_accuracy/0.00392157"] == pytest.approx(3 / 6)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import pandas as pd
 from torch import Tensor
@@ -12,6 +12,10 @@ from rampart.errors import RampartError
 
 VERDICTS = ("safe-incomplete", "safe", "unsafe", "timeout", "unknown", "error")
 PROVED = ("safe-incomplete", "safe")
+
+
+# Radii that stand in names have six digits.
+ROUNDED = 1e-5
 
 
 def eps_key(eps: float) -> str:
@@ -34,9 +38,28 @@ def evaluation_ledger(labels: Tensor, predictions: Tensor, success: Tensor, eps:
     return frame
 
 
+def attacked_by(ledger: pd.DataFrame, eps: float) -> pd.Series:
+    """Which images an attack of radius `eps` (pixels) or less broke."""
+    broken = pd.Series(False, index=ledger.index)
+    for column in ledger.columns:
+        kind, _, key = str(column).partition("/")
+        if kind == "attacked" and float(key) <= eps * (1 + ROUNDED):
+            broken |= ledger[column]
+    return broken
+
+
+def mark_attacked(ledger: pd.DataFrame, image: int, eps: float) -> None:
+    """Enters a counterexample of radius `eps` (pixels) found by other means: it stands for the larger radii, too."""
+    for column in ledger.columns:
+        kind, _, key = str(column).partition("/")
+        if kind == "attacked" and float(key) >= eps * (1 - ROUNDED):
+            ledger.loc[ledger["image"] == image, column] = True
+
+
 def attack_rates(ledger: pd.DataFrame) -> dict[str, float]:
-    """accuracy, asr/<ε>, afr/<ε>, robust_accuracy/<ε> for every ε attacked, and certified_accuracy/<ε> for every ε at
-    which images were to be proved (a share of those images), all in [0, 1].
+    """accuracy, asr/<ε>, afr/<ε>, robust_accuracy/<ε> for every ε attacked, and for every ε at which images were to be
+    proved the shares of those images between which their true robust accuracy lies: certified_accuracy/<ε> and
+    attacked_accuracy/<ε> (correct, and not broken at ε or less); all in [0, 1].
 
     ASR is over the correctly classified images (0 where there is none); robust accuracy = accuracy * AFR.
     """
@@ -51,7 +74,44 @@ def attack_rates(ledger: pd.DataFrame) -> dict[str, float]:
         elif kind == "certified":
             chosen = ledger[column].notna()
             rates[f"certified_accuracy/{key}"] = float((correct & ledger[column])[chosen].mean())
+            rates[f"attacked_accuracy/{key}"] = float((correct & ~attacked_by(ledger, float(key)))[chosen].mean())
     return rates
+
+
+def contradiction(ledgers: Mapping[str, pd.DataFrame]) -> str | None:
+    """What is wrong with ledgers of one model, by run: an image proved at one ε and broken at that ε or less.
+
+    A line that names image, radii and runs; None where all agree.
+    """
+    broken: dict[int, tuple[float, str]] = {}
+    proved: dict[int, tuple[float, str]] = {}
+    for run, ledger in ledgers.items():
+        for image, eps, robust in _facts(ledger):
+            known = proved if robust else broken
+            if image not in known or (eps > known[image][0]) == robust:
+                known[image] = eps, run
+    for image in sorted(broken.keys() & proved.keys()):
+        (low, by), (high, of) = broken[image], proved[image]
+        if low <= high * (1 + ROUNDED):
+            return f"image {image} was proved robust at ε {high:.6g} (run {of}) and broken at {low:.6g} (run {by})"
+    return None
+
+
+def _facts(ledger: pd.DataFrame) -> Iterator[tuple[int, float, bool]]:
+    """(image, ε, whether it is robust there) of all that a ledger says of correctly classified images."""
+    correct = ledger[ledger["correct"]]
+    for column in correct.columns:
+        kind, _, key = str(column).partition("/")
+        if kind in ("attacked", "certified"):
+            for image in correct.loc[correct[column].fillna(False).astype(bool), "image"]:
+                yield image, float(key), kind == "certified"
+    if "verdict" in correct:
+        settled = correct[correct["verdict"].isin([*PROVED, "unsafe"])]
+        robust = settled["verdict"].isin(PROVED).tolist()
+        yield from zip(settled["image"].tolist(), settled["eps"].tolist(), robust, strict=True)
+    if "radius" in correct:
+        found = correct[correct["radius"] > 0]
+        yield from zip(found["image"].tolist(), found["radius"].tolist(), [True] * len(found), strict=True)
 
 
 def verdict_counts(ledger: pd.DataFrame) -> dict[str, float]:

@@ -26,7 +26,7 @@ from rampart.verification import VerificationPlan
 
 EpsSpace = Literal["pixel", "normalized"]
 # Names of settings that are radii; each is logged twice: as `eps` in the user's space and `eps_pixel`.
-EPS_NAMES = ("eps", "survive_eps", "certify_eps")
+EPS_NAMES = ("eps", "survive_eps", "certify_eps", "radius")
 # The study's data were normalised with std 0.5, so that its radii are twice as long as in pixels.
 PIXELS = {"pixel": 1.0, "normalized": 0.5}
 DEFAULT_PROFILE = "quick"

@@ -13,17 +13,16 @@ from rampart.bounds.margins import PROVED
 from rampart.data import Split, to_pixels
 from rampart.errors import SettingsError
 from rampart.evaluation import CertificationPlan, certify
-from rampart.ledger import attack_rates, eps_key, evaluation_ledger
+from rampart.ledger import attack_rates, contradiction, eps_key, evaluation_ledger
 from rampart.models import Classifier
-from tests.nets import small_classifier
+from tests.nets import small_classifier, undecided_classifier
 
 EPS = (0.002, 0.01, 0.04)
 
 
 @pytest.fixture(scope="module")
 def model() -> Classifier:
-    torch.manual_seed(3)
-    return small_classifier(classes=3)
+    return undecided_classifier()
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +101,28 @@ def test_a_part_of_the_images_is_the_same_for_every_model(model: Classifier, spl
     assert attack_rates(ledgers[0])["certified_accuracy/0"] == pytest.approx(part["correct"].mean(), abs=0.1)
 
 
+def test_a_search_settles_what_bounds_leave_open(model: Classifier, split: Split) -> None:
+    """It proves what CROWN proves and more, and what it refutes counts as attacked from that radius on."""
+    attacked = ledger_of(model, split, torch.zeros(len(EPS), len(split), dtype=torch.bool), EPS)
+    bounded, searched = (
+        certify(model, split, attacked, CertificationPlan(certify=certify_by, certify_eps=EPS, certify_timeout=60))
+        for certify_by in ("crown", "branch-and-bound")
+    )
+    assert not any(attacked[f"attacked/{eps_key(eps)}"].any() for eps in EPS)
+    x, y = to_pixels(split.images), split.labels
+    refuted = 0
+    for eps in EPS:
+        proved, broken = searched[f"certified/{eps_key(eps)}"].astype(bool), searched[f"attacked/{eps_key(eps)}"]
+        assert proved[bounded[f"certified/{eps_key(eps)}"].astype(bool)].all()
+        assert (proved ^ broken)[searched["correct"]].all()
+        assert not (torch.tensor(proved.tolist()) & pgd(model, x, y, eps, restarts=3).success[0]).any()
+        refuted += broken.sum()
+        rates = attack_rates(searched)
+        assert rates[f"certified_accuracy/{eps_key(eps)}"] == rates[f"attacked_accuracy/{eps_key(eps)}"]
+    assert refuted > 0
+    assert contradiction({"one": searched, "other": bounded}) is None
+
+
 def test_none_leaves_the_ledger_as_it_is(model: Classifier, split: Split) -> None:
     ledger = ledger_of(model, split)
     assert certify(model, split, ledger, CertificationPlan()) is ledger
@@ -116,6 +137,7 @@ def test_none_leaves_the_ledger_as_it_is(model: Classifier, split: Split) -> Non
         ({"certify_images": -1}, "-1"),
         ({"certify_batch": 0}, "certify_batch"),
         ({"memory": 0}, "memory"),
+        ({"certify_timeout": 0.0}, "certify_timeout"),
     ],
 )
 def test_a_bad_plan_is_named(change: dict[str, object], mentions: str) -> None:

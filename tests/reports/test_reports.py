@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pandas as pd
 import pytest
+import torch
 from mlflow import MlflowClient
 
-from rampart.errors import RampartError
+from rampart.errors import Contradiction, RampartError
 from rampart.reports import figures, tables
 from rampart.reports.evidence import collect, summarise
 from rampart.settings import CompareSettings
@@ -20,7 +21,8 @@ def values() -> pd.DataFrame:
     rows = []
     for method, base in (("certified", 0.5), ("normal", 0.8)):
         for seed in ("1", "0"):
-            key = {"augment": False, "method": method, "contrastive": "none", "arm": method, "seed": seed}
+            key = {"augment": False, "method": method, "contrastive": "none", "arm": method, "engine": "native"}
+            key["seed"] = seed
             shift = 0.02 * int(seed)
             run = f"{method}-{seed}"
             rows.append(
@@ -57,6 +59,84 @@ def test_verdicts_keep_every_word() -> None:
     assert table["unknown"][0] == "2.0 ± 0.0"
     assert table["certified %"][0] == "60.00 ± 0.00"
     assert table["ε"][0] == "2/255"
+
+
+def test_another_verifier_has_rows_of_its_own() -> None:
+    ours = values()
+    theirs = ours[ours["step"] == "verify"].assign(engine="abcrown", run="other")
+    theirs.loc[theirs["metric"] == "unknown", "value"] = 4
+    summary = summarise(pd.concat([ours, theirs]))
+    table = tables.verdicts(summary)
+    assert sorted(zip(table["method"], table["verifier"], table["unknown"], strict=True)) == sorted(
+        (method, engine, f"{count:.1f} ± 0.0")
+        for method in ("normal", "certified")
+        for engine, count in (("native", 2), ("abcrown", 4))
+    )
+    labels = [text.get_text() for text in figures.verdict_bars(summary).axes[0].get_yticklabels()]
+    assert sorted(labels) == ["certified", "certified (abcrown)", "normal", "normal (abcrown)"]
+
+
+def test_verified_accuracy_is_a_bracket() -> None:
+    found = values()
+    part = found[found["metric"] == "robust_accuracy"]
+    lower, upper = (part.assign(metric=name, value=part["value"] - shift) for name, shift in BRACKET)
+    table = tables.brackets(summarise(pd.concat([found, lower, upper])))
+    base = 100 * (0.8 - 2 / 255)
+    assert table["ε 2/255"][0] == f"{base - 30:.2f} ± 0.00 – {base - 10:.2f} ± 0.00"
+    # Runs of older versions know the lower end alone.
+    assert tables.brackets(summarise(pd.concat([found, lower])))["ε 2/255"][0] == f"{base - 30:.2f} ± 0.00"
+
+
+BRACKET = (("certified_accuracy", 0.3), ("attacked_accuracy", 0.1))
+
+
+def radii() -> pd.DataFrame:
+    key = {"augment": False, "contrastive": "none", "engine": "native"}
+    rows = [
+        {**key, "method": method, "arm": method, "run": f"run of {method}", "radius": radius}
+        for method, found in (("normal", (0.001, 0.003, float("nan"), 0.002)), ("certified", (0.01, 0.0, 0.02)))
+        for radius in found
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_radii_have_quartiles_and_a_curve() -> None:
+    table = tables.radii(radii())
+    assert table["images"].tolist() == [4, 3]
+    assert table["misclassified"].tolist() == [1, 0]
+    assert table["median × 255"].tolist() == [f"{0.002 * 255:.3f}", f"{0.01 * 255:.3f}"]
+    assert table["runs"].tolist() == ["run of normal", "run of certified"]
+    curve = figures.radius_curves(radii()).axes[0].get_lines()[0]
+
+    def share(eps: float) -> float:
+        """Of the steps at ε × 255: the height of the last one that begins at or before it."""
+        return float(curve.get_ydata()[curve.get_xdata() <= 255 * eps][-1])
+
+    assert [share(eps) for eps in (0.0, 0.0005, 0.0015, 0.0025, 0.004)] == [75, 75, 50, 25, 0]
+
+
+def test_a_counterexample_is_shown_beside_its_image() -> None:
+    images = torch.rand(2, 3, 4, 4)
+    examples = (images + 0.02 * torch.rand(2, 3, 4, 4).sign()).clamp(0, 1)
+    figure = figures.counterexamples(images, examples, [0, 1], [1, 2], ("cat", "dog", "ship"))
+    assert [axes.get_title() for axes in figure.axes] == ["cat", "dog", "dog", "ship", "", ""]
+    shown = torch.from_numpy(figure.axes[3].images[0].get_array().data).permute(2, 0, 1)
+    assert torch.allclose(shown, examples[1])
+
+
+def test_a_model_that_is_proved_and_broken_stops_the_comparison() -> None:
+    """Whichever runs say so: here an evaluation and a verification."""
+    row = {"image": [3], "label": [1], "prediction": [1], "correct": [True]}
+    with open_run("evaluate") as run:
+        _evaluation(run, 0, 0.9)
+        run.table(pd.DataFrame({**row, "attacked/0.1": [True]}), "ledger.parquet")
+    with open_run("verify") as other:
+        _evaluation(other, 0, 0.9)
+        other.params({"eps_pixel": "0.1"})
+        verdict = {"eps": [0.1], "verdict": ["safe"], "seconds": [1.0], "radius": [float("nan")]}
+        other.table(pd.DataFrame({**row, **verdict}), "ledger.parquet")
+    with pytest.raises(Contradiction, match=f"image 3 was proved robust at ε 0.1 .run {other.id}. and broken"):
+        collect(run.experiment, CompareSettings())
 
 
 def test_latex_is_booktabs_and_escaped() -> None:

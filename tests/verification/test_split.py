@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -9,8 +10,8 @@ from torch import nn
 from rampart.data import Dataset, to_pixels
 from rampart.errors import Contradiction, ModelError, SettingsError
 from rampart.ledger import VERDICTS, verdict_counts
-from rampart.verification import Verdict, VerificationPlan, choose, split, verify, verify_split
-from rampart.verification.split import COLUMNS
+from rampart.verification import Progress, Verdict, VerificationPlan, choose, split, verify, verify_split
+from rampart.verification.split import COLUMNS, RADIUS_STEPS
 from tests.nets import fitted
 
 
@@ -81,7 +82,19 @@ def test_a_network_for_other_images_is_named(digits: Dataset) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"eps": -0.1}, {"eps": 2.0}, {"survive_eps": 8.0}, {"images": 0}, {"timeout": 0.0}, {"selection": "all"}]
+    "change",
+    [
+        {"eps": -0.1},
+        {"eps": 2.0},
+        {"survive_eps": 8.0},
+        {"images": 0},
+        {"timeout": 0.0},
+        {"selection": "all"},
+        {"engine": "natve"},
+        {"radius": 1.5},
+        {"images_at_once": 0},
+        {"engine": "abcrown", "radius": 0.1},
+    ],
 )
 def test_a_plan_refuses_what_cannot_be_done(change: dict[str, object]) -> None:
     with pytest.raises(SettingsError):
@@ -95,3 +108,99 @@ def test_an_image_that_is_proved_and_broken_stops_the_run(
     monkeypatch.setattr(split, "verify", lambda *given, **named: Verdict("safe", 1.0, None, 0, 0.0, "ibp"))
     with pytest.raises(Contradiction, match=r"proved robust at ε 0\.1, but PGD breaks it"):
         verify_split(network, digits.test, VerificationPlan(eps=0.1, images=30))
+
+
+def test_images_side_by_side_get_the_same_verdicts(network: nn.Module, digits: Dataset) -> None:
+    one, two = (
+        verify_split(network, digits.test, VerificationPlan(eps=0.03, images=24, attack_first=True, images_at_once=n))
+        for n in (1, 3)
+    )
+    settled = ["image", "prediction", "correct", "verdict", "stage", "domains"]
+    assert one[0][settled].equals(two[0][settled])
+    assert one[0]["lower_bound"].tolist() == pytest.approx(two[0]["lower_bound"].tolist(), rel=1e-4, nan_ok=True)
+    assert one[1].keys() == two[1].keys()
+    assert torch.get_num_threads() == 2
+
+
+def test_an_error_of_one_image_stops_those_beside_it(
+    network: nn.Module, digits: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def failing(*given: object, **named: object) -> Verdict:
+        asked.append(given)
+        raise ModelError("no more")
+
+    monkeypatch.setattr(split, "verify", failing)
+    with pytest.raises(ModelError, match="no more"):
+        verify_split(network, digits.test, VerificationPlan(eps=0.03, images=60, images_at_once=2))
+    assert len(asked) < 10
+    assert torch.get_num_threads() == 2
+
+
+def test_a_radius_is_proved_and_nearly_the_largest(digits: Dataset) -> None:
+    """Of a linear network it is known exactly, but for the tolerance of a proof."""
+    model = fitted(nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), digits, lr=0.003, steps=40)
+    plan = VerificationPlan(eps=0.02, images=12, radius=0.2)
+    ledger, _ = verify_split(model, digits.test, plan)
+    weight, bias = model[1].weight.detach().double(), model[1].bias.detach().double()
+    proved = {True: 0, False: 0}
+    for row in ledger[ledger["correct"]].itertuples():
+        x = to_pixels(digits.test.images[row.image]).flatten().double()
+        gap = weight[row.label] - weight
+
+        def margin(eps: float, x: torch.Tensor = x, gap: torch.Tensor = gap, label: int = row.label) -> float:
+            worst = (torch.minimum(gap * (x - eps).clamp(min=0), gap * (x + eps).clamp(max=1))).sum(1)
+            others = worst + bias[label] - bias
+            others[label] = torch.inf
+            return float(others.min())
+
+        assert row.radius == 0 or margin(row.radius) > 0
+        # The interval that bisection started from, halved six times.
+        width = (0.2 - 0.02 if row.verdict == "safe-incomplete" else 0.02) / 2**RADIUS_STEPS
+        assert row.radius >= 0.2 - width or margin(row.radius + 1.01 * width) < 2e-4
+        proved[row.verdict == "safe-incomplete"] += 1
+    assert min(proved.values()) > 0
+    assert ledger.loc[~ledger["correct"], "radius"].isna().all()
+
+
+def test_work_that_was_finished_is_not_done_again(
+    network: nn.Module, digits: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = VerificationPlan(eps=0.05, images=20, attack_first=True)
+    whole, examples = verify_split(network, digits.test, plan)
+    kept: list[int] = []
+    first = Progress(keep=lambda progress: kept.append(len(progress.rows)))
+    verify_split(network, digits.test, plan, first)
+    assert kept == list(range(1, 21))
+    asked = []
+
+    def counting(*given: object, **named: object) -> Verdict:
+        asked.append(given)
+        return verify(*given, **named)
+
+    monkeypatch.setattr(split, "verify", counting)
+    done = {row["image"] for row in first.rows[:12]}
+    rest = Progress(first.rows[:12], {image: x for image, x in first.examples.items() if image in done})
+    ledger, again = verify_split(network, digits.test, plan, rest)
+    assert len(asked) == (whole["correct"] & (whole["stage"] != "attack"))[12:].sum() > 0
+    settled = ["image", "prediction", "correct", "verdict", "stage", "counterexample_prediction"]
+    assert ledger[settled].equals(whole[settled])
+    assert again.keys() == examples.keys()
+
+
+def test_a_counterexample_has_its_prediction(network: nn.Module, digits: Dataset) -> None:
+    ledger, examples = verify_split(network, digits.test, VerificationPlan(eps=0.05, images=20, attack_first=True))
+    for row in ledger.itertuples():
+        if row.verdict == "unsafe":
+            with torch.no_grad():
+                assert int(network(examples[row.image][None]).argmax()) == row.counterexample_prediction != row.label
+        else:
+            assert row.counterexample_prediction is pd.NA
+
+
+def test_a_model_for_auto_lirpa_is_verified_one_image_at_a_time(digits: Dataset) -> None:
+    model = nn.Sequential(nn.AvgPool2d(8), nn.Flatten(), nn.Linear(48, 12), nn.Sigmoid(), nn.Linear(12, 10))
+    fitted(model, digits, lr=0.02, steps=60)
+    ledger, _ = verify_split(model, digits.test, VerificationPlan(eps=0.001, images=4, images_at_once=2))
+    assert set(ledger["verdict"].dropna()) <= {"safe-incomplete", "unknown"}

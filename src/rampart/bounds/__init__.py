@@ -1,3 +1,3 @@
-from rampart.bounds.margins import ENGINES, METHODS, margin_bounds
+from rampart.bounds.margins import ENGINES, METHODS, find_layout, margin_bounds
 
-__all__ = ["ENGINES", "METHODS", "margin_bounds"]
+__all__ = ["ENGINES", "METHODS", "find_layout", "margin_bounds"]

@@ -12,6 +12,7 @@ from rampart.bounds import alpha, crown, ibp
 from rampart.bounds.box import Box, pixel_box
 from rampart.errors import BoundError, ModelError, UnsupportedLayer, require, unknown
 from rampart.models.chain import Chain, Layout
+from rampart.models.classifier import logits_of
 
 Method = Literal["ibp", "crown-ibp", "crown", "alpha-crown"]
 Engine = Literal["native", "auto_lirpa"]
@@ -35,6 +36,26 @@ def identity_spec(size: int, like: Tensor) -> Tensor:
     return torch.eye(size, dtype=like.dtype, device=like.device).expand(len(like), -1, -1)
 
 
+def find_layout(model: nn.Module, x: Tensor) -> Layout | None:
+    """The model's structure, for as many calls as wanted; None where auto_LiRPA has to bound it, which is said.
+
+    To read it takes milliseconds, and hooks into every module meanwhile: no other thread may run one then.
+
+    Raises:
+        ModelError: the model does not take images of this size.
+    """
+    with torch.no_grad():
+        logits_of(model, x[:1])
+    try:
+        layout = Layout(model)
+        with torch.no_grad():
+            layout.resolve(x[:1])
+    except UnsupportedLayer as missing:
+        log.warning("%s; using auto_LiRPA instead, without branch and bound", missing)
+        return None
+    return layout
+
+
 def margin_bounds(
     model: nn.Module,
     x: Tensor,
@@ -43,6 +64,7 @@ def margin_bounds(
     method: Method = "crown",
     engine: Engine = "native",
     memory: int = crown.MEMORY,
+    layout: Layout | None = None,
 ) -> Tensor:
     """Lower bounds of z_y - z_j, [B, K], over the L∞ ball of radius eps cut to [0, 1]; +inf at j = y.
 
@@ -55,6 +77,7 @@ def margin_bounds(
             (Zhang et al. 2018) or `alpha-crown` (Xu et al. 2021, slopes of the last bound optimised).
         engine: `native`, or `auto_lirpa`, which also takes over where the native one cannot express the model.
         memory: MiB that the native engine's coefficients take at once: images and neurons are bounded in parts.
+        layout: the model's (`find_layout`), where it is known already.
 
     Raises:
         UnsupportedLayer: neither engine can bound the model. SettingsError: bad method, engine, ε. BoundError: a bound
@@ -65,19 +88,15 @@ def margin_bounds(
     if model.training:
         raise ModelError("bounds hold for one network: call model.eval() first")
     if engine == "native":
-        try:
-            with torch.no_grad():
-                chain = Layout(model).resolve(x)
-        except UnsupportedLayer as missing:
-            log.warning("%s; using auto_LiRPA instead", missing)
-            engine = "auto_lirpa"
-    if engine == "auto_lirpa":
+        layout = layout or find_layout(model, x)
+    if engine == "auto_lirpa" or layout is None:
         from rampart.bounds.lirpa import lirpa_bounds
 
         pixel_box(x, eps)  # the same check of ε
         bounds = lirpa_bounds(model, x, eps, method, y)
     else:
         with torch.no_grad():
+            chain = layout.resolve(x)
             spec = margin_spec(y, chain.output.shape[1]).to(x.dtype)
             bounds = chain_bounds(chain, pixel_box(x, eps), spec, method, memory)
     if bool(bounds.isnan().any()):

@@ -13,6 +13,7 @@ from rampart.attacks import pgd
 from rampart.data import Split, batches
 from rampart.errors import ModelError, require
 from rampart.ledger import evaluation_ledger
+from rampart.models import logits_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,13 +69,3 @@ def evaluate(model: nn.Module, split: Split, plan: AttackPlan, seed: int = 0) ->
         predictions.append(logits.argmax(1))
         success.append(result.success)
     return evaluation_ledger(split.labels, torch.cat(predictions), torch.cat(success, 1), radii)
-
-
-def logits_of(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """model(x), with a clear error where the images do not fit."""
-    try:
-        return model(x)
-    except RuntimeError as error:
-        shape = "x".join(str(size) for size in x.shape[1:])
-        reason = str(error).splitlines()[0][:120]
-        raise ModelError(f"the model does not take images of {shape} ({reason}): wrong dataset or model?") from error

@@ -1,4 +1,4 @@
-"""Certified accuracy of a whole split: which images incomplete bounds prove robust."""
+"""Certified accuracy of a whole split: which images bounds, or branch and bound, prove robust."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from typing import Literal
 
 import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from rampart.bounds import METHODS, margin_bounds
+from rampart.bounds import METHODS, find_layout, margin_bounds
 from rampart.bounds.crown import MEMORY
-from rampart.bounds.margins import PROVED
+from rampart.bounds.margins import PROVED, Engine, Method
 from rampart.data import Split, stratified_order, to_pixels
 from rampart.errors import require, require_choices
-from rampart.ledger import eps_key
+from rampart.ledger import PROVED as PROVED_VERDICTS
+from rampart.ledger import attacked_by, eps_key, mark_attacked
+from rampart.verification import verify
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,16 +25,19 @@ class CertificationPlan:
     """How images are proved robust.
 
     Args:
-        certify: the bounds tried, and all weaker ones before them: `none`, `ibp`, `crown-ibp`, `crown`, `alpha-crown`.
+        certify: what is tried, and all weaker bounds before it: `none`, `ibp`, `crown-ibp`, `crown`, `alpha-crown`, or
+            `branch-and-bound` (`rampart.verification.verify`), whose counterexamples count as attacks.
         certify_eps: radii in pixels.
         certify_images: how many test images, the same for every model, class by class; 0: all.
+        certify_timeout: seconds an image and radius that branch and bound may take.
         certify_batch: images bounded at once.
         memory: MiB that the bounds' coefficients take at once.
     """
 
-    certify: Literal["none", "ibp", "crown-ibp", "crown", "alpha-crown"] = "none"
+    certify: Literal["none", "ibp", "crown-ibp", "crown", "alpha-crown", "branch-and-bound"] = "none"
     certify_eps: tuple[float, ...] = (1 / 255, 2 / 255)
     certify_images: int = 0
+    certify_timeout: float = 10.0
     certify_batch: int = 64
     memory: int = MEMORY
 
@@ -42,6 +47,7 @@ class CertificationPlan:
         for eps in self.certify_eps:
             require(0 <= eps <= 1, f"certify_eps must lie between 0 and 1 (pixels), not {eps:g}")
         require(self.certify_images >= 0, f"certify_images must be 0 or more, not {self.certify_images}")
+        require(self.certify_timeout > 0, f"certify_timeout must be above 0 seconds, not {self.certify_timeout:g}")
         for name in ("certify_batch", "memory"):
             require(getattr(self, name) >= 1, f"{name} must be 1 or more, not {getattr(self, name)}")
 
@@ -55,40 +61,61 @@ def certify(model: nn.Module, split: Split, ledger: pd.DataFrame, plan: Certific
     """
     if plan.certify == "none":
         return ledger
-    ledger = ledger.copy()
-    stages = METHODS[: METHODS.index(plan.certify) + 1]
-    proved = torch.zeros(len(split), dtype=torch.bool)
-    chosen = torch.zeros(len(split), dtype=torch.bool)
-    chosen[stratified_order(split, 0)[: plan.certify_images or None]] = True
-    correct = torch.from_numpy(ledger["correct"].to_numpy().copy()) & chosen
+    work = _Certification(model, split, ledger.copy(), plan)
     columns = {}
     for eps in sorted(set(plan.certify_eps), reverse=True):
-        open_ = correct & ~proved & ~_broken(ledger, eps)
-        images = open_.nonzero().squeeze(1)
+        images = work.open(eps)
         for part in tqdm(
             images.split(plan.certify_batch), desc=f"certify {eps_key(eps)}", unit="batch", disable=None, leave=False
         ):
-            left = part
-            for stage in stages:
-                if not len(left):
-                    break
-                batch = split[left.to(split.labels.device)]
-                x = to_pixels(batch.images)
-                bounds = margin_bounds(model, x, batch.labels, eps, stage, memory=plan.memory).amin(1).cpu()
-                proved[left[bounds > PROVED]] = True
-                left = left[bounds <= PROVED]
-        columns[eps] = pd.array(proved.numpy(), dtype="boolean", copy=True)
+            work.prove(part, eps)
+        columns[eps] = pd.array(work.proved.numpy(), dtype="boolean", copy=True)
     for eps in sorted(columns):
-        ledger[f"certified/{eps_key(eps)}"] = columns[eps]
-        ledger.loc[~chosen.numpy(), f"certified/{eps_key(eps)}"] = pd.NA
-    return ledger
+        work.ledger[f"certified/{eps_key(eps)}"] = columns[eps]
+        work.ledger.loc[~work.chosen.numpy(), f"certified/{eps_key(eps)}"] = pd.NA
+    return work.ledger
 
 
-def _broken(ledger: pd.DataFrame, eps: float) -> torch.Tensor:
-    """Images that an attack of radius `eps` or less broke."""
-    broken = torch.zeros(len(ledger), dtype=torch.bool)
-    for column in ledger.columns:
-        kind, _, key = str(column).partition("/")
-        if kind == "attacked" and float(key) <= eps * (1 + 1e-5):
-            broken |= torch.from_numpy(ledger[column].to_numpy().copy())
-    return broken
+class _Certification:
+    """Which images are proved, from the largest ε down; counterexamples go into the ledger."""
+
+    def __init__(self, model: nn.Module, split: Split, ledger: pd.DataFrame, plan: CertificationPlan) -> None:
+        self.model, self.split, self.ledger, self.plan = model, split, ledger, plan
+        self.layout = find_layout(model, to_pixels(split.images[:1]))
+        self.proved = torch.zeros(len(split), dtype=torch.bool)
+        self.chosen = torch.zeros(len(split), dtype=torch.bool)
+        self.chosen[stratified_order(split, 0)[: plan.certify_images or None]] = True
+
+    def open(self, eps: float) -> Tensor:
+        """Images of which it is not known whether they are robust at `eps`."""
+        correct = torch.from_numpy(self.ledger["correct"].to_numpy().copy())
+        broken = torch.from_numpy(attacked_by(self.ledger, eps).to_numpy().copy())
+        return (correct & self.chosen & ~self.proved & ~broken).nonzero().squeeze(1)
+
+    def prove(self, images: Tensor, eps: float) -> None:
+        """Tries the plan's bounds on the images, the weakest first, and branch and bound where it is asked for."""
+        certify = self.plan.certify
+        # A search begins with CROWN's bounds itself.
+        last = METHODS.index("crown") if certify == "branch-and-bound" else METHODS.index(certify) + 1
+        for method in METHODS[:last]:
+            if len(images):
+                proved = self.bounds(images, eps, method) > PROVED
+                self.proved[images[proved]] = True
+                images = images[~proved]
+        if certify == "branch-and-bound":
+            for index in images.tolist():
+                self.search(index, eps)
+
+    def bounds(self, images: Tensor, eps: float, method: Method) -> Tensor:
+        batch = self.split[images.to(self.split.labels.device)]
+        engine: Engine = "native" if self.layout else "auto_lirpa"
+        x, memory = to_pixels(batch.images), self.plan.memory
+        return margin_bounds(self.model, x, batch.labels, eps, method, engine, memory, self.layout).amin(1).cpu()
+
+    def search(self, index: int, eps: float) -> None:
+        image, label = to_pixels(self.split.images[index]), int(self.split.labels[index])
+        timeout, memory = self.plan.certify_timeout, self.plan.memory
+        found = verify(self.model, image, label, eps, timeout, memory=memory, layout=self.layout)
+        self.proved[index] = found.status in PROVED_VERDICTS
+        if found.status == "unsafe":
+            mark_attacked(self.ledger, index, eps)

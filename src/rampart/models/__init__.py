@@ -1,5 +1,16 @@
 from rampart.models.chain import Chain, Layout
 from rampart.models.checkpoints import load_model, save_model
-from rampart.models.classifier import Classifier, Normalize, build_model, interval_init
+from rampart.models.classifier import Classifier, Normalize, build_model, interval_init, logits_of, predict
 
-__all__ = ["Chain", "Classifier", "Layout", "Normalize", "build_model", "interval_init", "load_model", "save_model"]
+__all__ = [
+    "Chain",
+    "Classifier",
+    "Layout",
+    "Normalize",
+    "build_model",
+    "interval_init",
+    "load_model",
+    "logits_of",
+    "predict",
+    "save_model",
+]

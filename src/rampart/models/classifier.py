@@ -62,6 +62,22 @@ class Classifier(nn.Module):
         return self.head(self.embed(x))
 
 
+def logits_of(model: nn.Module, x: Tensor) -> Tensor:
+    """model(x); raises ModelError where the images do not fit."""
+    try:
+        return model(x)
+    except RuntimeError as error:
+        shape = "x".join(str(size) for size in x.shape[1:])
+        reason = str(error).splitlines()[0][:120]
+        raise ModelError(f"the model does not take images of {shape} ({reason}): wrong dataset or model?") from error
+
+
+def predict(model: nn.Module, x: Tensor) -> Tensor:
+    """The classes [B] that the model gives to images x; errors as `logits_of`."""
+    with torch.no_grad():
+        return logits_of(model, x).argmax(1)
+
+
 def _paper_cnn(in_shape: tuple[int, int, int], width: float) -> tuple[nn.Module, int]:
     """The study's Figure 2: three strided convolutions instead of pooling (cheaper to verify), then two linear maps."""
     channels, rows, columns = in_shape

@@ -99,9 +99,11 @@ def sections(summary: pd.DataFrame, evidence: Evidence) -> list[Section]:
         found.append(
             Section(
                 "certified_accuracy",
-                "Certified accuracy",
-                "Share of all test images that are classified correctly and proved robust by bounds alone at ε.",
-                tables.by_eps(summary, "certified_accuracy"),
+                "Verified accuracy",
+                "Between which percentages the robust accuracy at ε lies: of the images that were to be proved, the "
+                "share that is classified correctly and proved robust, and the share that no attack of that radius "
+                "has broken.",
+                tables.brackets(summary),
                 None,
             )
         )
@@ -116,6 +118,17 @@ def sections(summary: pd.DataFrame, evidence: Evidence) -> list[Section]:
                 "certified %: share of all chosen images that are classified correctly and proved robust.",
                 tables.verdicts(summary),
                 figures.verdict_bars(summary),
+            )
+        )
+    if len(evidence.radii):
+        found.append(
+            Section(
+                "radius",
+                "Certified radii",
+                "The largest ε (pixels in [0, 1]) that could be proved for each image, by bisection; the curve is the "
+                "share of the images that are classified correctly and proved robust at ε.",
+                tables.radii(evidence.radii),
+                figures.radius_curves(evidence.radii),
             )
         )
     if evidence.points:

@@ -9,25 +9,33 @@ from typing import get_args
 
 import pandas as pd
 
-from rampart.errors import RampartError
-from rampart.ledger import VERDICTS
+from rampart.errors import Contradiction, RampartError
+from rampart.ledger import VERDICTS, contradiction
 from rampart.settings import CompareSettings
 from rampart.tracking.queries import find_runs, read_table, run_tags
 from rampart.training.recipe import MethodName
 
 log = logging.getLogger(__name__)
 
-KEYS = ["augment", "method", "contrastive", "arm"]
+KEYS = ["augment", "method", "contrastive", "arm", "engine"]
 METHOD_ORDER = get_args(MethodName)
 CONTRASTIVE_ORDER = ["none", "single", "double"]
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """`values`: one row a number (KEYS, seed, step, metric, eps, value, run); `points`: UMAP coordinates by arm;
-    `dataset`: name, digest and split; `notes`: what was left out."""
+    """What a comparison rests on; a row's `engine` is that of a verification, `native` for all else.
+
+    Args:
+        values: one row a number (KEYS, seed, step, metric, eps, value, run).
+        radii: one row an image whose radius was looked for (KEYS, run, radius; NaN where it is misclassified).
+        points: UMAP coordinates by arm.
+        dataset: name, digest and split.
+        notes: what was left out.
+    """
 
     values: pd.DataFrame
+    radii: pd.DataFrame
     points: dict[str, pd.DataFrame]
     classes: tuple[str, ...]
     dataset: str
@@ -38,7 +46,8 @@ def collect(experiment: str, settings: CompareSettings) -> Evidence:
     """The newest finished run of each step for every arm and seed, or the members of one study.
 
     Raises:
-        RampartError: there is no finished evaluation or verification to compare.
+        RampartError: there is no finished evaluation or verification to compare. Contradiction: an image of a model was
+            proved and broken.
     """
     notes: list[str] = []
     parts = []
@@ -54,11 +63,33 @@ def collect(experiment: str, settings: CompareSettings) -> Evidence:
             "run main, or train and evaluate, first"
         )
     runs = _one_dataset(runs, notes)
+    ledgers = _ledgers(runs)
     values = pd.concat([_numbers(row) for _, row in runs.iterrows() if row["step"] != "embed"], ignore_index=True)
     points, classes = _points(runs[runs["step"] == "embed"])
     first = runs.iloc[0]
     dataset = f"{first['tags.rampart.dataset']} (digest {first['digest']}, split {first['tags.rampart.split']})"
-    return Evidence(values, points, classes, dataset, notes)
+    return Evidence(values, _found_radii(runs, ledgers), points, classes, dataset, notes)
+
+
+def _ledgers(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The ledgers of evaluations and verifications by run, checked against each other model by model."""
+    runs = runs[runs["step"] != "embed"]
+    found = {run: table for run in runs["run_id"] if (table := read_table(run, "ledger.parquet")) is not None}
+    for (arm, _), part in runs.groupby(["arm", "tags.rampart.model"], sort=False):
+        wrong = contradiction({run: found[run] for run in part["run_id"] if run in found})
+        if wrong:
+            raise Contradiction(f"{arm}: {wrong}: the bounds or the attack are wrong, nothing of this can be trusted")
+    return found
+
+
+def _found_radii(runs: pd.DataFrame, ledgers: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    parts = [pd.DataFrame(columns=[*KEYS, "run", "radius"])]
+    for _, run in _ordered(runs).iterrows():
+        ledger = ledgers.get(run["run_id"])
+        if ledger is not None and "radius" in ledger and ledger["radius"].notna().any():
+            keys = {key: run[key] for key in KEYS}
+            parts.append(pd.DataFrame({"radius": ledger["radius"].astype(float)}).assign(**keys, run=run["run_id"]))
+    return pd.concat(parts[1:] or parts, ignore_index=True)
 
 
 def _members(study: str) -> set[str]:
@@ -86,11 +117,18 @@ def _newest(found: pd.DataFrame, members: set[str] | None, step: str, notes: lis
         augment=tag["augment"].fillna("") == "True",
         contrastive=tag["contrastive"].fillna("none"),
         digest=tag["dataset_digest"],
+        engine=_engines(found) if step == "verify" else "native",
     )
-    kept = found.drop_duplicates(["arm", "seed"])
+    kept = found.drop_duplicates(["arm", "seed", "engine"])
     if members is None and len(kept) < len(found):
         notes.append(f"{step}: {len(found) - len(kept)} older run(s) of the same arm and seed left out")
     return kept
+
+
+def _engines(found: pd.DataFrame) -> pd.Series:
+    """What verified; another tool goes by the name of the file with its results."""
+    given = found.get("params.engine", pd.Series("native", index=found.index)).fillna("native")
+    return given.map(lambda engine: PurePath(engine).stem)
 
 
 _TAGS = ("arm", "seed", "method", "augment", "contrastive", "model", "dataset_digest")
@@ -127,7 +165,10 @@ def _numbers(run: pd.Series) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-_METRICS = {"accuracy", "asr", "afr", "robust_accuracy", *VERDICTS, "misclassified", "images", "certified_accuracy"}
+_METRICS = {
+    *("accuracy", "asr", "afr", "robust_accuracy", "certified_accuracy", "attacked_accuracy"),
+    *(*VERDICTS, "misclassified", "images"),
+}
 
 
 def _verified_eps(run: pd.Series) -> float:

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from torch import Tensor
 
 from rampart.ledger import VERDICTS
 from rampart.settings import eps_text
@@ -95,24 +96,21 @@ def robust_curves(summary: pd.DataFrame) -> Figure:
         axes.set_xlabel("PGD radius ε (pixels in [0, 1])")
         axes.set_ylim(-2, 102)
     panels[0].set_ylabel("robust accuracy (%)")
-    handles = {
-        label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncol=3, fontsize=8, handlelength=4, frameon=False
-    )
+    _legend(figure, panels)
     return figure
 
 
 def verdict_bars(summary: pd.DataFrame) -> Figure:
     """Verdicts by arm as stacked bars (Table 1)."""
     rows = summary[summary["step"] == "verify"]
-    arms = rows.drop_duplicates("arm")
+    arms = rows.drop_duplicates(["arm", "engine"])
+    keys = pd.MultiIndex.from_frame(arms[["arm", "engine"]])
     with plt.rc_context({**STYLE, "axes.grid.axis": "x"}):
         figure, axes = plt.subplots(figsize=(7.5, 0.32 * len(arms) + 1.2))
     left = np.zeros(len(arms))
     for verdict in (*VERDICTS, "misclassified"):
-        counts = rows[rows["metric"] == verdict].set_index("arm")["mean"].reindex(arms["arm"]).fillna(0).to_numpy()
+        found = rows[rows["metric"] == verdict].set_index(["arm", "engine"])["mean"]
+        counts = found.reindex(keys).fillna(0).to_numpy()
         if not counts.any():
             continue
         bars = axes.barh(
@@ -121,10 +119,55 @@ def verdict_bars(summary: pd.DataFrame) -> Figure:
         axes.bar_label(bars, [f"{count:.3g}" if count else "" for count in counts], label_type="center", size=7)
         left += counts
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_yticks(range(len(arms)), arms["arm"])
+    axes.set_yticks(range(len(arms)), [arm if engine == "native" else f"{arm} ({engine})" for arm, engine in keys])
     axes.invert_yaxis()
     axes.set_xlabel(f"images, verified at ε {', '.join(sorted({eps_text(eps) for eps in arms['eps']}))}")
     axes.legend(ncol=4, fontsize=7.5, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    return figure
+
+
+def radius_curves(radii: pd.DataFrame) -> Figure:
+    """Share of the images that are proved robust at ε, by arm: certified-radius curves."""
+    figure, panels = _panels(radii, height=3.8)
+    for axes, (_, part) in zip(panels, radii.groupby("augment"), strict=True):
+        for _, images in part.groupby("arm", sort=False):
+            first = images.iloc[0]
+            found = np.sort(images["radius"].dropna().to_numpy())
+            left = 100 * np.arange(len(found), -1, -1) / len(images)
+            style = "-" if first["contrastive"] == "none" else "--"
+            # Proved at ε are the images whose radius is ε or more.
+            axes.step(np.r_[0, 255 * found], np.r_[left[:1], left[1:]], where="post", color=_colour(first),
+                      linestyle=style, label=_label(first, " + "))  # fmt: skip
+        axes.set_xlabel("ε × 255 (pixels in [0, 1])")
+        axes.set_ylim(-2, 102)
+        axes.set_xlim(left=0)
+    panels[0].set_ylabel("proved robust (% of images)")
+    _legend(figure, panels)
+    return figure
+
+
+def counterexamples(
+    images: Tensor, examples: Tensor, labels: Sequence[int], predictions: Sequence[int], classes: Sequence[str]
+) -> Figure:
+    """A column for each image [N, C, H, W] in [0, 1]: as it is, its counterexample, and the difference enlarged."""
+    count = len(images)
+    with plt.rc_context({**STYLE, "axes.grid": False}):
+        figure, grid = plt.subplots(3, count, figsize=(max(1.3 * count, 3.2), 4.6), squeeze=False)
+    difference = examples - images
+    # Of each image alone: its largest change becomes black or white.
+    enlarged = 0.5 + difference / (2 * difference.abs().amax((1, 2, 3), keepdim=True)).clamp(min=1e-6)
+    for row, (pictures, names) in enumerate(
+        ((images, labels), (examples, predictions), (enlarged, None)),
+    ):
+        for column, axes in enumerate(grid[row]):
+            picture = pictures[column].permute(1, 2, 0).clamp(0, 1).cpu().numpy()
+            axes.imshow(picture if picture.shape[2] == 3 else picture[..., 0], cmap="gray", vmin=0, vmax=1)
+            axes.set_xticks([])
+            axes.set_yticks([])
+            if names is not None:
+                axes.set_title(classes[names[column]], size=8)
+    for axes, name in zip(grid[:, 0], ("image", "counterexample", "difference, enlarged"), strict=True):
+        axes.set_ylabel(name, size=8)
     return figure
 
 
@@ -160,6 +203,16 @@ def _panels(rows: pd.DataFrame, height: float) -> tuple[Figure, Any]:
     for axes, augment in zip(panels[0], found, strict=True):
         axes.set_title("with augmentation" if augment else "without augmentation", size=9)
     return figure, panels[0]
+
+
+def _legend(figure: Figure, panels: Any) -> None:
+    """One legend of all panels, below them."""
+    handles = {
+        label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncol=3, fontsize=8, handlelength=4, frameon=False
+    )
 
 
 def _colour(row: pd.Series) -> str:

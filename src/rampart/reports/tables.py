@@ -10,6 +10,8 @@ from rampart.ledger import VERDICTS
 from rampart.settings import eps_text
 
 ARM = ["method", "augmentation", "SupCon"]
+# What tells the rows of a table apart.
+ROW = ["arm", "engine"]
 
 
 def accuracy(summary: pd.DataFrame) -> pd.DataFrame:
@@ -21,11 +23,34 @@ def accuracy(summary: pd.DataFrame) -> pd.DataFrame:
 
 
 def by_eps(summary: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """`robust_accuracy` (the study's Figure 4), `asr` or `certified_accuracy` by arm and ε, in percent."""
+    """`robust_accuracy` (the study's Figure 4) or `asr` by arm and ε, in percent."""
     rows = summary[(summary["metric"] == metric) & (summary["step"] == "evaluate")]
-    return _pivoted(
-        rows, [(f"ε {eps_text(eps)}", rows["eps"] == eps) for eps in sorted(rows["eps"].unique())], _percent
-    )
+    return _pivoted(rows, _radii(rows), _percent)
+
+
+def brackets(summary: pd.DataFrame) -> pd.DataFrame:
+    """Between which percentages the robust accuracy lies by arm and ε: proved, and not broken by an attack."""
+    rows = summary[
+        summary["metric"].isin(["certified_accuracy", "attacked_accuracy"]) & (summary["step"] == "evaluate")
+    ]
+    proved = rows["metric"] == "certified_accuracy"
+    table = _pivoted(rows[proved], _radii(rows[proved]), _percent)
+    upper = _pivoted(rows[~proved], _radii(rows[~proved]), _percent)
+    for column in set(upper.columns) - {*ARM, "runs"}:  # runs of older versions have none
+        table[column] = table[column] + " – " + upper[column]
+    return table
+
+
+def radii(found: pd.DataFrame) -> pd.DataFrame:
+    """Certified radii by arm in pixels times 255; an image that is misclassified has none."""
+    arms = found.drop_duplicates(ROW).reset_index(drop=True)
+    table = _arms(arms)
+    groups = found.groupby(ROW, sort=False)["radius"]
+    table["images"] = groups.size().to_list()
+    table["misclassified"] = groups.agg(lambda radius: radius.isna().sum()).to_list()
+    for name, share in (("lower quartile", 0.25), ("median", 0.5), ("upper quartile", 0.75)):
+        table[f"{name} × 255"] = [f"{255 * value:.3f}" for value in groups.quantile(share)]
+    return table.assign(runs=_runs_of(found))
 
 
 def verdicts(summary: pd.DataFrame) -> pd.DataFrame:
@@ -35,7 +60,10 @@ def verdicts(summary: pd.DataFrame) -> pd.DataFrame:
     table = _pivoted(rows, columns, _count)
     certified = _pivoted(rows, [("certified %", rows["metric"] == "certified_accuracy")], _percent)
     table.insert(len(table.columns) - 1, "certified %", certified["certified %"])
-    table.insert(len(ARM), "ε", [eps_text(eps) for eps in rows.drop_duplicates("arm")["eps"]])
+    arms = rows.drop_duplicates(ROW)
+    table.insert(len(ARM), "ε", [eps_text(eps) for eps in arms["eps"]])
+    if (arms["engine"] != "native").any():
+        table.insert(len(ARM), "verifier", arms["engine"].to_list())
     return table
 
 
@@ -50,15 +78,19 @@ def latex(table: pd.DataFrame, caption: str, label: str) -> str:
     return text.replace("+-", "$\\pm$").replace("eps", "$\\varepsilon$")
 
 
+def _radii(rows: pd.DataFrame) -> list[tuple[str, pd.Series]]:
+    return [(f"ε {eps_text(eps)}", rows["eps"] == eps) for eps in sorted(rows["eps"].unique())]
+
+
 def _pivoted(
     rows: pd.DataFrame, columns: list[tuple[str, pd.Series]], text: Callable[[pd.Series], str]
 ) -> pd.DataFrame:
     """One row an arm; each column holds the text of the row that its mask picks, '-' where there is none."""
-    arms = rows.drop_duplicates("arm")
+    arms = rows.drop_duplicates(ROW)
     table = _arms(arms)
     for name, mask in columns:
-        picked = {row["arm"]: text(row) for _, row in rows[mask].iterrows()}
-        table[name] = [picked.get(arm, "-") for arm in arms["arm"]]
+        picked = {(row["arm"], row["engine"]): text(row) for _, row in rows[mask].iterrows()}
+        table[name] = [picked.get(key, "-") for key in zip(arms["arm"], arms["engine"], strict=True)]
     return _with_runs(table, arms)
 
 
@@ -75,6 +107,10 @@ def _arms(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _with_runs(table: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     return table.assign(runs=rows["runs"].to_list())
+
+
+def _runs_of(found: pd.DataFrame) -> list[str]:
+    return found.groupby(ROW, sort=False)["run"].agg(lambda runs: " ".join(dict.fromkeys(runs))).to_list()
 
 
 def _percent(row: pd.Series) -> str:

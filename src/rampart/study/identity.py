@@ -11,11 +11,11 @@ from pathlib import Path
 from rampart.settings import Settings
 
 # They change where or how fast a step runs, not what it computes.
-IRRELEVANT = {"device", "threads", "data_root", "eps_space"}
+IRRELEVANT = {"device", "threads", "data_root", "eps_space", "images_at_once", "export"}
 _TRAINING = ("data", "models", "losses", "attacks", "bounds", "training")
 CODE = {
     "train": _TRAINING,
-    "evaluate": ("data", "models", "attacks", "evaluation", "ledger.py"),
+    "evaluate": ("data", "models", "attacks", "bounds", "verification", "evaluation", "ledger.py"),
     "verify": ("data", "models", "attacks", "bounds", "verification", "ledger.py"),
     "embed": ("data", "models", "evaluation"),
 }

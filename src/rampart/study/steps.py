@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import pandas as pd
 import torch
 
 from rampart.arms import Arm
 from rampart.data import Dataset, load_dataset, stratified_order, to_pixels
 from rampart.errors import SettingsError
-from rampart.evaluation import certify, embed, evaluate
+from rampart.evaluation import AttackPlan, certify, embed, evaluate
 from rampart.ledger import attack_rates, verdict_counts
 from rampart.models import Classifier
 from rampart.reports import figures
@@ -35,9 +37,9 @@ from rampart.settings import (
 )
 from rampart.study.identity import identity
 from rampart.tracking import Run, fetch_model, open_run, source_run
-from rampart.tracking.queries import run_tags
+from rampart.tracking.queries import find_runs, read_arrays, read_table, run_tags
 from rampart.training import train
-from rampart.verification import verify_split
+from rampart.verification import Progress, verify_split
 
 log = logging.getLogger(__name__)
 
@@ -133,44 +135,88 @@ def _evaluate(run: Run, settings: Settings, given: Mapping[str, str]) -> None:
     model, label, _ = _open_model(run, settings)
     data = open_data(run, settings)
     test = data.test.to(prepare(settings))
-    ledger = certify(model, test, evaluate(model, test, settings, settings.seed), settings)
+    plan: AttackPlan = settings
+    if settings.certify != "none":  # the other end of the bracket in which the robust accuracy lies
+        plan = replace(settings, eps=tuple({*settings.eps, *settings.certify_eps}))
+    ledger = certify(model, test, evaluate(model, test, plan, settings.seed), settings)
     rates = attack_rates(ledger)
     run.table(ledger, "ledger.parquet")
     run.metrics(rates)
     _finish(run, settings, data)
-    shown = zip(
-        as_text(settings, {})["eps"].split(","),
-        [rates[key] for key in rates if key.startswith("asr/")],
-        strict=True,
-    )
-    log.info(
-        "%s: accuracy %.2f %%, attack success %s",
-        label,
-        100 * rates["accuracy"],
-        ", ".join(f"{100 * rate:.2f} % at {eps}" for eps, rate in shown),
-    )
-    for key, rate in rates.items():
-        if key.startswith("certified_accuracy/"):
-            eps = eps_text(float(key.partition("/")[2]))
-            log.info("%s: certified accuracy %.2f %% at %s (%s)", label, 100 * rate, eps, settings.certify)
+    by_name = {key.partition("/")[::2]: rate for key, rate in rates.items()}
+    asr = [f"{100 * rate:.2f} % at {eps_text(float(eps))}" for (name, eps), rate in by_name.items() if name == "asr"]
+    log.info("%s: accuracy %.2f %%, attack success %s", label, 100 * rates["accuracy"], ", ".join(asr))
+    for (name, eps), rate in by_name.items():
+        if name == "certified_accuracy":
+            bracket = 100 * rate, 100 * by_name["attacked_accuracy", eps], eps_text(float(eps)), settings.certify
+            log.info("%s: verified accuracy %.2f to %.2f %% at %s (%s)", label, *bracket)
 
 
 def _verify(run: Run, settings: Settings, given: Mapping[str, str]) -> None:
     assert isinstance(settings, VerifySettings)
     model, label, _ = _open_model(run, settings)
     data = open_data(run, settings)
-    ledger, examples = verify_split(model, data.test.to(prepare(settings)), settings)
+    test = data.test.to(prepare(settings))
+    progress = _interrupted(run, settings, data)
+    progress.keep = _Keeper(run)
+    ledger, examples = verify_split(model, test, settings, progress)
     counts = verdict_counts(ledger)
-    run.table(ledger, "ledger.parquet")
+    run.table(ledger, LEDGER)
     if examples:
-        path = Path(run.scratch) / "counterexamples.npz"
-        arrays: dict[str, Any] = {str(image): example.cpu().numpy() for image, example in examples.items()}
-        np.savez(path, **arrays)
-        run.file(path)
+        run.arrays({str(image): example.cpu().numpy() for image, example in examples.items()}, EXAMPLES)
+        shown = ledger[ledger["image"].isin(examples)].head(SHOWN)
+        chosen = torch.tensor(shown["image"].tolist())
+        pictures = torch.stack([examples[image].cpu() for image in shown["image"]])
+        found = shown["counterexample_prediction"].tolist()
+        figure = figures.counterexamples(
+            to_pixels(data.test.images[chosen]), pictures, shown["label"].tolist(), found, data.classes
+        )
+        run.figure(figure, "counterexamples.png")
     run.metrics(counts)
     _finish(run, settings, data)
     said = [f"{int(n)} {k.split('/')[1]}" for k, n in counts.items() if n and k.split("/")[1] in SAID]
     log.info("%s: %d images at ε %s: %s", label, len(ledger), as_text(settings, {})["eps"], ", ".join(said))
+
+
+LEDGER, EXAMPLES = "ledger.parquet", "counterexamples.npz"
+# Counterexamples in a verification's picture.
+SHOWN = 12
+
+
+def _interrupted(run: Run, settings: VerifySettings, data: Dataset) -> Progress:
+    """What a verification that ended before its time has left behind, if it had the same settings, data and code."""
+    key = identity(run.step, settings, data.digest, settings.model)
+    before = find_runs(run.experiment, {"begun": key}, status=None, max_results=1)
+    run.tags({"begun": key})
+    if before.empty or before["status"].iloc[0] not in ("FAILED", "KILLED"):
+        return Progress()
+    old = str(before["run_id"].iloc[0])
+    ledger, examples = read_table(old, LEDGER), read_arrays(old, EXAMPLES) or {}
+    if ledger is None:
+        return Progress()
+    log.info("going on after the %d images that run %s has finished", len(ledger), old)
+    run.tags({"resumed_from": old})
+    rows = [{str(k): v for k, v in row.items() if pd.notna(v)} for row in ledger.to_dict("records")]
+    # Of an image whose counterexample was not kept nothing is known.
+    kept = [row for row in rows if "counterexample_prediction" not in row or str(row["image"]) in examples]
+    return Progress(kept, {int(image): torch.from_numpy(example) for image, example in examples.items()})
+
+
+class _Keeper:
+    """Writes a verification's progress into its run, at most once a second: an upload must not outlast the work."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.last = run, time.monotonic()
+
+    def __call__(self, progress: Progress) -> None:
+        if time.monotonic() - self.last < 1:
+            return
+        if progress.examples:
+            self.run.arrays(
+                {str(image): example.cpu().numpy() for image, example in progress.examples.items()}, EXAMPLES
+            )
+        self.run.table(progress.ledger, LEDGER)
+        self.last = time.monotonic()
 
 
 SAID = ("safe-incomplete", "safe", "unsafe", "timeout", "unknown", "error", "misclassified")

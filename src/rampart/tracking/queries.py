@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import mlflow
+import numpy as np
 import pandas as pd
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from rampart.errors import RampartError
 from rampart.tracking import store
+
+T = TypeVar("T")
 
 
 def find_runs(
@@ -47,11 +51,20 @@ def run_tags(run_id: str) -> dict[str, str]:
 
 def read_table(run_id: str, name: str) -> pd.DataFrame | None:
     """A Parquet artifact of a run; None where it has none of that name."""
+    return _read(run_id, name, pd.read_parquet)
+
+
+def read_arrays(run_id: str, name: str) -> dict[str, np.ndarray] | None:
+    """The arrays of an .npz artifact of a run; None where it has none of that name."""
+    return _read(run_id, name, lambda path: dict(np.load(path, allow_pickle=False)))
+
+
+def _read(run_id: str, name: str, read: Callable[[Path], T]) -> T | None:
     client = MlflowClient()
     if name not in {artifact.path for artifact in client.list_artifacts(run_id)}:
         return None
     with tempfile.TemporaryDirectory(prefix="rampart-") as folder:
-        return pd.read_parquet(Path(client.download_artifacts(run_id, name, folder)))
+        return read(Path(client.download_artifacts(run_id, name, folder)))
 
 
 def artifact_place(run_id: str, name: str) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import mlflow
+import numpy as np
 import pandas as pd
 import torch
 from mlflow import MlflowClient
@@ -72,6 +73,12 @@ class Run:
         path = self.scratch / name
         frame.to_parquet(path, index=False)
         self.client.log_artifact(run_id or self.id, str(path))
+
+    def arrays(self, arrays: Mapping[str, np.ndarray], name: str) -> None:
+        """Arrays as an .npz artifact."""
+        path = self.scratch / name
+        np.savez(path, **arrays)  # type: ignore[arg-type]
+        self.client.log_artifact(self.id, str(path))
 
     def figure(self, figure: Figure, name: str, run_id: str | None = None) -> None:
         self.client.log_figure(run_id or self.id, figure, name, save_kwargs={"dpi": 150, "bbox_inches": "tight"})

@@ -5,53 +5,29 @@ Each stage works on the classes that those before it have not proved.
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from rampart.attacks import pgd
-from rampart.bounds import crown, ibp, margin_bounds, reduced
+from rampart.bounds import crown, find_layout, ibp, margin_bounds, reduced
 from rampart.bounds.box import pixel_box
 from rampart.bounds.margins import PROVED, chain_bounds, check, margin_spec
 from rampart.bounds.reduced import Domains, Optimised, Reduced, optimise
 from rampart.errors import BoundError, ModelError, RampartError, UnsupportedLayer, require, unknown
 from rampart.models import Chain, Layout
 from rampart.verification.branching import Branching, Outcome, branch_and_bound
+from rampart.verification.verdict import Verdict, is_counterexample
 
 log = logging.getLogger(__name__)
 
-ENGINES = ("native",)
+ENGINES = ("native", "abcrown")
 STAGES = ("attack", "ibp", "crown", "alpha-crown", "branch-and-bound")
 ALPHA_STEPS = 20
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What is known of one image.
-
-    Args:
-        status: `safe-incomplete`, `safe`, `unsafe`, `timeout`, `unknown` or `error`.
-        lower_bound: the best proven lower bound of min over j of z_y - z_j.
-        counterexample: [C, H, W] for `unsafe`, checked in float64.
-        domains: bounded by branch and bound; 0 where bounds or an attack settled it.
-        seconds: spent on the image.
-        stage: what settled it, of STAGES; the last one tried where none did.
-        stage_seconds: spent in each stage that was tried.
-    """
-
-    status: str
-    lower_bound: float
-    counterexample: Tensor | None
-    domains: int
-    seconds: float
-    stage: str
-    stage_seconds: dict[str, float] = field(default_factory=dict)
 
 
 def verify(
@@ -66,6 +42,7 @@ def verify(
     complete: bool = True,
     branching: Branching = "kfsb",
     max_domains: int = 1_000_000,
+    layout: Layout | None = None,
 ) -> Verdict:
     """Whether the model gives `label` on the whole L∞ ball of radius eps (pixels) around `image`, cut to [0, 1].
 
@@ -75,10 +52,12 @@ def verify(
         image: [C, H, W] in [0, 1]. One that is misclassified as it stands is its own counterexample (`unsafe`).
         timeout: seconds after which no further stage, or batch of domains, is begun.
         attack_first: whether PGD looks for a counterexample first.
+        engine: `native`, or `abcrown`: α,β-CROWN, where it is installed, for which the settings below mean nothing.
         memory: MiB that the native engine's coefficients take at once.
         complete: whether branch and bound follows where bounds do not settle the image.
         branching: its rule (`branch_and_bound`).
         max_domains: that it bounds at most.
+        layout: the model's (`find_layout`), where it is known already.
 
     Raises:
         SettingsError: a bad ε, label, time limit or engine. UnsupportedLayer: no engine can bound the model.
@@ -91,7 +70,12 @@ def verify(
     with torch.no_grad():
         logits = model(image[None])
     require(0 <= label < logits.shape[1], f"label {label} is not one of the model's {logits.shape[1]} classes")
-    problem = _Problem(model, image, label, eps, time.perf_counter() + timeout, memory)
+    if engine == "abcrown":
+        from rampart.verification import abcrown
+
+        return abcrown.verify(model, image, label, eps, timeout)
+    deadline = time.perf_counter() + timeout
+    problem = _Problem(model, layout or find_layout(model, image[None]), image, label, eps, deadline, memory)
     if not bool(logits.isfinite().all()):
         log.error("verification failed: the network's output is NaN or infinite on the image itself")
         return problem.verdict("error", "")
@@ -125,7 +109,16 @@ def verify(
 class _Problem:
     """One image on its way through the stages."""
 
-    def __init__(self, model: nn.Module, image: Tensor, label: int, eps: float, deadline: float, memory: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layout: Layout | None,
+        image: Tensor,
+        label: int,
+        eps: float,
+        deadline: float,
+        memory: int,
+    ) -> None:
         self.model, self.image, self.label, self.eps = model, image, label, eps
         self.deadline, self.memory, self.started = deadline, memory, time.perf_counter()
         self.x, self.y = image[None], torch.tensor([label], device=image.device)
@@ -135,12 +128,8 @@ class _Problem:
         self.reduced: Reduced | None = None
         self.roots: Optimised | None = None
         self.inputs: ibp.Intervals = {}
-        self.chain: Chain | None = None
-        try:
-            with torch.no_grad():
-                self.chain = Layout(model).resolve(self.x)
-        except UnsupportedLayer as missing:
-            log.info("%s; using auto_LiRPA instead, without branch and bound", missing)
+        with torch.no_grad():
+            self.chain: Chain | None = layout.resolve(self.x) if layout else None
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -212,9 +201,8 @@ class _Problem:
 
     def attacked(self) -> Tensor | None:
         """A checked counterexample that PGD finds."""
-        found = pgd(self.model, self.x, self.y, self.eps, 20, restarts=3)
-        example = found.adversarial[0, 0]
-        return example if bool(found.success[0, 0]) and self.holds(example) else None
+        (example,) = attack(self.model, self.x, self.y, self.eps)
+        return example if example is not None and self.holds(example) else None
 
     def holds(self, example: Tensor) -> bool:
         return is_counterexample(self.model, example, self.image, self.label, self.eps)
@@ -239,6 +227,13 @@ class _Problem:
         return None
 
 
+def attack(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> list[Tensor | None]:
+    """For each of B images the point at which PGD (20 steps, 3 restarts) sees the model err, or None."""
+    found = pgd(model, x, y, eps, 20, restarts=3, generator=torch.Generator(x.device).manual_seed(0))
+    pairs = zip(found.adversarial[0], found.success[0].tolist(), strict=True)
+    return [example if broken else None for example, broken in pairs]
+
+
 # Points of a batch of domains that PGD starts from, and its steps.
 PGD_SEEDS, PGD_STEPS = 4, 5
 
@@ -248,13 +243,3 @@ def _margins(model: nn.Module, images: Tensor, label: int) -> Tensor:
     logits = model(images)
     others = logits.index_fill(1, torch.tensor([label], device=logits.device), -torch.inf)
     return logits[:, label] - others.amax(1)
-
-
-def is_counterexample(model: nn.Module, example: Tensor, image: Tensor, label: int, eps: float) -> bool:
-    """Whether `example` lies in the ball (to float32's rounding) and in [0, 1], and the model in float64 errs on it."""
-    inside = (example.double() - image.double()).abs().max() <= eps + 1e-6
-    in_range = bool((example >= 0).all() and (example <= 1).all())
-    if not (bool(inside) and in_range):
-        return False
-    with torch.no_grad():
-        return int(copy.deepcopy(model).double()(example[None].double()).argmax()) != label

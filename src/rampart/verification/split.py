@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from rampart.attacks import pgd
+from rampart.bounds import find_layout
 from rampart.bounds.crown import MEMORY
 from rampart.data import Split, to_pixels
-from rampart.errors import Contradiction, require, require_choices
-from rampart.evaluation.attacked import logits_of
+from rampart.errors import Contradiction, require, require_choices, unknown
 from rampart.ledger import PROVED
+from rampart.models import Layout, predict
+from rampart.verification import exchange
 from rampart.verification.branching import Branching
-from rampart.verification.cascade import STAGES, verify
+from rampart.verification.cascade import ENGINES, STAGES, attack, verify
 from rampart.verification.selection import Selection, choose
+from rampart.verification.verdict import Verdict, is_counterexample
 
 COLUMNS = (
     *("image", "label", "prediction", "correct", "eps", "verdict", "stage", "lower_bound", "domains", "seconds"),
+    *("counterexample_prediction", "radius"),
     *(f"seconds/{stage}" for stage in STAGES),
 )
+# Halvings of the interval in which an image's radius lies.
+RADIUS_STEPS = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +54,12 @@ class VerificationPlan:
         complete: whether branch and bound follows where bounds do not settle an image.
         branching: which neuron it splits: `kfsb`, `babsr` or `gap` (`branch_and_bound`).
         max_domains: that it bounds at most, for one image.
+        engine: `native`; `abcrown` (α,β-CROWN, where it is installed); or the path of a results.csv in which any other
+            verifier has written down what it made of the exported instances.
+        radius: 0, or the radius in pixels up to which the largest ε that can be proved is looked for in every image,
+            by bisection within `timeout` more seconds.
+        images_at_once: in work side by side, each on its share of the threads (engine=native alone).
+        export: folder that gets the questions as ONNX and VNN-LIB files, for other verifiers.
     """
 
     eps: float = 2 / 255
@@ -56,64 +73,182 @@ class VerificationPlan:
     complete: bool = True
     branching: Branching = "kfsb"
     max_domains: int = 1_000_000
+    engine: str = "native"
+    radius: float = 0.0
+    images_at_once: int = 1
+    export: str = ""
 
     def __post_init__(self) -> None:
         require_choices(self)
-        for name in ("eps", "survive_eps"):
+        for name in ("eps", "survive_eps", "radius"):
             require(0 <= getattr(self, name) <= 1, f"{name} must lie between 0 and 1, not {getattr(self, name):g}")
-        require(self.images >= 1, f"images must be 1 or more, not {self.images}")
-        for name in ("memory", "max_domains"):
+        for name in ("images", "memory", "max_domains", "images_at_once"):
             require(getattr(self, name) >= 1, f"{name} must be 1 or more, not {getattr(self, name)}")
         require(self.timeout > 0, f"timeout must be above 0 seconds, not {self.timeout:g}")
+        known = self.engine in ENGINES or self.engine.endswith(".csv")
+        require(known, unknown("verification engine", self.engine, [*ENGINES, "PATH/results.csv"]))
+        require(self.engine == "native" or not self.radius, "radius is looked for by engine=native alone")
+
+
+@dataclass
+class Progress:
+    """What is known so far: a ledger's rows and counterexamples by image, kept by whoever wants to go on from there.
+
+    Args:
+        rows, examples: of images that an interrupted verification of the same plan has finished.
+        keep: called after each image that is finished.
+    """
+
+    rows: list[dict[str, object]] = field(default_factory=list)
+    examples: dict[int, Tensor] = field(default_factory=dict)
+    keep: Callable[[Progress], None] = lambda _: None
+
+    @property
+    def ledger(self) -> pd.DataFrame:
+        return pd.DataFrame(self.rows, columns=list(COLUMNS)).astype({"counterexample_prediction": "Int64"})
 
 
 def verify_split(
-    model: nn.Module, split: Split, plan: VerificationPlan
+    model: nn.Module, split: Split, plan: VerificationPlan, progress: Progress | None = None
 ) -> tuple[pd.DataFrame, dict[int, torch.Tensor]]:
     """The ledger (COLUMNS; an image that the model gets wrong has no verdict) and counterexamples by image.
+
+    `radius` is the largest ε proved (missing unless the plan asks for it; 0 where nothing could be proved).
 
     Raises:
         Contradiction: PGD breaks an image that was proved.
     """
+    progress = progress or Progress()
     chosen = choose(model, split, plan.images, plan.selection, plan.survive_eps, plan.selection_seed)
-    rows, examples = [], {}
-    counts: Counter[str] = Counter()
-    with tqdm(chosen, desc="verify", unit="image", disable=None, leave=False) as bar:
-        for index in bar:
-            image, label = to_pixels(split.images[index]), int(split.labels[index])
-            with torch.no_grad():
-                prediction = int(logits_of(model, image[None]).argmax())
-            row: dict[str, object] = {
-                "image": index,
-                "label": label,
-                "prediction": prediction,
-                "correct": prediction == label,
-            }
-            row["eps"] = plan.eps
-            if prediction == label:
-                found = verify(
-                    model,
-                    image,
-                    label,
-                    plan.eps,
-                    plan.timeout,
-                    plan.attack_first,
-                    memory=plan.memory,
-                    complete=plan.complete,
-                    branching=plan.branching,
-                    max_domains=plan.max_domains,
-                )
-                row |= {"verdict": found.status, "stage": found.stage, "lower_bound": found.lower_bound}
-                row |= {"domains": found.domains, "seconds": found.seconds}
-                row |= {f"seconds/{stage}": seconds for stage, seconds in found.stage_seconds.items()}
-                if found.counterexample is not None:
-                    examples[index] = found.counterexample
+    if plan.export:
+        exchange.export(model, split, chosen, plan.eps, plan.timeout, Path(plan.export))
+    done = {row["image"] for row in progress.rows}
+    left = [image for image in chosen if image not in done]
+    known: dict[int, Verdict] = {}
+    if plan.engine.endswith(".csv"):
+        known = exchange.read_results(Path(plan.engine), chosen, plan.eps)
+    elif plan.attack_first:
+        known = _attacked(model, split, left, plan)
+
+    layout = find_layout(model, to_pixels(split.images[:1])) if plan.engine == "native" else None
+
+    def settle(index: int) -> tuple[dict[str, object], Tensor | None]:
+        return _settle(model, layout, split, plan, index, known.get(index))
+
+    # Neither auto_LiRPA nor another verifier is made for threads.
+    at_once = plan.images_at_once if layout else 1
+    counts = Counter(progress.ledger["verdict"].fillna("misclassified"))
+    with tqdm(total=len(chosen), initial=len(done), desc="verify", unit="image", disable=None, leave=False) as bar:
+        for row, example in _side_by_side(settle, left, at_once):
+            progress.rows.append(row)
+            if example is not None:
+                progress.examples[int(str(row["image"]))] = example
             counts[str(row.get("verdict", "misclassified"))] += 1
             bar.set_postfix(counts)
-            rows.append(row)
-    ledger = pd.DataFrame(rows, columns=list(COLUMNS))
+            bar.update()
+            progress.keep(progress)
+    place = {index: number for number, index in enumerate(chosen)}
+    ledger = progress.ledger.sort_values("image", key=lambda images: images.map(place), ignore_index=True)
     _attack_the_proved(model, split, ledger, plan)
-    return ledger, examples
+    return ledger, progress.examples
+
+
+def _attacked(model: nn.Module, split: Split, images: list[int], plan: VerificationPlan) -> dict[int, Verdict]:
+    """Verdicts on those images that PGD breaks. Attacked together: single ones make poor use of a machine."""
+    found = {}
+    for part in torch.tensor(images, dtype=torch.long).split(256):
+        started = time.perf_counter()
+        batch = split[part.to(split.labels.device)]
+        x = to_pixels(batch.images)
+        examples = attack(model, x, batch.labels, plan.eps)
+        seconds = (time.perf_counter() - started) / len(part)
+        for index, image, label, example in zip(part.tolist(), x, batch.labels.tolist(), examples, strict=True):
+            if example is not None and is_counterexample(model, example, image, label, plan.eps):
+                stages = {"attack": seconds}
+                found[index] = Verdict("unsafe", -torch.inf, example, 0, seconds, "attack", stages)
+    return found
+
+
+def _settle(
+    model: nn.Module,
+    layout: Layout | None,
+    split: Split,
+    plan: VerificationPlan,
+    index: int,
+    known: Verdict | None,
+) -> tuple[dict[str, object], Tensor | None]:
+    """An image's row, and its counterexample."""
+    image, label = to_pixels(split.images[index]), int(split.labels[index])
+    prediction = int(predict(model, image[None]))
+    row: dict[str, object] = {"image": index, "label": label, "prediction": prediction, "correct": prediction == label}
+    row["eps"] = plan.eps
+    if prediction != label:
+        return row, None
+
+    def ask(eps: float, timeout: float, attack_first: bool = False) -> Verdict:
+        return verify(
+            model,
+            image,
+            label,
+            eps,
+            timeout,
+            attack_first,
+            plan.engine,
+            memory=plan.memory,
+            complete=plan.complete,
+            branching=plan.branching,
+            max_domains=plan.max_domains,
+            layout=layout,
+        )
+
+    found = known or ask(plan.eps, plan.timeout)
+    row |= {"verdict": found.status, "stage": found.stage, "lower_bound": found.lower_bound}
+    row |= {"domains": found.domains, "seconds": found.seconds}
+    row |= {f"seconds/{stage}": seconds for stage, seconds in found.stage_seconds.items()}
+    if found.counterexample is not None:
+        row["counterexample_prediction"] = int(predict(model, found.counterexample[None]))
+    if plan.radius:
+        row["radius"] = _radius(ask, found.status, plan)
+    return row, found.counterexample
+
+
+def _radius(ask: Callable[[float, float, bool], Verdict], status: str, plan: VerificationPlan) -> float:
+    """The largest ε up to plan.radius that bisection finds proved, given what became of the image at plan.eps."""
+    low, high = (plan.eps, plan.radius) if status in PROVED else (0.0, min(plan.eps, plan.radius))
+    if low >= high:
+        return low
+    for _ in range(RADIUS_STEPS):
+        middle = (low + high) / 2
+        proved = ask(middle, plan.timeout / RADIUS_STEPS, True).status in PROVED
+        low, high = (middle, high) if proved else (low, middle)
+    return low
+
+
+def _side_by_side(
+    settle: Callable[[int], tuple[dict[str, object], Tensor | None]], images: list[int], count: int
+) -> Iterator[tuple[dict[str, object], Tensor | None]]:
+    """The images' rows as they are finished. PyTorch leaves Python's lock while it computes: threads are enough."""
+    if count == 1:
+        yield from map(settle, images)
+        return
+    with _threads(max(torch.get_num_threads() // count, 1)), ThreadPoolExecutor(count) as pool:
+        futures = [pool.submit(settle, image) for image in images]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """PyTorch's threads for each of ours that starts meanwhile."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _attack_the_proved(model: nn.Module, split: Split, ledger: pd.DataFrame, plan: VerificationPlan) -> None:

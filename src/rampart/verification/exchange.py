@@ -1,0 +1,137 @@
+"""Questions and answers in the files of the verification competition VNN-COMP, which every verifier reads.
+
+A folder holds onnx/model.onnx, vnnlib/image_<i>_eps_<ε>.vnnlib for each image, and instances.csv, whose lines are
+onnx, vnnlib and a time limit. A verifier answers with results.csv, whose lines are category, onnx, vnnlib, seconds of
+preparation, answer (unsat, sat, timeout, unknown…) and seconds.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rampart.bounds.box import pixel_box
+from rampart.data import Split, to_pixels
+from rampart.errors import ModelError, RampartError
+from rampart.ledger import eps_key
+from rampart.models import predict
+from rampart.verification.verdict import Verdict
+
+log = logging.getLogger(__name__)
+
+MODEL, INSTANCES = "onnx/model.onnx", "instances.csv"
+# Largest difference to the model that the exported graph may show, as a share of the largest logit.
+TOLERANCE = 1e-5
+ANSWERS = {"unsat": "safe", "holds": "safe", "sat": "unsafe", "violated": "unsafe", "timeout": "timeout"}
+
+
+def export(model: nn.Module, split: Split, images: list[int], eps: float, timeout: float, folder: Path) -> None:
+    """Writes the model and, for each of the images that it classifies correctly, whether the ball around it is robust.
+
+    The graph takes pixels [1, C, H, W] in [0, 1] (normalisation inside) and gives logits; it is compared with the model
+    on the images before anything else is written.
+
+    Raises:
+        ModelError: the model cannot be exported, or its graph does not do the same.
+    """
+    (folder / "vnnlib").mkdir(parents=True, exist_ok=True)
+    (folder / MODEL).parent.mkdir(exist_ok=True)
+    x = to_pixels(split.images[torch.tensor(images, device=split.images.device)])
+    _export_model(model, x, folder / MODEL)
+    lines = []
+    for index, image in zip(images, x, strict=True):
+        label = int(split.labels[index])
+        if int(predict(model, image[None])) != label:
+            continue
+        place = f"vnnlib/{_name(index, eps)}.vnnlib"
+        with torch.no_grad():
+            classes = model(image[None]).shape[1]
+        (folder / place).write_text(_property(index, image, label, classes, eps), encoding="utf-8")
+        lines.append((MODEL, place, f"{timeout:g}"))
+    with (folder / INSTANCES).open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(lines)
+    log.info("wrote %d of %d images, those classified correctly, to %s", len(lines), len(images), folder / INSTANCES)
+
+
+def _name(index: int, eps: float) -> str:
+    return f"image_{index}_eps_{eps_key(eps)}"
+
+
+def _export_model(model: nn.Module, x: Tensor, path: Path) -> None:
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401  torch's exporter needs it
+    except ImportError as error:
+        raise RampartError(f"export needs onnx, onnxscript and onnxruntime ({error}): pip install them") from error
+    batch = torch.export.Dim("batch")
+    try:
+        with redirect_stdout(io.StringIO()):
+            program = torch.onnx.export(
+                model, (x[:2].contiguous(),), dynamo=True, dynamic_shapes=({0: batch},), verbose=False
+            )
+        assert program is not None
+        program.save(str(path))
+    except Exception as error:  # the exporter raises many kinds
+        reason = " ".join(str(error).split())[:160]
+        raise ModelError(f"the model cannot be exported to ONNX ({reason})") from error
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    (given,) = session.get_inputs()
+    with torch.no_grad():
+        ours = torch.cat([model(part) for part in x.split(256)]).cpu().numpy()
+    theirs = np.concatenate([session.run(None, {given.name: part.cpu().numpy()})[0] for part in x.split(256)])
+    difference = float(np.abs(ours - theirs).max())
+    if not difference <= TOLERANCE * max(1.0, float(np.abs(ours).max())):
+        raise ModelError(f"the exported graph differs from the model by {difference:.3g}: nothing was exported")
+
+
+def _property(index: int, image: Tensor, label: int, classes: int, eps: float) -> str:
+    """The negation of robustness as VNN-LIB: a point of the ball cut to [0, 1] with another logit as large."""
+    box = pixel_box(image[None], eps)
+    text = [f"; image {index}, label {label}, radius {eps!r} in pixels"]
+    text += [f"(declare-const X_{i} Real)" for i in range(image.numel())]
+    text += [f"(declare-const Y_{j} Real)" for j in range(classes)]
+    ends = zip(box.lower.flatten().tolist(), box.upper.flatten().tolist(), strict=True)
+    for i, (low, high) in enumerate(ends):  # in full, and never as 1e-5, which some parsers do not read
+        text += [
+            f"(assert ({sign} X_{i} {np.format_float_positional(end)}))" for sign, end in ((">=", low), ("<=", high))
+        ]
+    others = " ".join(f"(and (>= Y_{j} Y_{label}))" for j in range(classes) if j != label)
+    return "\n".join([*text, f"(assert (or {others}))"]) + "\n"
+
+
+def read_results(path: Path, images: list[int], eps: float) -> dict[int, Verdict]:
+    """What another verifier answered on each of the images; `stage` is its category.
+
+    An image without a line, as those that the model misclassifies, is `unknown`.
+
+    Raises:
+        RampartError: the file cannot be read, or speaks of none of these images at this ε.
+    """
+    wanted = {_name(index, eps): index for index in images}
+    found: dict[int, Verdict] = {}
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            for line in csv.reader(file):
+                category, _, place, _, answer, seconds = line[:6]
+                index = wanted.get(Path(place.strip()).name.removesuffix(".gz").removesuffix(".vnnlib"))
+                if index is not None:
+                    status = ANSWERS.get(answer.strip().lower(), "unknown")
+                    found[index] = Verdict(status, float("nan"), None, 0, float(seconds), category.strip())
+    except (OSError, ValueError) as error:
+        raise RampartError(
+            f"{path} cannot be read as a results.csv ({error}): its lines are category, onnx, vnnlib, seconds, "
+            "answer, seconds"
+        ) from error
+    if not found:
+        raise RampartError(
+            f"{path} has no answer on these images at ε {eps_key(eps)}: give images, selection and eps of the export"
+        )
+    nothing = Verdict("unknown", float("nan"), None, 0, 0.0, "none")
+    return {index: found.get(index, nothing) for index in images}

@@ -1,0 +1,42 @@
+"""What is known of one image, whatever found it out."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is known of one image.
+
+    Args:
+        status: `safe-incomplete`, `safe`, `unsafe`, `timeout`, `unknown` or `error`.
+        lower_bound: the best proven lower bound of min over j of z_y - z_j; NaN where another verifier does not tell.
+        counterexample: [C, H, W] for `unsafe`, checked in float64; another verifier may give none.
+        domains: bounded by branch and bound; 0 where bounds or an attack settled it.
+        seconds: spent on the image.
+        stage: what settled it, of STAGES, or another verifier's name; the last one tried where none did.
+        stage_seconds: spent in each stage that was tried.
+    """
+
+    status: str
+    lower_bound: float
+    counterexample: Tensor | None
+    domains: int
+    seconds: float
+    stage: str
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+
+
+def is_counterexample(model: nn.Module, example: Tensor, image: Tensor, label: int, eps: float) -> bool:
+    """Whether `example` lies in the ball (to float32's rounding) and in [0, 1], and the model in float64 errs on it."""
+    inside = (example.double() - image.double()).abs().max() <= eps + 1e-6
+    in_range = bool((example >= 0).all() and (example <= 1).all())
+    if not (bool(inside) and in_range):
+        return False
+    with torch.no_grad():
+        return int(copy.deepcopy(model).double()(example[None].double()).argmax()) != label

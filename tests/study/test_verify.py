@@ -1,0 +1,121 @@
+"""Verification as a step: what it leaves in its run, and what becomes of it after an interruption."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from rampart.data import Dataset
+from rampart.models import build_model, save_model
+from rampart.study.steps import run_step
+from rampart.tracking.queries import find_runs, read_arrays, read_table
+from rampart.verification import split, verify
+from tests.nets import fitted
+
+
+@pytest.fixture
+def weights(digits: Dataset, tmp_path: Path) -> str:
+    """A network that is right on most digits and easily attacked."""
+    model = fitted(build_model("paper-cnn", (3, 32, 32), 10, width=0.125).train(), digits, lr=0.01, steps=15)
+    save_model(model, tmp_path / "model.safetensors")
+    return str(tmp_path / "model.safetensors")
+
+
+def settings(weights: str, **more: str) -> dict[str, str]:
+    given = {"model": weights, "images": "20", "eps": "0.015", "attack_first": "True", "complete": "False"}
+    return {**given, "threads": "2", **more}
+
+
+def test_counterexamples_are_in_the_run_as_arrays_and_as_a_picture(weights: str) -> None:
+    run = run_step("verify", settings(weights))
+    ledger, arrays = read_table(run, "ledger.parquet"), read_arrays(run, "counterexamples.npz")
+    assert ledger is not None
+    assert arrays is not None
+    unsafe = ledger[ledger["verdict"] == "unsafe"]
+    assert {int(image) for image in arrays} == set(unsafe["image"])
+    assert len(unsafe) > 0
+    assert (unsafe["counterexample_prediction"] != unsafe["label"]).all()
+    assert all(array.shape == (3, 32, 32) for array in arrays.values())
+    import mlflow
+
+    names = {artifact.path for artifact in mlflow.MlflowClient().list_artifacts(run)}
+    assert {"ledger.parquet", "counterexamples.npz", "counterexamples.png"} <= names
+
+
+@pytest.mark.parametrize("more", [{}, {"images_at_once": "2"}])
+def test_an_interrupted_verification_is_gone_on_with(
+    weights: str, more: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+
+    def interrupted(*given: object, **named: object) -> object:
+        asked.append(given)
+        if len(asked) == 5:
+            raise KeyboardInterrupt
+        return verify(*given, **named)  # type: ignore[arg-type]
+
+    seconds = itertools.count(step=10)
+    monkeypatch.setattr("rampart.study.steps.time.monotonic", lambda: next(seconds))
+    monkeypatch.setattr(split, "verify", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_step("verify", settings(weights, **more, eps="0.0151"))
+    monkeypatch.setattr(split, "verify", lambda *given, **named: asked.append(given) or verify(*given, **named))
+    killed = find_runs("0", {"step": "verify"}, status="KILLED")["run_id"].iloc[0]
+    asked.clear()
+    run = run_step("verify", settings(weights, eps="0.0151"))
+    finished = read_table(killed, "ledger.parquet")
+    assert finished is not None
+    assert 3 <= len(finished) < 20
+    ledger = read_table(run, "ledger.parquet")
+    assert ledger is not None
+    anew = ledger[~ledger["image"].isin(finished["image"])]
+    assert len(asked) == (anew["correct"] & (anew["stage"] != "attack")).sum() > 0
+    assert find_runs("0", {"step": "verify"})["tags.rampart.resumed_from"].iloc[0] == killed
+    # Its numbers are those of a verification that nobody interrupted.
+    monkeypatch.setattr(split, "verify", verify)
+    again = read_table(run_step("verify", settings(weights, eps="0.0151")), "ledger.parquet")
+    assert again is not None
+    settled = ["image", "label", "prediction", "verdict", "stage", "counterexample_prediction"]
+    pd.testing.assert_frame_equal(ledger[settled], again[settled])
+
+
+def test_other_settings_or_a_finished_run_start_anew(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*given: object, **named: object) -> object:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(split, "verify", failing)
+    with pytest.raises(KeyboardInterrupt):
+        run_step("verify", settings(weights))
+    monkeypatch.setattr(split, "verify", verify)
+    for texts in (settings(weights, eps="0.02"), settings(weights), settings(weights)):
+        run = run_step("verify", texts)
+        tags = find_runs("0", {"step": "verify"}).set_index("run_id").loc[run]
+        assert pd.isna(tags.get("tags.rampart.resumed_from"))
+
+
+def test_every_certified_radius_is_attacked_too(weights: str) -> None:
+    """So that the bracket has both ends."""
+    given = {"model": weights, "eps": "0.02", "certify": "crown", "certify_eps": "0.005,0.01", "certify_images": "8"}
+    run = run_step("evaluate", {**given, "steps": "3", "threads": "2"})
+    ledger = read_table(run, "ledger.parquet")
+    assert ledger is not None
+    assert {column for column in ledger if column.startswith("attacked/")} == {
+        "attacked/0.005",
+        "attacked/0.01",
+        "attacked/0.02",
+    }
+    found = find_runs("0", {"step": "evaluate"}).iloc[0]
+    for eps in ("0.005", "0.01"):
+        proved, left = found[f"metrics.certified_accuracy/{eps}"], found[f"metrics.attacked_accuracy/{eps}"]
+        assert 0 <= proved <= left <= 1
+    assert torch.get_num_threads() == 2
+
+
+def test_questions_are_exported_while_they_are_answered(weights: str, tmp_path: Path) -> None:
+    run_step("verify", settings(weights, images="2", export=str(tmp_path / "questions")))
+    assert (tmp_path / "questions" / "onnx" / "model.onnx").stat().st_size > 0
+    assert len((tmp_path / "questions" / "instances.csv").read_text().splitlines()) <= 2

@@ -1,0 +1,166 @@
+"""Files for other verifiers say what ours was asked; their answers are read as they are."""
+
+from __future__ import annotations
+
+import csv
+import re
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rampart.attacks import pgd
+from rampart.data import Split, to_pixels
+from rampart.errors import ModelError, RampartError
+from rampart.models import Classifier, predict
+from rampart.verification import VerificationPlan, choose, verify_split
+from rampart.verification.exchange import export, read_results
+from rampart.verification.verdict import is_counterexample
+from tests.nets import points_in_ball, undecided_classifier
+
+EPS, COUNT = 0.1, 6
+
+
+@pytest.fixture(scope="module")
+def model() -> Classifier:
+    return undecided_classifier()
+
+
+@pytest.fixture(scope="module")
+def split(model: Classifier) -> Split:
+    """12 images, three of four labelled as the model says."""
+    torch.manual_seed(4)
+    images = torch.randint(256, (12, 3, 8, 8), dtype=torch.uint8)
+    labels = predict(model, to_pixels(images))
+    labels[::4] = (labels[::4] + 1) % 3
+    return Split(images, labels)
+
+
+@pytest.fixture(scope="module")
+def folder(model: Classifier, split: Split, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("exchange")
+    export(model, split, choose(model, split, COUNT, "common"), EPS, 7.5, place)
+    return place
+
+
+class Property:
+    """A VNN-LIB file of boxes and one disjunction of comparisons of outputs, read by a parser of its own."""
+
+    def __init__(self, path: Path) -> None:
+        text = path.read_text()
+        assert len(re.findall(r"\(declare-const X_\d+ Real\)", text)) == 192
+        assert len(re.findall(r"\(declare-const Y_\d+ Real\)", text)) == 3
+        ends: dict[str, dict[int, float]] = {">=": {}, "<=": {}}
+        for relation, place, value in re.findall(r"\(assert \((>=|<=) X_(\d+) ([-\d.]+)\)\)", text):
+            ends[relation][int(place)] = float(value)
+        self.lower = torch.tensor([ends[">="][i] for i in range(192)], dtype=torch.float64)
+        self.upper = torch.tensor([ends["<="][i] for i in range(192)], dtype=torch.float64)
+        (alternatives,) = re.findall(r"\(assert \(or (.*)\)\)\n", text)
+        self.pairs = [(int(a), int(b)) for a, b in re.findall(r"\(and \(>= Y_(\d+) Y_(\d+)\)\)", alternatives)]
+
+    def holds(self, x: Tensor, logits: Tensor) -> bool:
+        """Whether the point is what the file asks for: a counterexample."""
+        flat = x.flatten().double()
+        inside = bool((flat >= self.lower).all() and (flat <= self.upper).all())
+        return inside and any(bool(logits[a] >= logits[b]) for a, b in self.pairs)
+
+
+def test_the_graph_gives_the_models_logits_on_pixels(model: Classifier, folder: Path) -> None:
+    session = onnxruntime.InferenceSession(str(folder / "onnx/model.onnx"), providers=["CPUExecutionProvider"])
+    (given,) = session.get_inputs()
+    for count in (1, 5):
+        x = torch.rand(count, 3, 8, 8)
+        (theirs,) = session.run(None, {given.name: x.numpy()})
+        ours = model(x).detach().numpy()
+        assert np.abs(theirs - ours).max() < 1e-5 * np.abs(ours).max()
+
+
+def test_a_property_is_met_by_counterexamples_alone(model: Classifier, split: Split, folder: Path) -> None:
+    seen = set()
+    for line in csv.reader((folder / "instances.csv").open()):
+        index = int(re.findall(r"image_(\d+)_", line[1])[0])
+        question, label = Property(folder / line[1]), int(split.labels[index])
+        image = to_pixels(split.images[index])
+        attacked = pgd(model, image[None], split.labels[index : index + 1], EPS, restarts=3).adversarial[0]
+        near = [*points_in_ball(image, EPS, 30), *attacked]
+        outside = image + 3 * EPS
+        for point in [*near, outside, outside.clamp(0, 1)]:
+            with torch.no_grad():
+                wanted = question.holds(point, model(point[None])[0])
+            seen.add(wanted)
+            # A tie counts as a counterexample for the file; none occurs among random points.
+            assert wanted == is_counterexample(model, point, image, label, EPS)
+    assert seen == {True, False}
+
+
+def test_there_is_a_question_for_each_image_that_is_classified_correctly(
+    model: Classifier, split: Split, folder: Path
+) -> None:
+    lines = list(csv.reader((folder / "instances.csv").open()))
+    chosen = choose(model, split, COUNT, "common")
+    correct = [i for i in chosen if int(predict(model, to_pixels(split.images[i])[None])) == int(split.labels[i])]
+    assert 0 < len(correct) < COUNT
+    assert [line[1] for line in lines] == [f"vnnlib/image_{i}_eps_0.1.vnnlib" for i in correct]
+    assert {(line[0], line[2]) for line in lines} == {("onnx/model.onnx", "7.5")}
+
+
+def test_answers_of_another_verifier_become_a_ledger(
+    model: Classifier, split: Split, folder: Path, tmp_path: Path
+) -> None:
+    """Images without a line are unknown; the others keep their answer, seconds and the tool's name."""
+    answers = ["unsat", "timeout", "sat"]
+    instances = list(csv.reader((folder / "instances.csv").open()))
+    file = tmp_path / "results.csv"
+    with file.open("w", newline="") as out:
+        for (onnx, place, _), answer in zip(instances, answers, strict=False):
+            csv.writer(out).writerow(["some-tool", f"./{onnx}", f"./{place}.gz", 0.5, answer, 1.25])
+    # The points that the tool has proved are robust for us, too: a radius of next to nothing.
+    results = read_results(file, choose(model, split, COUNT, "common"), EPS)
+    assert sorted(found.status for found in results.values()) == sorted(
+        ["safe", "timeout", "unsafe"] + ["unknown"] * (COUNT - 3)
+    )
+    told = [found for found in results.values() if found.status != "unknown"]
+    assert {(found.stage, found.seconds) for found in told} == {("some-tool", 1.25)}
+    ledger, examples = verify_split(
+        model, split, VerificationPlan(eps=EPS, images=COUNT, engine=str(_without_proofs(file)))
+    )
+    assert not examples
+    assert ledger["verdict"].isna().equals(~ledger["correct"])
+    assert set(ledger["verdict"].dropna()) <= {"timeout", "unsafe", "unknown"}
+
+
+def _without_proofs(file: Path) -> Path:
+    """The same answers but for proofs, which PGD would attack."""
+    other = file.with_name("others.csv")
+    other.write_text("".join(line for line in file.read_text().splitlines(True) if "unsat" not in line))
+    return other
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("tool,onnx/model.onnx,vnnlib/image_1_eps_0.01.vnnlib,0,unsat,1\n", "give images, selection and eps"),
+        ("tool,onnx/model.onnx\n", "cannot be read as a results.csv"),
+        ("tool,onnx/model.onnx,vnnlib/image_1_eps_0.1.vnnlib,0,unsat,soon\n", "cannot be read as a results.csv"),
+        (None, "cannot be read as a results.csv"),
+    ],
+)
+def test_results_that_cannot_be_used_are_refused(text: str | None, says: str, tmp_path: Path) -> None:
+    file = tmp_path / "results.csv"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(RampartError, match=re.escape(says)):
+        read_results(file, [1, 2], EPS)
+
+
+def test_a_model_that_cannot_be_exported_is_refused(split: Split, tmp_path: Path) -> None:
+    class Fickle(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            values = x.flatten(1)[:, :3]
+            return values if float(x.sum()) > 1 else -values
+
+    with pytest.raises(ModelError, match="cannot be exported to ONNX"):
+        export(Fickle().eval(), split, [1, 2], EPS, 1.0, tmp_path)

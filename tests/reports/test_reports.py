@@ -84,6 +84,8 @@ def test_verified_accuracy_is_a_bracket() -> None:
     base = 100 * (0.8 - 2 / 255)
     assert table["ε 2/255"][0] == f"{base - 30:.2f} ± 0.00 – {base - 10:.2f} ± 0.00"
     # Runs of older versions know the lower end alone.
+    mixed = tables.brackets(summarise(pd.concat([found, lower, upper[upper["method"] == "certified"]])))
+    assert ["–" in text for text in mixed["ε 2/255"]] == [method == "certified" for method in mixed["method"]]
     assert tables.brackets(summarise(pd.concat([found, lower])))["ε 2/255"][0] == f"{base - 30:.2f} ± 0.00"
 
 

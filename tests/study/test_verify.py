@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from mlflow import MlflowClient
 
 from rampart.data import Dataset
 from rampart.models import build_model, save_model
@@ -30,8 +31,9 @@ def settings(weights: str, **more: str) -> dict[str, str]:
     return {**given, "threads": "2", **more}
 
 
-def test_counterexamples_are_in_the_run_as_arrays_and_as_a_picture(weights: str) -> None:
-    run = run_step("verify", settings(weights))
+def test_what_was_found_and_asked_is_kept(weights: str, tmp_path: Path) -> None:
+    """Counterexamples as arrays and as a picture; the questions as files for other verifiers."""
+    run = run_step("verify", settings(weights, export=str(tmp_path / "questions")))
     ledger, arrays = read_table(run, "ledger.parquet"), read_arrays(run, "counterexamples.npz")
     assert ledger is not None
     assert arrays is not None
@@ -40,16 +42,12 @@ def test_counterexamples_are_in_the_run_as_arrays_and_as_a_picture(weights: str)
     assert len(unsafe) > 0
     assert (unsafe["counterexample_prediction"] != unsafe["label"]).all()
     assert all(array.shape == (3, 32, 32) for array in arrays.values())
-    import mlflow
-
-    names = {artifact.path for artifact in mlflow.MlflowClient().list_artifacts(run)}
+    names = {artifact.path for artifact in MlflowClient().list_artifacts(run)}
     assert {"ledger.parquet", "counterexamples.npz", "counterexamples.png"} <= names
+    assert len((tmp_path / "questions" / "instances.csv").read_text().splitlines()) == ledger["correct"].sum()
 
 
-@pytest.mark.parametrize("more", [{}, {"images_at_once": "2"}])
-def test_an_interrupted_verification_is_gone_on_with(
-    weights: str, more: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_verification_is_gone_on_with(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
 
     def interrupted(*given: object, **named: object) -> object:
@@ -62,39 +60,32 @@ def test_an_interrupted_verification_is_gone_on_with(
     monkeypatch.setattr("rampart.study.steps.time.monotonic", lambda: next(seconds))
     monkeypatch.setattr(split, "verify", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run_step("verify", settings(weights, **more, eps="0.0151"))
+        run_step("verify", settings(weights))
     monkeypatch.setattr(split, "verify", lambda *given, **named: asked.append(given) or verify(*given, **named))
     killed = find_runs("0", {"step": "verify"}, status="KILLED")["run_id"].iloc[0]
-    asked.clear()
-    run = run_step("verify", settings(weights, eps="0.0151"))
     finished = read_table(killed, "ledger.parquet")
     assert finished is not None
-    assert 3 <= len(finished) < 20
+    assert 4 <= len(finished) < 20
+    # Other settings have nothing to go on from.
+    assert resumed_from(run_step("verify", settings(weights, images="2"))) is None
+    asked.clear()
+    run = run_step("verify", settings(weights))
+    assert resumed_from(run) == killed
     ledger = read_table(run, "ledger.parquet")
     assert ledger is not None
     anew = ledger[~ledger["image"].isin(finished["image"])]
     assert len(asked) == (anew["correct"] & (anew["stage"] != "attack")).sum() > 0
-    assert find_runs("0", {"step": "verify"})["tags.rampart.resumed_from"].iloc[0] == killed
-    # Its numbers are those of a verification that nobody interrupted.
-    monkeypatch.setattr(split, "verify", verify)
-    again = read_table(run_step("verify", settings(weights, eps="0.0151")), "ledger.parquet")
-    assert again is not None
+    # What has finished is done anew when it is asked for again, and gives what nobody interrupted.
+    again = run_step("verify", settings(weights))
+    assert resumed_from(again) is None
+    whole = read_table(again, "ledger.parquet")
+    assert whole is not None
     settled = ["image", "label", "prediction", "verdict", "stage", "counterexample_prediction"]
-    pd.testing.assert_frame_equal(ledger[settled], again[settled])
+    pd.testing.assert_frame_equal(ledger[settled], whole[settled])
 
 
-def test_other_settings_or_a_finished_run_start_anew(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(*given: object, **named: object) -> object:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(split, "verify", failing)
-    with pytest.raises(KeyboardInterrupt):
-        run_step("verify", settings(weights))
-    monkeypatch.setattr(split, "verify", verify)
-    for texts in (settings(weights, eps="0.02"), settings(weights), settings(weights)):
-        run = run_step("verify", texts)
-        tags = find_runs("0", {"step": "verify"}).set_index("run_id").loc[run]
-        assert pd.isna(tags.get("tags.rampart.resumed_from"))
+def resumed_from(run: str) -> str | None:
+    return MlflowClient().get_run(run).data.tags.get("rampart.resumed_from")
 
 
 def test_every_certified_radius_is_attacked_too(weights: str) -> None:
@@ -113,9 +104,3 @@ def test_every_certified_radius_is_attacked_too(weights: str) -> None:
         proved, left = found[f"metrics.certified_accuracy/{eps}"], found[f"metrics.attacked_accuracy/{eps}"]
         assert 0 <= proved <= left <= 1
     assert torch.get_num_threads() == 2
-
-
-def test_questions_are_exported_while_they_are_answered(weights: str, tmp_path: Path) -> None:
-    run_step("verify", settings(weights, images="2", export=str(tmp_path / "questions")))
-    assert (tmp_path / "questions" / "onnx" / "model.onnx").stat().st_size > 0
-    assert len((tmp_path / "questions" / "instances.csv").read_text().splitlines()) <= 2

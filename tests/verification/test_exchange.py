@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rampart.attacks import pgd
 from rampart.data import Split, to_pixels
 from rampart.errors import ModelError, RampartError
-from rampart.models import Classifier, predict
+from rampart.models import Classifier, predict, weights_digest
 from rampart.verification import VerificationPlan, choose, verify_split
 from rampart.verification.exchange import export, read_results
 from rampart.verification.verdict import is_counterexample
@@ -69,7 +69,8 @@ class Property:
 
 
 def test_the_graph_gives_the_models_logits_on_pixels(model: Classifier, folder: Path) -> None:
-    session = onnxruntime.InferenceSession(str(folder / "onnx/model.onnx"), providers=["CPUExecutionProvider"])
+    (graph,) = (folder / "onnx").glob("*.onnx")
+    session = onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
     (given,) = session.get_inputs()
     for count in (1, 5):
         x = torch.rand(count, 3, 8, 8)
@@ -104,7 +105,7 @@ def test_there_is_a_question_for_each_image_that_is_classified_correctly(
     correct = [i for i in chosen if int(predict(model, to_pixels(split.images[i])[None])) == int(split.labels[i])]
     assert 0 < len(correct) < COUNT
     assert [line[1] for line in lines] == [f"vnnlib/image_{i}_eps_0.1.vnnlib" for i in correct]
-    assert {(line[0], line[2]) for line in lines} == {("onnx/model.onnx", "7.5")}
+    assert {(line[0], line[2]) for line in lines} == {(f"onnx/{weights_digest(model)}.onnx", "7.5")}
 
 
 def test_answers_of_another_verifier_become_a_ledger(
@@ -118,7 +119,7 @@ def test_answers_of_another_verifier_become_a_ledger(
         for (onnx, place, _), answer in zip(instances, answers, strict=False):
             csv.writer(out).writerow(["some-tool", f"./{onnx}", f"./{place}.gz", 0.5, answer, 1.25])
     # The points that the tool has proved are robust for us, too: a radius of next to nothing.
-    results = read_results(file, choose(model, split, COUNT, "common"), EPS)
+    results = read_results(file, model, choose(model, split, COUNT, "common"), EPS)
     assert sorted(found.status for found in results.values()) == sorted(
         ["safe", "timeout", "unsafe"] + ["unknown"] * (COUNT - 3)
     )
@@ -142,18 +143,21 @@ def _without_proofs(file: Path) -> Path:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("tool,onnx/model.onnx,vnnlib/image_1_eps_0.01.vnnlib,0,unsat,1\n", "give images, selection and eps"),
-        ("tool,onnx/model.onnx\n", "cannot be read as a results.csv"),
-        ("tool,onnx/model.onnx,vnnlib/image_1_eps_0.1.vnnlib,0,unsat,soon\n", "cannot be read as a results.csv"),
+        ("tool,onnx/MODEL.onnx,vnnlib/image_1_eps_0.01.vnnlib,0,unsat,1\n", "give model, images, selection and eps"),
+        ("tool,onnx/other.onnx,vnnlib/image_1_eps_0.1.vnnlib,0,unsat,1\n", "give model, images, selection and eps"),
+        ("tool,onnx/MODEL.onnx\n", "cannot be read as a results.csv"),
+        ("tool,onnx/MODEL.onnx,vnnlib/image_1_eps_0.1.vnnlib,0,unsat,soon\n", "cannot be read as a results.csv"),
         (None, "cannot be read as a results.csv"),
     ],
 )
-def test_results_that_cannot_be_used_are_refused(text: str | None, says: str, tmp_path: Path) -> None:
+def test_results_that_cannot_be_used_are_refused(
+    text: str | None, says: str, model: Classifier, tmp_path: Path
+) -> None:
     file = tmp_path / "results.csv"
     if text is not None:
-        file.write_text(text)
+        file.write_text(text.replace("MODEL", weights_digest(model)))
     with pytest.raises(RampartError, match=re.escape(says)):
-        read_results(file, [1, 2], EPS)
+        read_results(file, model, [1, 2], EPS)
 
 
 def test_a_model_that_cannot_be_exported_is_refused(split: Split, tmp_path: Path) -> None:

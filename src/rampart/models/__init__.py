@@ -1,5 +1,5 @@
 from rampart.models.chain import Chain, Layout
-from rampart.models.checkpoints import load_model, save_model
+from rampart.models.checkpoints import load_model, save_model, weights_digest
 from rampart.models.classifier import Classifier, Normalize, build_model, interval_init, logits_of, predict
 
 __all__ = [
@@ -13,4 +13,5 @@ __all__ = [
     "logits_of",
     "predict",
     "save_model",
+    "weights_digest",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import asdict
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rampart.errors import ModelError
 from rampart.models.classifier import Classifier, build_model
@@ -26,6 +27,14 @@ def save_model(model: Classifier, path: str | Path) -> None:
     partial = f"{path}.partial"
     save_file(tensors, partial, metadata={"architecture": json.dumps(asdict(model.architecture))})
     os.replace(partial, path)
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Tells networks of the same architecture apart, wherever their weights came from."""
+    sha = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        sha.update(f"{name}{tuple(value.shape)}".encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()[:12]
 
 
 def load_model(path: str | Path) -> Classifier:

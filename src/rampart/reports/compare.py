@@ -90,7 +90,8 @@ def sections(summary: pd.DataFrame, evidence: Evidence) -> list[Section]:
             Section(
                 "attack_success",
                 "Attack success rate",
-                "Share of the correctly classified test images that PGD breaks at ε (pixels in [0, 1]).",
+                "Share of the correctly classified test images that PGD, or a search for a proof, breaks at ε (pixels "
+                "in [0, 1]).",
                 tables.by_eps(summary, "asr"),
                 None,
             ),

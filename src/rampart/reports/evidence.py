@@ -74,8 +74,10 @@ def collect(experiment: str, settings: CompareSettings) -> Evidence:
 def _ledgers(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """The ledgers of evaluations and verifications by run, checked against each other model by model."""
     runs = runs[runs["step"] != "embed"]
+    # Runs of older versions know the name of their model alone.
+    model = runs.get("tags.rampart.weights", runs["tags.rampart.model"]).fillna(runs["tags.rampart.model"])
     found = {run: table for run in runs["run_id"] if (table := read_table(run, "ledger.parquet")) is not None}
-    for (arm, _), part in runs.groupby(["arm", "tags.rampart.model"], sort=False):
+    for (arm, _), part in runs.groupby(["arm", model], sort=False):
         wrong = contradiction({run: found[run] for run in part["run_id"] if run in found})
         if wrong:
             raise Contradiction(f"{arm}: {wrong}: the bounds or the attack are wrong, nothing of this can be trusted")
@@ -126,9 +128,8 @@ def _newest(found: pd.DataFrame, members: set[str] | None, step: str, notes: lis
 
 
 def _engines(found: pd.DataFrame) -> pd.Series:
-    """What verified; another tool goes by the name of the file with its results."""
-    given = found.get("params.engine", pd.Series("native", index=found.index)).fillna("native")
-    return given.map(lambda engine: PurePath(engine).stem)
+    """What verified; another tool goes by the file with its results."""
+    return found.get("params.engine", pd.Series("native", index=found.index)).fillna("native")
 
 
 _TAGS = ("arm", "seed", "method", "augment", "contrastive", "model", "dataset_digest")

@@ -34,10 +34,12 @@ def brackets(summary: pd.DataFrame) -> pd.DataFrame:
         summary["metric"].isin(["certified_accuracy", "attacked_accuracy"]) & (summary["step"] == "evaluate")
     ]
     proved = rows["metric"] == "certified_accuracy"
-    table = _pivoted(rows[proved], _radii(rows[proved]), _percent)
-    upper = _pivoted(rows[~proved], _radii(rows[~proved]), _percent)
-    for column in set(upper.columns) - {*ARM, "runs"}:  # runs of older versions have none
-        table[column] = table[column] + " – " + upper[column]
+    table, upper = (
+        _pivoted(rows, [(name, mask & chosen) for name, mask in _radii(rows)], _percent) for chosen in (proved, ~proved)
+    )
+    for name, _ in _radii(rows):
+        known = upper[name] != "-"  # runs of older versions have no upper end
+        table[name] = table[name].where(~known, table[name] + " – " + upper[name])
     return table
 
 

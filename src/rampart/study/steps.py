@@ -15,10 +15,10 @@ import torch
 
 from rampart.arms import Arm
 from rampart.data import Dataset, load_dataset, stratified_order, to_pixels
-from rampart.errors import SettingsError
+from rampart.errors import Contradiction, SettingsError
 from rampart.evaluation import AttackPlan, certify, embed, evaluate
 from rampart.ledger import attack_rates, verdict_counts
-from rampart.models import Classifier
+from rampart.models import Classifier, weights_digest
 from rampart.reports import figures
 from rampart.reports.compare import compare
 from rampart.settings import (
@@ -122,7 +122,7 @@ def _open_model(run: Run, settings: ModelSettings) -> tuple[Classifier, str, str
     label = f"{known['arm']} s{known['seed']}" if "arm" in known else Path(settings.model).stem
     run.name(f"{run.step} {label}")
     run.tags({name: known[name] for name in ARM_TAGS if name in known})
-    run.tags({"model_run": source or "", "model": settings.model})
+    run.tags({"model_run": source or "", "model": settings.model, "weights": weights_digest(model)})
     return model, label, source
 
 
@@ -157,13 +157,16 @@ def _verify(run: Run, settings: Settings, given: Mapping[str, str]) -> None:
     model, label, _ = _open_model(run, settings)
     data = open_data(run, settings)
     test = data.test.to(prepare(settings))
-    progress = _interrupted(run, settings, data)
+    progress = _interrupted(run, settings, data, weights_digest(model))
     progress.keep = _Keeper(run)
-    ledger, examples = verify_split(model, test, settings, progress)
+    try:
+        ledger, examples = verify_split(model, test, settings, progress)
+    except Contradiction:
+        run.tags({"begun": "distrusted"})  # nothing goes on from here
+        raise
     counts = verdict_counts(ledger)
-    run.table(ledger, LEDGER)
+    _keep(run, ledger, examples)
     if examples:
-        run.arrays({str(image): example.cpu().numpy() for image, example in examples.items()}, EXAMPLES)
         shown = ledger[ledger["image"].isin(examples)].head(SHOWN)
         chosen = torch.tensor(shown["image"].tolist())
         pictures = torch.stack([examples[image].cpu() for image in shown["image"]])
@@ -183,9 +186,9 @@ LEDGER, EXAMPLES = "ledger.parquet", "counterexamples.npz"
 SHOWN = 12
 
 
-def _interrupted(run: Run, settings: VerifySettings, data: Dataset) -> Progress:
+def _interrupted(run: Run, settings: VerifySettings, data: Dataset, weights: str) -> Progress:
     """What a verification that ended before its time has left behind, if it had the same settings, data and code."""
-    key = identity(run.step, settings, data.digest, settings.model)
+    key = identity(run.step, settings, data.digest, weights)
     before = find_runs(run.experiment, {"begun": key}, status=None, max_results=1)
     run.tags({"begun": key})
     if before.empty or before["status"].iloc[0] not in ("FAILED", "KILLED"):
@@ -199,24 +202,30 @@ def _interrupted(run: Run, settings: VerifySettings, data: Dataset) -> Progress:
     rows = [{str(k): v for k, v in row.items() if pd.notna(v)} for row in ledger.to_dict("records")]
     # Of an image whose counterexample was not kept nothing is known.
     kept = [row for row in rows if "counterexample_prediction" not in row or str(row["image"]) in examples]
-    return Progress(kept, {int(image): torch.from_numpy(example) for image, example in examples.items()})
+    refuted = [int(row["image"]) for row in kept if "counterexample_prediction" in row]
+    progress = Progress(kept, {image: torch.from_numpy(examples[str(image)]) for image in refuted})
+    _keep(run, progress.ledger, progress.examples)  # lest a second interruption loses it
+    return progress
+
+
+def _keep(run: Run, ledger: pd.DataFrame, examples: Mapping[int, torch.Tensor]) -> None:
+    if examples:
+        run.arrays({str(image): example.cpu().numpy() for image, example in examples.items()}, EXAMPLES)
+    run.table(ledger, LEDGER)
 
 
 class _Keeper:
-    """Writes a verification's progress into its run, at most once a second: an upload must not outlast the work."""
+    """Writes a verification's progress into its run, with a second or as long as it took between: an upload must not
+    outlast the work."""
 
     def __init__(self, run: Run) -> None:
-        self.run, self.last = run, time.monotonic()
+        self.run, self.next = run, time.monotonic() + 1
 
     def __call__(self, progress: Progress) -> None:
-        if time.monotonic() - self.last < 1:
-            return
-        if progress.examples:
-            self.run.arrays(
-                {str(image): example.cpu().numpy() for image, example in progress.examples.items()}, EXAMPLES
-            )
-        self.run.table(progress.ledger, LEDGER)
-        self.last = time.monotonic()
+        started = time.monotonic()
+        if started >= self.next:
+            _keep(self.run, progress.ledger, progress.examples)
+            self.next = time.monotonic() + max(1.0, time.monotonic() - started)
 
 
 SAID = ("safe-incomplete", "safe", "unsafe", "timeout", "unknown", "error", "misclassified")

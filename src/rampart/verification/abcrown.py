@@ -60,6 +60,8 @@ def verify(model: nn.Module, image: Tensor, label: int, eps: float, timeout: flo
             question = library.VerificationSpec.build_from_input_bounds(box.lower, box.upper, clauses)
             config = library.ConfigBuilder.from_defaults().update(_settings(str(image.device), timeout)).to_dict()
             found = library.ABCrownSolver(question, _folded(model), config=config).solve()
+        # One entry (image, bound, domains, seconds) for each of its searches.
+        searches = [(float(search[1]), int(search[2])) for search in found.stats["bab"]]
     except Exception as error:  # it raises many kinds, here and there
         log.error("verification failed: alpha-beta-CROWN: %s: %s", type(error).__name__, error)
         return Verdict("error", -torch.inf, None, 0, time.perf_counter() - started, NAME)
@@ -67,10 +69,8 @@ def verify(model: nn.Module, image: Tensor, label: int, eps: float, timeout: flo
         torch.set_rng_state(random_state)
         log.debug("alpha-beta-CROWN said:\n%s", said.getvalue())
     seconds = time.perf_counter() - started
-    # One entry (image, bound, domains, seconds) for each of its searches.
-    searches = found.stats["bab"]
-    domains = sum(int(search[2]) for search in searches)
-    bound = float(searches[-1][1]) if searches else float("nan")
+    domains = sum(count for _, count in searches)
+    bound = min((lowest for lowest, _ in searches), default=float("nan"))
     status, example = str(found.status), None
     if status.startswith("unsafe"):
         example = _confirmed(model, found.stats, image, label, eps)

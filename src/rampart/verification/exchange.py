@@ -1,8 +1,8 @@
 """Questions and answers in the files of the verification competition VNN-COMP, which every verifier reads.
 
-A folder holds onnx/model.onnx, vnnlib/image_<i>_eps_<ε>.vnnlib for each image, and instances.csv, whose lines are
-onnx, vnnlib and a time limit. A verifier answers with results.csv, whose lines are category, onnx, vnnlib, seconds of
-preparation, answer (unsat, sat, timeout, unknown…) and seconds.
+A folder holds onnx/<digest of the weights>.onnx, vnnlib/image_<i>_eps_<ε>.vnnlib for each image, and instances.csv,
+whose lines are onnx, vnnlib and a time limit. A verifier answers with results.csv, whose lines are category, onnx,
+vnnlib, seconds of preparation, answer (unsat, sat, timeout, unknown…) and seconds.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from rampart.bounds.box import pixel_box
 from rampart.data import Split, to_pixels
 from rampart.errors import ModelError, RampartError
 from rampart.ledger import eps_key
-from rampart.models import predict
+from rampart.models import predict, weights_digest
 from rampart.verification.verdict import Verdict
 
 log = logging.getLogger(__name__)
 
-MODEL, INSTANCES = "onnx/model.onnx", "instances.csv"
+INSTANCES = "instances.csv"
 # Largest difference to the model that the exported graph may show, as a share of the largest logit.
 TOLERANCE = 1e-5
 ANSWERS = {"unsat": "safe", "holds": "safe", "sat": "unsafe", "violated": "unsafe", "timeout": "timeout"}
@@ -41,10 +41,14 @@ def export(model: nn.Module, split: Split, images: list[int], eps: float, timeou
     Raises:
         ModelError: the model cannot be exported, or its graph does not do the same.
     """
-    (folder / "vnnlib").mkdir(parents=True, exist_ok=True)
-    (folder / MODEL).parent.mkdir(exist_ok=True)
+    if not images:
+        log.warning("no image was chosen: nothing is exported to %s", folder)
+        return
+    for kind in ("onnx", "vnnlib"):
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+    graph = f"onnx/{weights_digest(model)}.onnx"
     x = to_pixels(split.images[torch.tensor(images, device=split.images.device)])
-    _export_model(model, x, folder / MODEL)
+    _export_model(model, x, folder / graph)
     lines = []
     for index, image in zip(images, x, strict=True):
         label = int(split.labels[index])
@@ -54,7 +58,7 @@ def export(model: nn.Module, split: Split, images: list[int], eps: float, timeou
         with torch.no_grad():
             classes = model(image[None]).shape[1]
         (folder / place).write_text(_property(index, image, label, classes, eps), encoding="utf-8")
-        lines.append((MODEL, place, f"{timeout:g}"))
+        lines.append((graph, place, f"{timeout:g}"))
     with (folder / INSTANCES).open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(lines)
     log.info("wrote %d of %d images, those classified correctly, to %s", len(lines), len(images), folder / INSTANCES)
@@ -62,6 +66,10 @@ def export(model: nn.Module, split: Split, images: list[int], eps: float, timeou
 
 def _name(index: int, eps: float) -> str:
     return f"image_{index}_eps_{eps_key(eps)}"
+
+
+def _stem(place: str, ending: str) -> str:
+    return Path(place.strip()).name.removesuffix(".gz").removesuffix(ending)
 
 
 def _export_model(model: nn.Module, x: Tensor, path: Path) -> None:
@@ -73,9 +81,9 @@ def _export_model(model: nn.Module, x: Tensor, path: Path) -> None:
     batch = torch.export.Dim("batch")
     try:
         with redirect_stdout(io.StringIO()):
-            program = torch.onnx.export(
-                model, (x[:2].contiguous(),), dynamo=True, dynamic_shapes=({0: batch},), verbose=False
-            )
+            # Of a batch of one the exporter would make a graph for batches of one.
+            example = x[:1].repeat(2, 1, 1, 1)
+            program = torch.onnx.export(model, (example,), dynamo=True, dynamic_shapes=({0: batch},), verbose=False)
         assert program is not None
         program.save(str(path))
     except Exception as error:  # the exporter raises many kinds
@@ -88,6 +96,7 @@ def _export_model(model: nn.Module, x: Tensor, path: Path) -> None:
     theirs = np.concatenate([session.run(None, {given.name: part.cpu().numpy()})[0] for part in x.split(256)])
     difference = float(np.abs(ours - theirs).max())
     if not difference <= TOLERANCE * max(1.0, float(np.abs(ours).max())):
+        path.unlink()
         raise ModelError(f"the exported graph differs from the model by {difference:.3g}: nothing was exported")
 
 
@@ -106,22 +115,23 @@ def _property(index: int, image: Tensor, label: int, classes: int, eps: float) -
     return "\n".join([*text, f"(assert (or {others}))"]) + "\n"
 
 
-def read_results(path: Path, images: list[int], eps: float) -> dict[int, Verdict]:
-    """What another verifier answered on each of the images; `stage` is its category.
+def read_results(path: Path, model: nn.Module, images: list[int], eps: float) -> dict[int, Verdict]:
+    """What another verifier answered on each of the images for these weights; `stage` is its category.
 
     An image without a line, as those that the model misclassifies, is `unknown`.
 
     Raises:
-        RampartError: the file cannot be read, or speaks of none of these images at this ε.
+        RampartError: the file cannot be read, or speaks of none of these images at this ε for this model.
     """
+    digest = weights_digest(model)
     wanted = {_name(index, eps): index for index in images}
     found: dict[int, Verdict] = {}
     try:
         with path.open(newline="", encoding="utf-8") as file:
             for line in csv.reader(file):
-                category, _, place, _, answer, seconds = line[:6]
-                index = wanted.get(Path(place.strip()).name.removesuffix(".gz").removesuffix(".vnnlib"))
-                if index is not None:
+                category, graph, place, _, answer, seconds = line[:6]
+                index = wanted.get(_stem(place, ".vnnlib"))
+                if index is not None and _stem(graph, ".onnx") == digest:
                     status = ANSWERS.get(answer.strip().lower(), "unknown")
                     found[index] = Verdict(status, float("nan"), None, 0, float(seconds), category.strip())
     except (OSError, ValueError) as error:
@@ -131,7 +141,8 @@ def read_results(path: Path, images: list[int], eps: float) -> dict[int, Verdict
         ) from error
     if not found:
         raise RampartError(
-            f"{path} has no answer on these images at ε {eps_key(eps)}: give images, selection and eps of the export"
+            f"{path} has no answer for this model ({digest}) on these images at ε {eps_key(eps)}: "
+            "give model, images, selection and eps of the export"
         )
     nothing = Verdict("unknown", float("nan"), None, 0, 0.0, "none")
     return {index: found.get(index, nothing) for index in images}

@@ -126,7 +126,7 @@ def verify_split(
     left = [image for image in chosen if image not in done]
     known: dict[int, Verdict] = {}
     if plan.engine.endswith(".csv"):
-        known = exchange.read_results(Path(plan.engine), chosen, plan.eps)
+        known = exchange.read_results(Path(plan.engine), model, chosen, plan.eps)
     elif plan.attack_first:
         known = _attacked(model, split, left, plan)
 
@@ -155,8 +155,10 @@ def verify_split(
 
 def _attacked(model: nn.Module, split: Split, images: list[int], plan: VerificationPlan) -> dict[int, Verdict]:
     """Verdicts on those images that PGD breaks. Attacked together: single ones make poor use of a machine."""
-    found = {}
-    for part in torch.tensor(images, dtype=torch.long).split(256):
+    found: dict[int, Verdict] = {}
+    if not images:
+        return found
+    for part in torch.tensor(images).split(256):
         started = time.perf_counter()
         batch = split[part.to(split.labels.device)]
         x = to_pixels(batch.images)

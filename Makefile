@@ -21,11 +21,14 @@ $(READY): requirements.txt pyproject.toml
 demo: setup
 	$(RUN) -P profile=quick
 
+# A worker a core; each file's tests stay together.
+PYTEST := $(BIN)/pytest --numprocesses auto --dist loadfile
+
 test: check
-	$(BIN)/pytest
+	$(PYTEST)
 
 test-all: check
-	$(BIN)/pytest -m "slow or not slow"
+	$(PYTEST) -m "slow or not slow"
 
 check: setup
 	$(BIN)/ruff check .

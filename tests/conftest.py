@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from rampart.data import Dataset, load_dataset
 
@@ -18,7 +19,8 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 @pytest.fixture(autouse=True)
 def _threads() -> None:
-    torch.set_num_threads(2)
+    # Beside other workers of pytest-xdist each has a core to itself.
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 @pytest.fixture(autouse=True)
@@ -86,10 +88,17 @@ class Study:
 
 @pytest.fixture(scope="session")
 def finished_study(tmp_path_factory: pytest.TempPathFactory) -> Study:
-    folder = tmp_path_factory.mktemp("study")
-    done = run_rampart("main", TINY_STUDY, folder)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return Study(folder, done.stdout)
+    base = tmp_path_factory.getbasetemp()
+    # One study for all workers of pytest-xdist, whose folders lie side by side: the first makes it, the others wait.
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "study"
+    output = folder / "output.txt"
+    with FileLock(f"{folder}.lock"):
+        if not output.exists():
+            folder.mkdir(exist_ok=True)
+            done = run_rampart("main", TINY_STUDY, folder)
+            assert done.returncode == 0, done.stderr[-3000:]
+            output.write_text(done.stdout)
+    return Study(folder, output.read_text())
 
 
 @pytest.fixture

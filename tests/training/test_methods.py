@@ -311,6 +311,25 @@ def test_the_regularizer_fades_as_eps_rises(method: str, model: Classifier, batc
     assert excess[0.04] == 0
 
 
+@pytest.mark.parametrize("method", ["certified", "ibp", "sabr", "mtl-ibp"])
+def test_the_regularizer_does_not_see_rounding_while_eps_is_tiny(method: str, model: Classifier, batch: Batch) -> None:
+    """Its value and gradient at the first steps of a smooth warm-up are those where float32 still has the widths."""
+    found = {}
+    for eps in (1e-5, 1e-8, 1e-9, 1e-10, 0.0):
+        model.zero_grad()
+        losses = [
+            loss_of(made(method, model, eps=0.04, ibp_regularizer=w), batch, CROSS_ENTROPY, eps) for w in (0.0, 2.0)
+        ]
+        (losses[1] - losses[0]).backward()
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        found[eps] = (losses[1] - losses[0]).item(), gradient
+    value, gradient = found.pop(1e-5)
+    assert value > 0
+    for other, its in found.values():
+        assert other == pytest.approx(value, rel=0.01)
+        assert float((its - gradient).norm()) < 0.05 * float(gradient.norm())
+
+
 @pytest.mark.parametrize("method", ["certified", "ibp", "mtl-ibp"])
 def test_supcon_on_worst_embeddings_sees_the_embedding_and_a_corner_of_its_box(
     method: str, model: Classifier, batch: Batch

@@ -144,26 +144,20 @@ class Layout:
             x = values[step.sources[0]]
             sources = tuple(places[source] for source in step.sources)
             shape = tuple(x.shape[1:])
-            scale = shift = None
             link: Link
             if step.module is None:
                 if values[step.sources[1]].shape != x.shape:
                     raise UnsupportedLayer(step.path, "add", "its two values differ in shape")
                 x, link = x + values[step.sources[1]], Add(shape)
             elif isinstance(step.module, nn.BatchNorm1d | nn.BatchNorm2d):
-                x, scale, shift = _batch_norm(step.path, step.module, x)
-            elif isinstance(step.module, Normalize):
-                step.module.check(x)
-                scale, shift = 1 / step.module.std.flatten(), -(step.module.mean / step.module.std).flatten()
-                x = Scale(scale, shift, shape).apply(x)
+                x, link = _batch_norm(step.path, step.module, x)
             else:
                 link = _link(step.path, step.module, x)
                 x = link.apply(x) if isinstance(link, Affine) else x.relu()
-            if scale is not None and shift is not None:
-                link = Scale(scale, shift, shape)
+            if isinstance(link, Scale):
                 before = chain.links[sources[0]] if sources[0] >= 0 else None
                 if step.alone and isinstance(before, Conv | Dense | Scale):
-                    chain.links[sources[0]] = before.scaled(scale, shift)
+                    chain.links[sources[0]] = before.scaled(link.scale, link.shift)
                     values[number], places[number] = x, sources[0]
                     continue
             chain.links.append(link)
@@ -221,6 +215,9 @@ def _link(path: str, module: nn.Module, x: Tensor) -> Link:
     shape = tuple(x.shape[1:])
     if isinstance(module, nn.ReLU):
         return ReLU(shape)
+    if isinstance(module, Normalize):
+        module.check(x)
+        return Scale(1 / module.std.flatten(), -(module.mean / module.std).flatten(), shape)
     if isinstance(module, nn.Flatten):
         return Flatten(shape)
     if isinstance(module, nn.Linear):
@@ -258,8 +255,8 @@ def _bias(module: nn.Conv2d | nn.Linear) -> Tensor:
     return module.bias if module.bias is not None else module.weight.new_zeros(len(module.weight))
 
 
-def _batch_norm(path: str, module: nn.BatchNorm1d | nn.BatchNorm2d, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The module's output, and the (scale, shift) [C] that make it of x; moves its running statistics in training."""
+def _batch_norm(path: str, module: nn.BatchNorm1d | nn.BatchNorm2d, x: Tensor) -> tuple[Tensor, Scale]:
+    """The module's output, and the map that makes it of x; moves its running statistics in training."""
     mean, variance = module.running_mean, module.running_var
     assert mean is not None
     assert variance is not None
@@ -274,7 +271,8 @@ def _batch_norm(path: str, module: nn.BatchNorm1d | nn.BatchNorm2d, x: Tensor) -
         y, inverse = None, (variance + module.eps).rsqrt()
     scale = inverse if module.weight is None else inverse * module.weight
     shift = -mean * scale if module.bias is None else module.bias - mean * scale
-    return Scale(scale, shift, tuple(x.shape[1:])).apply(x) if y is None else y, scale, shift
+    link = Scale(scale, shift, tuple(x.shape[1:]))
+    return link.apply(x) if y is None else y, link
 
 
 class _Normalised(torch.autograd.Function):

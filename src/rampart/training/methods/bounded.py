@@ -19,6 +19,10 @@ from rampart.training.methods.base import example
 from rampart.training.recipe import Recipe
 from rampart.training.schedules import ramp
 
+# The regularisers compare the widths of intervals. Those of a smaller ball are mostly float32's rounding, whose
+# gradient is large and without meaning; Adam would remember it for a thousand steps.
+SMALLEST_EPS = 1e-6
+
 
 class Bounded:
     """What all objectives on bounds share: the network as a chain, its bounds, SupCon on them, regularisers."""
@@ -65,7 +69,12 @@ class Bounded:
 
     def regularizer(self, chain: Chain, box: Box, found: ibp.Intervals, eps: float) -> Tensor | float:
         weight = self.recipe.ibp_regularizer * (1 - self.risen(eps))
-        return weight * interval_regularizer(box, list(ibp.inputs(chain, found).values())) if weight > 0 else 0.0
+        if weight <= 0:
+            return 0.0
+        if eps < SMALLEST_EPS:
+            box = pixel_box(box.center, SMALLEST_EPS)
+            found = ibp.intervals(chain, box)
+        return weight * interval_regularizer(box, list(ibp.inputs(chain, found).values()))
 
     def interval_cross_entropy(self, whole: Chain, found: ibp.Intervals, x: Tensor, y: Tensor) -> Tensor:
         """Cross-entropy on interval bounds."""

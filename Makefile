@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/ready
 RUN := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/mlflow run . --env-manager local
 
-.PHONY: setup demo test test-all check ui clean
+.PHONY: setup demo test test-all check ui dashboard clean
 
 setup: $(READY)
 
@@ -22,7 +22,7 @@ demo: setup
 	$(RUN) -P profile=quick
 
 # A worker a core; each file's tests stay together.
-PYTEST := $(BIN)/pytest --numprocesses auto --dist loadfile
+PYTEST := $(BIN)/pytest --numprocesses auto --dist loadfile --durations 15
 
 test: check
 	$(PYTEST)
@@ -40,6 +40,10 @@ check: setup
 ui: setup
 	$(BIN)/mlflow experiments search > /dev/null
 	$(BIN)/mlflow ui --no-serve-artifacts --port $${PORT:-5000}
+
+# Optuna's own view of the studies that tune keeps.
+dashboard: setup
+	$(BIN)/optuna-dashboard $${STORAGE:-sqlite:///tuning.db} --port $${PORT:-8080}
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache

@@ -99,10 +99,10 @@ def lirpa_step(architecture: str, batch: int, form: str) -> Call:
     return step
 
 
-def one_shot(engine: str, method: str, images: int, file: str) -> Call:
-    """Bounds of the margins of `images` digits, by `method`."""
+def one_shot(engine: str, method: str, images: int, file: str, dataset: str) -> Call:
+    """Bounds of the margins of `images` test images, by `method`."""
     model = load_model(file) if file else settled(build_model())
-    test = load_dataset("digits").test[:images]
+    test = load_dataset(dataset).test[:images]
     return partial(margin_bounds, model, to_pixels(test.images), test.labels, EPS, method, engine)  # type: ignore[arg-type]
 
 
@@ -141,15 +141,14 @@ def training_rows(architecture: str, batch: int, repeats: int) -> list[Row]:
     ]
 
 
-def one_shot_rows(images: int, repeats: int, file: str) -> list[Row]:
+def one_shot_rows(images: int, alpha_images: int, repeats: int, file: str, dataset: str) -> list[Row]:
     rows = []
-    # auto_LiRPA 0.3 optimises slopes on dense maps, a minute for a few images.
-    for method, count in (("crown", images), ("alpha-crown", max(images // 16, 1))):
-        calls = {engine: one_shot(engine, method, count, file) for engine in ("native", "auto_lirpa")}
+    for method, count in (("crown", images), ("alpha-crown", alpha_images)):
+        calls = {engine: one_shot(engine, method, count, file, dataset) for engine in ("native", "auto_lirpa")}
         seconds = in_turn(calls, repeats)
         ours, theirs = seconds["native"], seconds["auto_lirpa"]
         rows.append(Row(f"{method} {count} images", "s", ours, theirs, theirs / ours))
-        memory = {engine: peak_memory(one_shot, engine, method, count, file) for engine in calls}
+        memory = {engine: peak_memory(one_shot, engine, method, count, file, dataset) for engine in calls}
         ours, theirs = memory["native"], memory["auto_lirpa"]
         rows.append(Row(f"{method} peak memory", "MiB", ours, theirs, theirs / max(ours, 1)))
         bounds = [call().clamp(max=1e6).mean().item() for call in calls.values()]  # type: ignore[attr-defined]
@@ -162,14 +161,22 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a look: fewer images and repeats, one architecture")
     parser.add_argument("--json", action="store_true", help="the last line is one JSON object")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    parser.add_argument("--images", type=int, default=64, help="of the one-shot rows")
+    parser.add_argument("--rows", nargs="+", choices=("training", "one-shot"), default=["training", "one-shot"])
+    parser.add_argument("--images", type=int, default=64, help="of the one-shot rows of CROWN")
+    # auto_LiRPA 0.3 optimises slopes on dense maps, a minute for a few images.
+    parser.add_argument("--alpha-images", type=int, default=4, help="of the one-shot rows of α-CROWN")
     parser.add_argument("--model", default="", help="weights for the one-shot rows (default: fresh ones)")
+    parser.add_argument("--dataset", default="digits", help="images for the one-shot rows")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    rows = training_rows("paper-cnn", 128, 2 if given.quick else 7)
-    if not given.quick:
-        rows += training_rows("cnn7", 8, 3)
-    rows += one_shot_rows(4 if given.quick else given.images, 1 if given.quick else 3, given.model)
+    rows = []
+    if "training" in given.rows:
+        rows += training_rows("paper-cnn", 128, 2 if given.quick else 7)
+        if not given.quick:
+            rows += training_rows("cnn7", 8, 3)
+    if "one-shot" in given.rows:
+        images, alpha_images = (4, 1) if given.quick else (given.images, given.alpha_images)
+        rows += one_shot_rows(images, alpha_images, 1 if given.quick else 3, given.model, given.dataset)
     show(f"bounds, {given.threads} threads", rows, given.json)
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import gc
 import json
 import multiprocessing
-import resource
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pandas as pd
 
@@ -40,7 +40,7 @@ def in_turn(contenders: dict[str, Callable[[], object]], repeats: int) -> dict[s
 
 
 def peak_memory(target: Callable[..., Callable[[], object]], *given: object) -> float:
-    """MiB by which a call of what `target(*given)` prepares raises the peak of a fresh process."""
+    """MiB that a call of what `target(*given)` prepares takes at its peak, in a fresh process (Linux alone)."""
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     process = context.Process(target=_measure, args=(results, target, given))
@@ -50,11 +50,22 @@ def peak_memory(target: Callable[..., Callable[[], object]], *given: object) -> 
     return found
 
 
-def _measure(results: multiprocessing.Queue, target: Callable[..., Callable[[], object]], given: tuple) -> None:
+def _measure(
+    results: multiprocessing.Queue[float], target: Callable[..., Callable[[], object]], given: tuple[object, ...]
+) -> None:
     call = target(*given)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    gc.collect()
+    # Else the peak would be that of what was prepared, as often as that took more.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _peak()
     call()
-    results.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    results.put(_peak() - before)
+
+
+def _peak() -> float:
+    """The most memory, MiB, that this process has held since its peak was last forgotten."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
 
 
 def show(title: str, rows: list[Row], as_json: bool) -> None:

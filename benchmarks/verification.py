@@ -42,14 +42,13 @@ def rows_of(name: str, ours: pd.DataFrame, theirs: pd.DataFrame) -> list[Row]:
     contradictions = settled[settled["status"].eq("unsafe") != settled["status_other"].eq("unsafe")]
     if len(contradictions):
         raise SystemExit(f"verdicts contradict each other on images {contradictions['image'].tolist()} of {name}")
-    counts = [int(frame["status"].isin(SETTLED).sum()) for frame in (ours, theirs)]
-    medians = [statistics.median(settled[column]) if len(settled) else 0.0 for column in ("seconds", "seconds_other")]
-    speeds = [_speed(frame) for frame in (ours, theirs)]
-    return [
-        Row(f"{name} settled of {len(ours)}", "images", *map(float, counts), counts[0] / max(counts[1], 1)),
-        Row(f"{name} median of images both settle", "s", *medians, medians[1] / max(medians[0], 1e-9)),
-        Row(f"{name} domains", "1/s", *speeds, speeds[0] / max(speeds[1], 1e-9)),
-    ]
+    frames = (ours, theirs)
+    mine, other = (float(frame["status"].isin(SETTLED).sum()) for frame in frames)
+    rows = [Row(f"{name} settled of {len(ours)}", "images", mine, other, mine / max(other, 1))]
+    mine, other = (statistics.median(settled[c]) if len(settled) else 0.0 for c in ("seconds", "seconds_other"))
+    rows.append(Row(f"{name} median of images both settle", "s", mine, other, other / max(mine, 1e-9)))
+    mine, other = map(_speed, frames)
+    return [*rows, Row(f"{name} domains", "1/s", mine, other, mine / max(other, 1e-9))]
 
 
 def _speed(found: pd.DataFrame) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -31,6 +31,12 @@ def _seed() -> None:
 @pytest.fixture(scope="session")
 def digits() -> Dataset:
     return load_dataset("digits")
+
+
+@pytest.fixture(scope="session")
+def few_digits(digits: Dataset) -> Dataset:
+    """200 images to train on, 100 to validate on."""
+    return replace(digits, train=digits.train[:200], val=digits.val[:100], test=digits.test[:10])
 
 
 @pytest.fixture(autouse=True)

@@ -21,6 +21,7 @@ ABOUT = {
     "evaluate": "Measure a model's accuracy and attack a test set at several ε.",
     "verify": "Prove or refute the robustness of test images.",
     "embed": "Draw UMAP of a model's embeddings.",
+    "tune": "Search the settings of one arm's training with Optuna.",
     "compare": "Build every table and figure from the tracking server.",
 }
 

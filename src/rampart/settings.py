@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,11 +26,13 @@ from rampart.verification import VerificationPlan
 
 EpsSpace = Literal["pixel", "normalized"]
 # Names of settings that are radii; each is logged twice: as `eps` in the user's space and `eps_pixel`.
-EPS_NAMES = ("eps", "survive_eps", "certify_eps", "radius")
+EPS_NAMES = ("eps", "survive_eps", "certify_eps", "radius", "objective_eps")
 # The study's data were normalised with std 0.5, so that its radii are twice as long as in pixels.
 PIXELS = {"pixel": 1.0, "normalized": 0.5}
 DEFAULT_PROFILE = "quick"
 PROFILES = Path(__file__).parents[2] / "configs"
+# What gives the text of a profile whose name begins like this; `tracking` adds runs:/, which needs MLflow.
+PROFILE_READERS: dict[str, Callable[[str], str]] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +40,7 @@ class Common:
     """What every entry point knows.
 
     Args:
-        profile: `quick`, `paper`, `best`, or the path of a YAML file of the same form.
+        profile: `quick`, `paper`, `best`, or a YAML file of the same form: its path, or runs:/<run id>/profile.yaml.
         dataset: `digits`, `cifar10` or `folder:PATH`.
         data_root: where `cifar10` lies or is put.
         val_fraction: share of the training images kept for validation.
@@ -143,6 +145,7 @@ class StudySettings(Common):
         contrastive: of the arms.
         seeds: how many seeds an arm: `seed`, `seed` + 1, …
         workers: arms run side by side, each in a process of its own; 0: one on a GPU, else one for each core.
+        tuned: whether each arm is tuned first (tune.name=value sets how) and trained with what turned out best.
     """
 
     methods: tuple[MethodName, ...] = ("normal", "adversarial", "certified")
@@ -150,6 +153,7 @@ class StudySettings(Common):
     contrastive: tuple[Contrastive, ...] = ("none", "double")
     seeds: int = 1
     workers: int = 0
+    tuned: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -160,27 +164,85 @@ class StudySettings(Common):
         require(self.workers >= 0, f"workers must be 0 or more, not {self.workers}")
 
 
-Settings = TrainSettings | EvaluateSettings | VerifySettings | EmbedSettings | CompareSettings | StudySettings
+Objective = Literal["own", "val_accuracy", "val_robust_accuracy", "val_certified_accuracy"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneSettings(Common):
+    """What is searched. Every setting of `train` can be given, too, and holds for all trials.
+
+    Args:
+        method: of the arm.
+        augment: of the arm.
+        contrastive: of the arm.
+        trials: how many finished or pruned trials the Optuna study shall have in all; started again it goes on.
+        objective: what is maximised on the validation images: `val_accuracy`, `val_robust_accuracy` (PGD, 10 steps),
+            `val_certified_accuracy` (CROWN-IBP), or `own`, that of the three which the method chooses its epochs by.
+            Several: their Pareto front.
+        objective_eps: radius in pixels of the last two; 0: the ε that the arm is trained at where none is searched.
+        sampler: `tpe`, `nsga-ii`, `gp` or `random`.
+        pruner: `median` (a trial worse than the median of those before it at the same epoch is stopped; of several
+            objectives one that is worse in all of them), `hyperband` (one objective alone) or `none`.
+        space: YAML file of the settings searched; default tuning/<method>.yaml.
+        storage: of the Optuna study: an SQLAlchemy URL, sqlite:///FILE or postgresql://USER@HOST/DATABASE.
+        study_name: of the Optuna study; default profile, dataset, arm and seed.
+        workers: processes that share the trials. The same command on another machine helps, too.
+    """
+
+    method: MethodName = "normal"
+    augment: bool = False
+    contrastive: Contrastive = "none"
+    trials: int = 20
+    objective: tuple[Objective, ...] = ("own",)
+    objective_eps: float = 0.0
+    sampler: Literal["tpe", "nsga-ii", "gp", "random"] = "tpe"
+    pruner: Literal["median", "hyperband", "none"] = "median"
+    space: str = ""
+    storage: str = "sqlite:///tuning.db"
+    study_name: str = ""
+    workers: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.trials >= 1, f"trials must be 1 or more, not {self.trials}")
+        require(self.workers >= 1, f"workers must be 1 or more, not {self.workers}")
+        require(
+            len(self.objective) > 0 and len(set(self.objective)) == len(self.objective),
+            f"objective needs distinct values, not {','.join(self.objective)}",
+        )
+        require(
+            len(self.objective) == 1 or self.pruner != "hyperband",
+            "pruner=hyperband knows one objective alone: take pruner=median for several",
+        )
+
+
+Settings = (
+    TrainSettings | EvaluateSettings | VerifySettings | EmbedSettings | CompareSettings | TuneSettings | StudySettings
+)
 STEPS: dict[str, type[Settings]] = {
     "train": TrainSettings,
     "evaluate": EvaluateSettings,
     "verify": VerifySettings,
     "embed": EmbedSettings,
     "compare": CompareSettings,
+    "tune": TuneSettings,
     "main": StudySettings,
 }
 # The steps that a study runs for each arm, and what it decides for them itself.
 ARM_STEPS = ("train", "evaluate", "verify", "embed")
-DECIDED = {"model", "method", "augment", "contrastive", "seed", "profile"}
+DECIDED = {"model", "method", "augment", "contrastive", "seed", "profile", "workers"}
 SECTIONS = ("about", "common", *STEPS, "arms")
 
 
 def names(step: str) -> list[str]:
-    """The settings of a step; for `main` also those of the steps that it runs, as step.name and, bare, for all."""
+    """The settings of a step; for `main` also those of the steps that it runs, as step.name and, bare, for all; for
+    `tune` also those of `train`."""
     own = [field.name for field in dataclasses.fields(STEPS[step])]
+    if step == "tune":
+        return list(dict.fromkeys([*own, *names("train")]))
     if step != "main":
         return own
-    nested = [f"{s}.{n}" for s in ARM_STEPS for n in names(s) if n not in DECIDED]
+    nested = [f"{s}.{n}" for s in ("tune", *ARM_STEPS) for n in names(s) if n not in DECIDED]
     bare = [n.split(".", 1)[1] for n in nested]
     return list(dict.fromkeys([*own, *bare, *nested]))
 
@@ -197,7 +259,7 @@ def resolve(step: str, given: Mapping[str, str]) -> Settings:
     fields = {field.name for field in dataclasses.fields(STEPS[step])}
     section = {**_known(profile["common"], fields), **profile[step]}
     if step == "train":
-        arm = {**section, **given}
+        arm = {f.name: f.default for f in dataclasses.fields(TrainSettings)} | section | dict(given)
         for rule in profile["arms"]:
             if all(_same(arm.get(name), value) for name, value in rule["when"].items()):
                 section |= rule["set"]
@@ -228,7 +290,11 @@ def as_text(settings: Settings, given: Mapping[str, str]) -> dict[str, str]:
             texts[f"{field.name}_pixel"] = ",".join(eps_text(radius) for radius in radii)
         else:
             texts[field.name] = ",".join(_text(v) for v in value) if isinstance(value, tuple) else _text(value)
-    return {**texts, **given}
+    return {name: _PASSWORD.sub(r"\1***@", text) for name, text in {**texts, **given}.items()}
+
+
+# In a database's URL, which the runs must not tell.
+_PASSWORD = re.compile(r"(://[^:/@]+:)[^@]*@")
 
 
 def eps_text(eps: float) -> str:
@@ -261,18 +327,13 @@ def parse_eps(name: str, text: Any, space: str) -> float:
 
 
 def load_profile(name: str) -> dict[str, Any]:
-    """A profile's sections; `name` is that of one in configs/ or the path of a file.
+    """A profile's sections; `name` is that of one in configs/, the path of a file, or what a reader knows.
 
     Raises:
         SettingsError: there is none of that name, or it names an unknown section or setting.
     """
-    file = Path(name)
-    if file.suffix not in (".yaml", ".yml"):
-        known = {path.stem: path for path in PROFILES.glob("*.yaml")}
-        require(name in known, unknown("profile", name, known))
-        file = known[name]
     try:
-        read = yaml.safe_load(file.read_text()) or {}
+        read = yaml.safe_load(_profile_text(name)) or {}
     except (OSError, yaml.YAMLError) as error:
         raise SettingsError(f"profile '{name}' cannot be read: {' '.join(str(error).split())}") from error
     require(isinstance(read, dict), f"profile '{name}' must be a YAML mapping of sections: {', '.join(SECTIONS)}")
@@ -290,6 +351,18 @@ def load_profile(name: str) -> dict[str, Any]:
         for key in (*rule["when"], *rule["set"]):
             require(key in names("train"), unknown(f"setting in a rule of profile {name}", key, names("train")))
     return profile
+
+
+def _profile_text(name: str) -> str:
+    for prefix, reader in PROFILE_READERS.items():
+        if name.startswith(prefix):
+            return reader(name)
+    file = Path(name)
+    if file.suffix not in (".yaml", ".yml"):
+        known = {path.stem: path for path in PROFILES.glob("*.yaml")}
+        require(name in known, unknown("profile", name, known))
+        file = known[name]
+    return file.read_text()
 
 
 def _known(section: Mapping[str, Any], fields: set[str]) -> dict[str, Any]:

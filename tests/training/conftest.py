@@ -1,15 +1,13 @@
-"""A slice of the digits that trains in a second, and a recorder that keeps what training tells it."""
+"""A batch, and a recorder that keeps what training tells it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from rampart.data import Dataset
 from rampart.models import Classifier
 
 
@@ -34,12 +32,6 @@ class ListRecorder:
 @pytest.fixture
 def recorder() -> ListRecorder:
     return ListRecorder()
-
-
-@pytest.fixture(scope="session")
-def few_digits(digits: Dataset) -> Dataset:
-    """200 images to train on, 100 to validate on."""
-    return replace(digits, train=digits.train[:200], val=digits.val[:100], test=digits.test[:10])
 
 
 @pytest.fixture

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import importlib.util
 import inspect
+import re
 import sys
 import types
+from pathlib import Path
 from typing import Any
 
 from rampart.errors import RampartError
@@ -13,13 +15,19 @@ from rampart.errors import RampartError
 INSTALL = "install it with 'make setup' (or pip install --no-deps auto-LiRPA==0.3)"
 
 
+def is_old() -> bool:
+    """Whether the auto_LiRPA that is imported is older than 0.7."""
+    found = importlib.util.find_spec("auto_LiRPA")
+    if found is None or found.origin is None:
+        raise RampartError(f"engine auto_lirpa needs auto_LiRPA: {INSTALL}")
+    # Not the version of the installed distribution: a checkout on PYTHONPATH goes before it.
+    match = re.search(r"__version__ = ['\"](\d+)\.(\d+)", Path(found.origin).read_text())
+    return match is None or (int(match[1]), int(match[2])) < (0, 7)
+
+
 def import_auto_lirpa() -> types.ModuleType:
     """The package `auto_LiRPA`, patched where it is old."""
-    try:
-        version = importlib.metadata.version("auto_LiRPA")
-    except importlib.metadata.PackageNotFoundError:
-        version = "0.7"  # on PYTHONPATH without metadata: a checkout, which is new
-    old = tuple(int(part) for part in version.split(".")[:2]) < (0, 7)
+    old = is_old()
     if old:
         _patch()
     try:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rampart.bounds.box import pixel_box
-from rampart.bounds.compat import import_auto_lirpa
+from rampart.bounds.compat import import_auto_lirpa, is_old
 from rampart.errors import UnsupportedLayer
 from rampart.models.classifier import Normalize
 
@@ -33,7 +33,7 @@ def lirpa_bounds(model: nn.Module, x: Tensor, eps: float | Tensor, method: str, 
                 "optimize_bound_args": {"iteration": 20, "lr_alpha": 0.1},
                 "conv_mode": _conv_mode(model),
             }
-            if method == "alpha-crown":  # 0.3 cannot optimise slopes of inner bounds that it keeps sparse
+            if method == "alpha-crown" and is_old():  # it cannot optimise slopes of inner bounds that it keeps sparse
                 options |= {f"sparse_{kind}": False for kind in ("intermediate_bounds", "features_alpha", "spec_alpha")}
             bounded = library.BoundedModule(plain(model), x, bound_opts=options, device=x.device)
             bounded.eval()

@@ -20,9 +20,11 @@ from rampart.console import configure_logging
 from rampart.errors import RampartError
 from rampart.settings import ARM_STEPS, Common, StudySettings, nested, resolve
 from rampart.study.identity import identity
-from rampart.study.steps import data_of, open_data, run_step
+from rampart.study.opening import data_of, open_data
+from rampart.study.steps import run_step
 from rampart.tracking import Run, sweep
 from rampart.tracking.queries import find_runs
+from rampart.tuning import check, tuned_texts
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +59,8 @@ def run_study(run: Run, settings: StudySettings, given: Mapping[str, str]) -> No
     for arm, seed in jobs:
         for step in ARM_STEPS:
             resolve(step, arm_texts(given, step, arm, seed, settings.profile, "checked"))
+        if settings.tuned:
+            check(arm_texts(given, "tune", arm, seed, settings.profile, ""))
     # Data that cannot be read, too; and a folder is decoded once, not in every worker.
     open_data(run, settings)
     workers = settings.workers or default_workers()
@@ -69,7 +73,7 @@ def run_study(run: Run, settings: StudySettings, given: Mapping[str, str]) -> No
         workers,
     )
     jobs.sort(key=lambda job: COST[job[0].method])
-    arms = Arms(dict(given), settings.profile, threads, run.id, run.experiment)
+    arms = Arms(dict(given), settings.profile, threads, run.id, run.experiment, settings.tuned, settings.seed)
     # What each step says of itself would drown the count of arms.
     steps_log = logging.getLogger(run_step.__module__)
     steps_log.setLevel(logging.WARNING)
@@ -135,6 +139,8 @@ class Arms:
     threads: int
     study: str
     experiment: str
+    tuned: bool
+    first_seed: int
 
     def run(self, arm: Arm, seed: int, steps: tuple[str, ...], before: Sequence[Member] = ()) -> list[Member]:
         """Runs steps of one arm in this process, `before` being those that it has behind it.
@@ -147,6 +153,8 @@ class Arms:
         for step in steps:
             model = f"runs:/{trained[0]}/model" if trained else ""
             texts = arm_texts(self.given, step, arm, seed, self.profile, model)
+            if step == "train" and self.tuned:
+                texts |= self.tune(arm)
             texts.setdefault("threads", str(self.threads))
             settings = resolve(step, texts)
             assert isinstance(settings, Common)
@@ -158,11 +166,18 @@ class Arms:
                 trained = [run_id]
         return members
 
+    def tune(self, arm: Arm) -> dict[str, str]:
+        """The settings that a tuning of the arm has found best. Its seeds share one, and a rerun finds it again."""
+        texts = arm_texts(self.given, "tune", arm, self.first_seed, self.profile, "")
+        return tuned_texts(run_step("tune", {"threads": str(self.threads), **texts}, self.study))
+
 
 def arm_texts(given: Mapping[str, str], step: str, arm: Arm, seed: int, profile: str, model: str) -> dict[str, str]:
     """What the user would give to run one step of one arm alone."""
     texts = {"profile": profile, "seed": str(seed), **nested(given, step)}
-    if step == "train":
+    if step == "tune":
+        texts = nested(given, "train") | texts
+    if step in ("train", "tune"):
         return texts | {"method": arm.method, "augment": str(arm.augment), "contrastive": arm.contrastive}
     return texts | {"model": model}
 

@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,8 @@ import pandas as pd
 import torch
 
 from rampart.arms import Arm
-from rampart.data import Dataset, load_dataset, stratified_order, to_pixels
-from rampart.errors import Contradiction, SettingsError
+from rampart.data import Dataset, stratified_order, to_pixels
+from rampart.errors import Contradiction
 from rampart.evaluation import AttackPlan, certify, embed, evaluate
 from rampart.ledger import attack_rates, verdict_counts
 from rampart.models import Classifier, weights_digest
@@ -30,12 +29,14 @@ from rampart.settings import (
     Settings,
     StudySettings,
     TrainSettings,
+    TuneSettings,
     VerifySettings,
     as_text,
     eps_text,
     resolve,
 )
 from rampart.study.identity import identity
+from rampart.study.opening import open_data, prepare
 from rampart.tracking import Run, fetch_model, open_run, source_run
 from rampart.tracking.queries import find_runs, read_arrays, read_table, run_tags
 from rampart.training import train
@@ -62,42 +63,6 @@ def run_step(step: str, given: Mapping[str, str], study: str | None = None) -> s
         BODIES[step](run, settings, given)
         log.info("%s: done; open run %s (experiment %s) in the MLflow UI: make ui", step, run.id, run.experiment)
     return run.id
-
-
-def prepare(settings: Common) -> torch.device:
-    """Threads and device of this process; raises SettingsError where the device is not there."""
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
-    name = settings.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise SettingsError(f"device '{name}' is not there ({torch.cuda.device_count()} GPUs): use device=auto or cpu")
-    return device
-
-
-def data_of(settings: Common) -> Dataset:
-    return _load(settings.dataset, settings.data_root, settings.val_fraction, settings.split_seed)
-
-
-# A study's worker runs several arms on the same data.
-_load = lru_cache(maxsize=1)(load_dataset)
-
-
-def open_data(run: Run, settings: Common) -> Dataset:
-    data = data_of(settings)
-    run.dataset(data, settings.dataset, settings.val_fraction, settings.split_seed)
-    log.info(
-        "profile %s, dataset %s (%d train, %d validation, %d test images)%s",
-        settings.profile,
-        settings.dataset,
-        len(data.train),
-        len(data.val),
-        len(data.test),
-        "; for CIFAR-10: -P profile=paper" if settings.dataset == "digits" else "",
-    )
-    return data
 
 
 def _train(run: Run, settings: Settings, given: Mapping[str, str]) -> None:
@@ -251,6 +216,13 @@ def _compare(run: Run, settings: Settings, given: Mapping[str, str]) -> None:
     compare(run, settings)
 
 
+def _tune(run: Run, settings: Settings, given: Mapping[str, str]) -> None:
+    assert isinstance(settings, TuneSettings)
+    from rampart.tuning import tune
+
+    tune(run, settings, given)
+
+
 def _main(run: Run, settings: Settings, given: Mapping[str, str]) -> None:
     assert isinstance(settings, StudySettings)
     from rampart.study.executor import run_study
@@ -264,5 +236,6 @@ BODIES: dict[str, Callable[[Run, Any, Mapping[str, str]], None]] = {
     "verify": _verify,
     "embed": _embed,
     "compare": _compare,
+    "tune": _tune,
     "main": _main,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import warnings
 from importlib.metadata import version
@@ -10,6 +11,7 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import torch
+from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.types import Schema, TensorSpec
@@ -44,6 +46,16 @@ def log_model(model: Classifier, example: torch.Tensor, scratch: Path) -> None:
             pip_requirements=[f"torch=={version('torch')}", f"mlflow=={version('mlflow')}"],
             extra_files=[str(weights)],
         )
+
+
+def register(run_id: str, name: str, alias: str) -> None:
+    """The run's model as a version of the registered model `name`, which `alias` then points to."""
+    client = MlflowClient()
+    with contextlib.suppress(MlflowException):  # it is there already
+        client.create_registered_model(name)
+    known = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
+    version = known[0] if known else client.create_model_version(name, f"runs:/{run_id}/model", run_id)
+    client.set_registered_model_alias(name, alias, str(version.version))
 
 
 def fetch_model(uri: str) -> Classifier:

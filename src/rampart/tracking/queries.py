@@ -13,7 +13,8 @@ import pandas as pd
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from rampart.errors import RampartError
+from rampart.errors import RampartError, SettingsError
+from rampart.settings import PROFILE_READERS
 from rampart.tracking import store
 
 T = TypeVar("T")
@@ -65,6 +66,28 @@ def _read(run_id: str, name: str, read: Callable[[Path], T]) -> T | None:
         return None
     with tempfile.TemporaryDirectory(prefix="rampart-") as folder:
         return read(Path(client.download_artifacts(run_id, name, folder)))
+
+
+def read_text(run_id: str, name: str) -> str | None:
+    """A text artifact of a run; None where it has none of that name."""
+    return _read(run_id, name, lambda path: path.read_text(encoding="utf-8"))
+
+
+def profile_text(uri: str) -> str:
+    """The text of a profile that is an artifact: runs:/<run id>/profile.yaml.
+
+    Raises:
+        SettingsError: there is none.
+    """
+    run_id, _, name = uri.removeprefix("runs:/").partition("/")
+    run_tags(run_id)  # raises where there is no such run
+    found = read_text(run_id, name)
+    if found is None:
+        raise SettingsError(f"no profile at '{uri}': give profile=runs:/<id of a tune run>/profile.yaml")
+    return found
+
+
+PROFILE_READERS["runs:/"] = profile_text
 
 
 def artifact_place(run_id: str, name: str) -> str:

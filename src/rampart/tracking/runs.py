@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import shutil
@@ -29,6 +30,8 @@ from rampart.tracking.store import experiment_id, initialise, process_tags, swee
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+log = logging.getLogger(__name__)
 
 LAST_CHECKPOINT = "checkpoints/last.safetensors"
 
@@ -74,6 +77,14 @@ class Run:
         frame.to_parquet(path, index=False)
         self.client.log_artifact(run_id or self.id, str(path))
 
+    def csv(self, frame: pd.DataFrame, name: str) -> None:
+        """A table as a CSV artifact, for people."""
+        self.text(frame.to_csv(index=False), name)
+
+    def text(self, text: str, name: str) -> None:
+        """A text artifact; `name` may have folders."""
+        self.client.log_text(self.id, text, name)
+
     def arrays(self, arrays: Mapping[str, np.ndarray], name: str) -> None:
         """Arrays as an .npz artifact."""
         path = self.scratch / name
@@ -90,6 +101,8 @@ class Run:
 
         for context in ("train", "val", "test"):
             split = getattr(data, context)
+            if not len(split):  # taken away: a tuning must not see the test images
+                continue
             # The arrays are described, not stored; `digest` is of the whole dataset, whatever its split.
             described = from_numpy(
                 split.images.cpu().numpy(),
@@ -131,7 +144,9 @@ def open_run(step: str, parent: str | None = None) -> Iterator[Run]:
         active = mlflow.start_run(resumed)
     else:
         experiment = experiment_id()
-        active = mlflow.start_run(experiment_id=experiment, run_name=step, nested=True, parent_run_id=parent)
+        active = mlflow.start_run(experiment_id=experiment, run_name=step, nested=True)
+        if parent:  # MLflow would take the active run or none, but a trial's belongs to the run that began its study
+            MlflowClient().set_tag(active.info.run_id, "mlflow.parentRunId", parent)
     run = Run(active.info.run_id, experiment, step)
     status = "FAILED"
     try:
@@ -178,3 +193,40 @@ def git() -> dict[str, str]:
         return {"git.commit": ask("rev-parse", "HEAD"), "git.dirty": str(bool(ask("status", "--porcelain")))}
     except (OSError, subprocess.CalledProcessError):
         return {}
+
+
+def exists(run_id: str) -> bool:
+    """Whether the server has the run, and nobody has deleted it."""
+    try:
+        return MlflowClient().get_run(run_id).info.lifecycle_stage == "active"
+    except MlflowException:
+        return False
+
+
+@contextmanager
+def reopened(run: Run) -> Iterator[None]:
+    """Shows a run that had ended as RUNNING, and ends it again; one that somebody has at work is left to them."""
+    if run.client.get_run(run.id).info.status == "RUNNING":
+        yield
+        return
+    run.client.update_run(run.id, "RUNNING")
+    run.client.log_batch(run.id, tags=[RunTag(k, v) for k, v in process_tags().items()])
+    status = "FAILED"
+    try:
+        yield
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        run.client.set_terminated(run.id, status)
+
+
+def fail_run(run_id: str, reason: str, tags: Mapping[str, str]) -> None:
+    """Ends a run as FAILED whose process cannot do so any more."""
+    client = MlflowClient()
+    try:
+        client.log_batch(run_id, tags=[RunTag(f"rampart.{k}", v) for k, v in {"error": reason, **tags}.items()])
+        client.set_terminated(run_id, "FAILED")
+    except MlflowException as error:  # deleted meanwhile
+        log.warning("run %s could not be marked FAILED: %s", run_id, error)

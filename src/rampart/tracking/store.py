@@ -46,8 +46,21 @@ def experiment_id() -> str:
 
 def process_tags() -> dict[str, str]:
     """What tells later whether the process behind a run still lives."""
+    process, _, host = this_process().partition("@")
+    return {"rampart.host": host, "rampart.process": process}
+
+
+def this_process() -> str:
+    """pid:start@host."""
     process = psutil.Process()
-    return {"rampart.host": socket.gethostname(), "rampart.process": f"{process.pid}:{process.create_time():.2f}"}
+    return f"{process.pid}:{process.create_time():.2f}@{socket.gethostname()}"
+
+
+def alive(process: str) -> bool | None:
+    """Whether a process, as `this_process` calls it, still lives; None for one of another machine."""
+    name, _, host = process.partition("@")
+    pid, _, created = name.partition(":")
+    return _alive(int(pid), created) if host == socket.gethostname() else None
 
 
 def sweep(experiment: str) -> list[str]:

@@ -1,0 +1,217 @@
+"""Tunes one arm: a study of Optuna whose trials are nested MLflow runs, by one worker or by many."""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import os
+import signal
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+
+import optuna
+import torch
+from optuna.distributions import distribution_to_json
+from optuna.study import Study
+from optuna.trial import FrozenTrial
+
+from rampart.arms import Arm
+from rampart.console import configure_logging
+from rampart.data import Dataset, Split
+from rampart.errors import RampartError
+from rampart.settings import TrainSettings, TuneSettings, names, resolve
+from rampart.study.opening import data_of, prepare
+from rampart.tracking import Run
+from rampart.tracking.runs import exists, fail_run, reopened
+from rampart.tracking.store import alive
+from rampart.training.methods import METHODS
+from rampart.tuning.publish import publish
+from rampart.tuning.space import Space, read_space, starting_point
+from rampart.tuning.storage import HOME, RUN, check_failures, finished, missing, open_study, retire
+from rampart.tuning.trials import Surplus, Task, run_trial
+
+log = logging.getLogger(__name__)
+
+# Seconds between two looks at trials that other workers have still in work.
+PAUSE = 2.0
+
+
+def tune(run: Run, settings: TuneSettings, given: Mapping[str, str]) -> None:
+    """Brings the Optuna study of an arm to `settings.trials` finished or pruned trials, and publishes what was found.
+
+    The study's home is the run that began it: later commands go on there, under a run of their own.
+
+    Raises:
+        RampartError: bad input, before any training; most trials failed.
+    """
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # each trial is told of by us
+    arm = Arm(settings.method, settings.augment, settings.contrastive)
+    run.name(f"tune {arm.name}")
+    run.tags({"arm": arm.name, "method": arm.method, "seed": settings.seed})
+    worker = Worker(settings, dict(given), run.experiment)
+    data = worker.data()
+    run.dataset(data, settings.dataset, settings.val_fraction, settings.split_seed)
+    study = worker.study(data, run.id)
+    home = _home(study, run)
+    run.tags({"tuning": home.id})
+    if home is not run:
+        run.name(f"tune {arm.name}, goes on in {home.id[:8]}")
+        log.info("study '%s' goes on in run %s: %d trials are done", study.study_name, home.id, len(finished(study)))
+    with nullcontext() if home is run else reopened(home), _helpers(worker, home.id, settings.workers - 1):
+        worker.work(study, data, home.id)
+        publish(home, study, settings, worker.train_texts(), worker.objective())
+    if home is not run:
+        home.close()
+
+
+def check(given: Mapping[str, str]) -> None:
+    """Raises SettingsError where `tune` would, given these texts."""
+    settings = resolve("tune", given)
+    assert isinstance(settings, TuneSettings)
+    Worker(settings, dict(given), "").space()
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A process that takes trials of the study; travels to the processes beside it."""
+
+    settings: TuneSettings
+    given: dict[str, str]
+    experiment: str
+
+    def train_texts(self) -> dict[str, str]:
+        """What the user said of the training itself."""
+        valid, settings = set(names("train")), self.settings
+        arm = {"method": settings.method, "augment": str(settings.augment), "contrastive": settings.contrastive}
+        return {name: text for name, text in self.given.items() if name in valid} | arm
+
+    def objective(self) -> tuple[str, ...]:
+        own = f"val_{METHODS[self.settings.method].score_name}"
+        return tuple(dict.fromkeys(own if name == "own" else name for name in self.settings.objective))
+
+    def space(self) -> Space:
+        return read_space(self.settings.method, self.settings.space, self.train_texts())
+
+    def data(self) -> Dataset:
+        """The dataset without its test images: nothing here can look at them."""
+        data = data_of(self.settings)
+        nothing = torch.zeros((0, *data.in_shape), dtype=torch.uint8)
+        return replace(data, test=Split(nothing, torch.zeros(0, dtype=torch.int64)))
+
+    def eps(self) -> float:
+        training = resolve("train", self.train_texts())
+        assert isinstance(training, TrainSettings)
+        return self.settings.objective_eps or training.eps
+
+    def study(self, data: Dataset, home: str) -> Study:
+        """The Optuna study, which must be about the very same thing as before."""
+        settings, texts = self.settings, self.train_texts()
+        training = resolve("train", texts)
+        assert isinstance(training, TrainSettings)
+        double = training.contrastive == "double"
+        space = self.space()
+        fixed = {k: v for k, v in asdict(training).items() if k not in {*space, *_WHEREABOUTS}}
+        what = {
+            "space": {name: json.loads(distribution_to_json(d)) for name, d in space.items()},
+            "objective": self.objective(),
+            "objective_eps": self.eps(),
+            "settings": fixed,
+            "dataset": data.digest,
+            "epochs": training.encoder_epochs + training.head_epochs if double else training.epochs,
+        }
+        start = starting_point(space, texts)
+        if start is None:
+            log.info("the settings as they are lie outside of the search space: no trial begins with them")
+        arm = Arm(settings.method, settings.augment, settings.contrastive)
+        name = settings.study_name or f"{settings.profile} {settings.dataset} {arm.name} s{settings.seed}"
+        return open_study(settings, name, what, home, start, _lost)
+
+    def work(self, study: Study, data: Dataset, home: str) -> None:
+        """Takes trials until the study has all that it should have."""
+        os.environ["MLFLOW_EXPERIMENT_ID"] = self.experiment
+        settings = self.settings
+        pruned = settings.pruner != "none"
+        device = prepare(settings)
+        task = Task(
+            self.train_texts(), self.space(), self.objective(), self.eps(), pruned, data, device, settings.trials, home
+        )
+
+        def objective(trial: optuna.Trial) -> tuple[float, ...]:
+            return run_trial(trial, task)
+
+        while True:
+            retire(study, alive, _lost)
+            if len(finished(study)) >= settings.trials:
+                return
+            check_failures(study)
+            if missing(study, settings.trials) <= 0:  # the last ones are in other hands, and may come back
+                time.sleep(PAUSE)
+                _fail_stale(study)
+                continue
+            try:
+                study.optimize(objective, n_trials=1, catch=(RampartError, Surplus, torch.OutOfMemoryError))
+            except optuna.exceptions.UpdateFinishedTrialError:
+                log.warning("a trial was given up by another worker, which had not heard of it for too long")
+
+
+# They say where something lies or runs, not what it is.
+_WHEREABOUTS = {"device", "threads", "data_root"}
+
+
+def _fail_stale(study: Study) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        optuna.storages.fail_stale_trials(study)
+
+
+def _lost(trial: FrozenTrial) -> None:
+    """Ends the MLflow run of a trial whose worker is gone."""
+    if RUN in trial.user_attrs:
+        reason = "its worker ended without a word; another trial takes its place"
+        fail_run(trial.user_attrs[RUN], reason, {"trial_state": "failed"})
+
+
+def _home(study: Study, run: Run) -> Run:
+    """The run that trials are nested in: the one that began the study, if this server still has it."""
+    known = study.user_attrs[HOME]
+    if known == run.id:
+        return run
+    if exists(known):
+        return Run(known, run.experiment, run.step)
+    log.warning("run %s, which began study '%s', is gone: going on in this one", known, study.study_name)
+    study.set_user_attr(HOME, run.id)
+    return run
+
+
+@contextmanager
+def _helpers(worker: Worker, home: str, count: int) -> Iterator[None]:
+    """Processes that work on the study beside this one."""
+    context = multiprocessing.get_context("spawn")
+    helpers = [context.Process(target=_help, args=(worker, home)) for _ in range(count)]
+    for helper in helpers:
+        helper.start()
+    try:
+        yield
+    except BaseException:
+        for helper in helpers:
+            helper.terminate()
+        raise
+    finally:
+        for helper in helpers:
+            helper.join()
+
+
+def _help(worker: Worker, home: str) -> None:
+    os.environ["TQDM_DISABLE"] = "1"
+    configure_logging()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # its trial's run is ended, then
+    data = worker.data()
+    try:
+        worker.work(worker.study(data, home), data, home)
+    except RampartError as error:
+        log.error("a worker stopped: %s", error)

@@ -27,9 +27,9 @@ def model() -> Classifier:
 
 @pytest.fixture(scope="module")
 def split(model: Classifier) -> Split:
-    """30 images, two of three labelled as the model says."""
+    """60 images, two of three labelled as the model says."""
     torch.manual_seed(4)
-    images = torch.randint(256, (30, 3, 8, 8), dtype=torch.uint8)
+    images = torch.randint(256, (60, 3, 8, 8), dtype=torch.uint8)
     labels = model(to_pixels(images)).argmax(1)
     labels[::3] = (labels[::3] + 1) % 3
     return Split(images, labels)

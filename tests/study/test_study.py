@@ -89,6 +89,7 @@ def test_verdict_and_attack_never_contradict(study: Study) -> None:
         assert not broken.set_index("image").loc[proved["image"], "attacked/0.0156863"].any()
 
 
+@pytest.mark.slow
 def test_a_finished_arm_is_not_run_again_unless_its_settings_change(study: Study) -> None:
     before = {step: len(find_runs("0", {"step": step})) for step in ("train", "evaluate", "verify", "embed")}
     again = run_rampart("main", TINY_STUDY, study.folder)
@@ -129,6 +130,7 @@ def test_an_arm_that_fails_does_not_stop_the_others(store: Path) -> None:
     assert list(find_runs("0", {"step": "main"}, status=None)["status"]) == ["FAILED"]
 
 
+@pytest.mark.slow
 def test_a_study_that_is_told_to_stop_leaves_no_run_running_and_no_process(store: Path) -> None:
     settings = {**TINY_STUDY, "epochs": "1000", "methods": "normal", "contrastive": "none", "augment": "False,True"}
     words = [word for name, value in settings.items() for word in (f"--{name}", value)]

@@ -349,6 +349,7 @@ def postgres() -> Iterator[str]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_study_on_postgresql(store: Path, postgres: str) -> None:
     command = [*COMMAND, "--trials", "5", "--epochs", "1", "--storage", postgres, "--study_name", "shared"]
     environ = environment(store)
@@ -367,6 +368,7 @@ def test_two_processes_share_a_study_on_postgresql(store: Path, postgres: str) -
     assert nested["tags.mlflow.parentRunId"].nunique() == 1
 
 
+@pytest.mark.slow
 def test_helpers_share_the_trials(store: Path) -> None:
     command = [*COMMAND, "--trials", "3", "--epochs", "1", "--workers", "2"]
     done = subprocess.run(command, cwd=store, env=environment(store), capture_output=True, text=True)

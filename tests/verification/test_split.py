@@ -111,6 +111,7 @@ def test_an_image_that_is_proved_and_broken_stops_the_run(
 
 
 def test_images_side_by_side_get_the_same_verdicts(network: nn.Module, digits: Dataset) -> None:
+    torch.set_num_threads(2)
     one, two = (
         verify_split(network, digits.test, VerificationPlan(eps=0.03, images=24, attack_first=True, images_at_once=n))
         for n in (1, 3)
@@ -125,6 +126,7 @@ def test_images_side_by_side_get_the_same_verdicts(network: nn.Module, digits: D
 def test_an_error_of_one_image_stops_those_beside_it(
     network: nn.Module, digits: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    torch.set_num_threads(2)
     asked = []
 
     def failing(*given: object, **named: object) -> Verdict:

@@ -290,11 +290,11 @@ def as_text(settings: Settings, given: Mapping[str, str]) -> dict[str, str]:
             texts[f"{field.name}_pixel"] = ",".join(eps_text(radius) for radius in radii)
         else:
             texts[field.name] = ",".join(_text(v) for v in value) if isinstance(value, tuple) else _text(value)
-    return {name: _PASSWORD.sub(r"\1***@", text) for name, text in {**texts, **given}.items()}
+    return {name: _PASSWORD.sub(r"\1\2***", text) for name, text in {**texts, **given}.items()}
 
 
 # In a database's URL, which the runs must not tell.
-_PASSWORD = re.compile(r"(://[^:/@]+:)[^@]*@")
+_PASSWORD = re.compile(r"(://[^:/@]*:).*(?=@)|([?&]password=)[^&]*")
 
 
 def eps_text(eps: float) -> str:

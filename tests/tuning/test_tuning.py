@@ -239,6 +239,10 @@ def test_trials_that_all_fail_end_the_tuning(
         ({"objective": "val_accuracy,val_robust_accuracy", "pruner": "hyperband"}, "one objective alone"),
         ({"storage": "sqlite:////no/such/folder/tuning.db"}, "storage of Optuna studies cannot be reached"),
         ({"storage": "postgresql://user:secret@127.0.0.1:1/none"}, "storage of Optuna studies cannot be reached"),
+        (
+            {"storage": "postgresql://user@host:port/none?password=secret"},
+            "storage of Optuna studies cannot be reached",
+        ),
         ({"storage": "nonsense"}, "storage of Optuna studies cannot be reached"),
         ({"space": "/no/such/space.yaml"}, "cannot be read"),
     ],

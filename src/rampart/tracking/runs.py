@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -215,6 +215,8 @@ def reopened(run: Run) -> Iterator[None]:
     try:
         yield
         status = "FINISHED"
+        with suppress(MlflowException):  # of the process that was killed
+            run.client.delete_tag(run.id, "rampart.error")
     except KeyboardInterrupt:
         status = "KILLED"
         raise

@@ -85,6 +85,7 @@ def sweep(experiment: str) -> list[str]:
 
 def _alive(pid: int, created: str) -> bool:
     try:
-        return f"{psutil.Process(pid).create_time():.2f}" == created
+        # The time of a process's start is counted from the machine's, which moves when its clock is set.
+        return abs(psutil.Process(pid).create_time() - float(created)) < 5
     except psutil.Error:
         return False

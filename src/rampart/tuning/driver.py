@@ -17,7 +17,7 @@ import optuna
 import torch
 from optuna.distributions import distribution_to_json
 from optuna.study import Study
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 
 from rampart.arms import Arm
 from rampart.console import configure_logging
@@ -31,7 +31,7 @@ from rampart.tracking.store import alive
 from rampart.training.methods import METHODS
 from rampart.tuning.publish import publish
 from rampart.tuning.space import Space, read_space, starting_point
-from rampart.tuning.storage import HOME, RUN, check_failures, finished, missing, open_study, retire
+from rampart.tuning.storage import HOME, RUN, check_failures, finished, keep_start, missing, open_study, retire
 from rampart.tuning.trials import Surplus, Task, run_trial
 
 log = logging.getLogger(__name__)
@@ -140,22 +140,31 @@ class Worker:
             self.train_texts(), self.space(), self.objective(), self.eps(), pruned, data, device, settings.trials, home
         )
 
+        begun: list[int] = []
+
         def objective(trial: optuna.Trial) -> tuple[float, ...]:
+            begun.append(trial.number)
             return run_trial(trial, task)
 
+        start = starting_point(task.space, task.given)
+        since = len(study.trials)
         while True:
             retire(study, alive, _lost)
             if len(finished(study)) >= settings.trials:
                 return
-            check_failures(study)
+            check_failures(study, since)
+            keep_start(study, start)
             if missing(study, settings.trials) <= 0:  # the last ones are in other hands, and may come back
                 time.sleep(PAUSE)
                 _fail_stale(study)
                 continue
             try:
                 study.optimize(objective, n_trials=1, catch=(RampartError, Surplus, torch.OutOfMemoryError))
-            except optuna.exceptions.UpdateFinishedTrialError:
-                log.warning("a trial was given up by another worker, which had not heard of it for too long")
+            except (optuna.exceptions.UpdateFinishedTrialError, ValueError, AssertionError):
+                # What Optuna raises where another worker, without a sign of life for too long, gave the trial up.
+                if not begun or study.trials[begun[-1]].state is not TrialState.FAIL:
+                    raise
+                log.warning("trial %d was given up by another worker", begun[-1])
 
 
 # They say where something lies or runs, not what it is.
@@ -209,7 +218,9 @@ def _help(worker: Worker, home: str) -> None:
     os.environ["TQDM_DISABLE"] = "1"
     configure_logging()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # its trial's run is ended, then
+    # Its parent ends it, once and politely: its trial's run is ended, then.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     data = worker.data()
     try:
         worker.work(worker.study(data, home), data, home)

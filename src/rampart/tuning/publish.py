@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from rampart.arms import Arm
 from rampart.errors import RampartError
-from rampart.settings import EPS_NAMES, PIXELS, SECTIONS, TuneSettings, load_profile, parse_eps
+from rampart.settings import EPS_NAMES, PIXELS, SECTIONS, TrainSettings, TuneSettings, load_profile, parse_eps, resolve
 from rampart.tracking import Run
 from rampart.tracking.models import register
 from rampart.tracking.queries import run_tags
@@ -41,6 +41,8 @@ def publish(
         log.warning("all trials were pruned or failed: there is nothing to choose from")
         return
     front = sorted(study.best_trials, key=lambda trial: -sum(trial.values))
+    if len(objective) == 1:  # those that tie are no front
+        front = front[:1]
     best = front[0]
     for place, trial in enumerate(front):
         # The first again without a number: that is the name to remember.
@@ -82,7 +84,9 @@ def tuned_profile(settings: TuneSettings, given: Mapping[str, str], trial: Froze
     """The profile, with a rule more for the arm: what the user gave for the training, and the trial's point."""
     profile = load_profile(settings.profile)
     common = profile["common"] | profile["train"]
-    here, there = settings.eps_space, common.get("eps_space", "pixel")
+    training = resolve("train", given)
+    assert isinstance(training, TrainSettings)
+    here, there = training.eps_space, common.get("eps_space", "pixel")
 
     def spoken(name: str, value: Any) -> Any:
         """ε on the profile's scale."""
@@ -94,13 +98,17 @@ def tuned_profile(settings: TuneSettings, given: Mapping[str, str], trial: Froze
     own = {name: text for name, text in given.items() if name not in (*arm, *_ELSEWHERE)}
     tuned = {name: spoken(name, value) for name, value in {**own, **trial.params}.items()}
     rule = {"when": arm, "set": tuned}
+    data = {name: text for name, text in given.items() if name in _DATA}
+    profile["common"] = profile["common"] | data
+    profile["train"] = {name: value for name, value in profile["train"].items() if name not in data}
     written = {section: profile[section] for section in SECTIONS if profile[section]}
     about = f"{profile['about']} Tuned: trial {trial.number} of run {trial.user_attrs[RUN]}.".strip()
     return written | {"about": about, "arms": [*profile["arms"], rule]}
 
 
-# Of the run, not of the training.
-_ELSEWHERE = ("profile", "dataset", "data_root", "val_fraction", "split_seed", "seed", "device", "threads", "eps_space")
+# Of all arms, not of this one; and of the run, not of the training.
+_DATA = ("dataset", "val_fraction", "split_seed")
+_ELSEWHERE = (*_DATA, "profile", "data_root", "seed", "device", "threads", "eps_space")
 
 
 def _table(home: Run, study: Study) -> None:

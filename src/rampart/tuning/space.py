@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -36,7 +37,7 @@ def read_space(method: str, path: str, given: Mapping[str, str]) -> Space:
     file = Path(path) if path else SPACES / f"{method}.yaml"
     try:
         read = yaml.safe_load(file.read_text())
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise SettingsError(f"search space '{file}' cannot be read: {' '.join(str(error).split())}") from error
     require(isinstance(read, dict) and bool(read), f"search space '{file}' must name a setting or more, and its range")
     valid = {field.name for kind in (Recipe, Augmentation) for field in dataclasses.fields(kind)} - ARM
@@ -112,7 +113,7 @@ def _distribution(name: str, range_: Any) -> BaseDistribution:
     if "choices" in range_:
         choices = range_["choices"]
         require(
-            len(range_) == 1 and isinstance(choices, list) and len(choices) > 1,
+            len(range_) == 1 and isinstance(choices, list) and len({str(choice) for choice in choices}) > 1,
             f"{name} needs two choices or more, as in {{choices: [1, 2]}}, and nothing else",
         )
         # Optuna keeps numbers, texts and truth values; a list is a text, as on the command line.
@@ -122,13 +123,21 @@ def _distribution(name: str, range_: Any) -> BaseDistribution:
     require(kind in (int, float), f"{name} has no order: give choices instead of low and high")
     try:
         low, high = kind(range_["low"]), kind(range_["high"])
+        exact = all(
+            math.isfinite(end) and kind(end) == float(end) for end in map(float, (range_["low"], range_["high"]))
+        )
+        require(
+            exact, f"the range of {name} needs finite {'whole ' if kind is int else ''}numbers: {low:g} to {high:g}"
+        )
         step = range_.get("step")
-        log = bool(range_.get("log", False))
+        log = range_.get("log", False)
+        require(isinstance(log, bool), f"log of {name} is true or false, not {log}")
+        require(step is None or 0 < float(step) <= high - low, f"step of {name} does not fit into its range: {step}")
         require(low < high, f"the range of {name} is {'empty' if low == high else 'reversed'}: {low:g} to {high:g}")
         if kind is int:
             return IntDistribution(low, high, log, 1 if step is None else int(step))
         return FloatDistribution(low, high, log, None if step is None else float(step))
-    except (TypeError, ValueError) as error:
+    except (OverflowError, TypeError, ValueError) as error:
         raise SettingsError(f"the range of {name}: {' '.join(str(error).split())}") from None
 
 

@@ -7,6 +7,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 import optuna
@@ -47,7 +48,7 @@ def open_study(
     """
     directions = [optuna.study.StudyDirection.MAXIMIZE] * len(what["objective"])
     try:
-        storage = _connect(settings.storage, lost)
+        storage = _patiently(lambda: _connect(settings.storage, lost))
         try:
             study = optuna.create_study(storage=storage, study_name=name, directions=directions)
             study.set_user_attr(WHAT, dict(what))
@@ -71,8 +72,19 @@ _UNREACHABLE = (
     sqlalchemy.exc.SQLAlchemyError,
     optuna.exceptions.StorageInternalError,
     ImportError,  # no driver for that kind of database
+    ValueError,  # no URL
     RuntimeError,  # made by another version of Optuna
 )
+
+
+def _patiently(connect: Callable[[], optuna.storages.RDBStorage]) -> optuna.storages.RDBStorage:
+    """Of two workers that make a storage's tables at the same moment one fails, and finds them a moment later."""
+    for pause in (0.5, 1.0, 2.0):
+        try:
+            return connect()
+        except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError):
+            time.sleep(pause)
+    return connect()
 
 
 def _connect(url: str, lost: Callable[[FrozenTrial], None]) -> optuna.storages.RDBStorage:
@@ -169,14 +181,20 @@ def _pruner(settings: TuneSettings, what: Mapping[str, Any]) -> optuna.pruners.B
 
 
 def retire(study: Study, alive: Callable[[str], bool | None], lost: Callable[[FrozenTrial], None]) -> None:
-    """Fails the trials of processes of this machine that are gone; those of others fall to Optuna's heartbeats.
+    """Fails the trials of processes of this machine that are gone, and those that have no process and no heartbeat, for
+    theirs ended in the moment of their beginning; all others fall to Optuna's heartbeats.
 
     Args:
         alive: of a process as in a trial's attribute; None where that is unknown.
     """
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         process = trial.user_attrs.get(PROCESS)
-        if process is None or alive(process) is not False:
+        begun = trial.datetime_start
+        if process is None:
+            gone = begun is not None and (datetime.now() - begun).total_seconds() > GRACE
+        else:
+            gone = alive(process) is False
+        if not gone:
             continue
         try:
             study.tell(trial.number, state=TrialState.FAIL)
@@ -195,8 +213,18 @@ def finished(study: Study) -> list[FrozenTrial]:
     return study.get_trials(deepcopy=False, states=DONE)
 
 
-def check_failures(study: Study) -> None:
-    """Raises RampartError once trials mostly fail: more would, too."""
+def keep_start(study: Study, start: Mapping[str, Any] | None) -> None:
+    """Puts the starting point before the other trials once more where the worker that had it was lost."""
+    if start is None:
+        return
+    of_it = [t for t in study.trials if {**t.system_attrs.get("fixed_params", {}), **t.params} == start]
+    if of_it and all(t.state is TrialState.FAIL and ERROR not in t.user_attrs for t in of_it):
+        study.enqueue_trial(dict(start))
+
+
+def check_failures(study: Study, since: int) -> None:
+    """Raises RampartError once the trials from number `since` on mostly fail: more would, too."""
     failed = [t for t in study.get_trials(deepcopy=False, states=(TrialState.FAIL,)) if ERROR in t.user_attrs]
-    if len(failed) >= 3 + len(finished(study)):
+    failed = [t for t in failed if t.number >= since]
+    if len(failed) >= 3 + sum(t.number >= since for t in finished(study)):
         raise RampartError(f"{len(failed)} trials failed, the last with: {failed[-1].user_attrs[ERROR]}")

@@ -6,6 +6,7 @@ import logging
 import statistics
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 import optuna
@@ -88,10 +89,16 @@ def run_trial(trial: Trial, task: Task) -> tuple[float, ...]:
                 run.model(model, to_pixels(task.data.val.images[:2]))
             except optuna.TrialPruned as error:
                 pruned = error
-        except Exception as error:
+            if trial.study.trials[trial.number].state is not TrialState.RUNNING:
+                raise RampartError(
+                    "another worker has given this trial up: it had no sign of life from it for too long"
+                )
+        except BaseException as error:
             run.tags({"trial_state": "failed"})
-            known = isinstance(error, RampartError)
-            trial.set_user_attr(ERROR, " ".join(f"{'' if known else type(error).__name__ + ': '}{error}".split()))
+            if isinstance(error, Exception):  # not an interrupt, which is not the trial's fault
+                kind = "" if isinstance(error, RampartError) else f"{type(error).__name__}: "
+                with suppress(optuna.exceptions.UpdateFinishedTrialError):
+                    trial.set_user_attr(ERROR, " ".join(f"{kind}{error}".split()))
             raise
         run.tags({"trial_state": "pruned" if pruned else "complete"})
         run.metrics({"trial/seconds": time.monotonic() - started, "trial/epochs": len(recorder.curve)})

@@ -380,3 +380,41 @@ def test_helpers_share_the_trials(store: Path) -> None:
     assert sum(trial.state is TrialState.COMPLETE for trial in study_of(store).trials) == 3
     assert set(find_runs("0", {}, status=None)["status"]) == {"FINISHED"}
     assert not multiprocessing.active_children()
+
+
+def test_a_starting_point_that_was_lost_is_tried_again_but_not_one_that_failed() -> None:
+    from rampart.tuning.storage import keep_start
+
+    start = {"lr": 0.005}
+    for error, waiting in ((None, 1), ("the loss became nan", 0)):
+        study = optuna.create_study()
+        study.enqueue_trial(start)
+        trial = study.ask()
+        trial.suggest_float("lr", 0.001, 0.1)
+        keep_start(study, start)
+        assert len(study.trials) == 1, "it is being tried"
+        if error:
+            trial.set_user_attr("error", error)
+        study.tell(trial, state=TrialState.FAIL)
+        keep_start(study, start)
+        keep_start(study, start)
+        assert [t.state for t in study.trials].count(TrialState.WAITING) == waiting
+
+
+def test_trials_without_process_or_heartbeat_are_given_up_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rampart.tuning import storage
+
+    lost: list[int] = []
+    study = optuna.create_study()
+    study.ask()
+    storage.retire(study, lambda _: True, lambda trial: lost.append(trial.number))
+    assert not lost
+    monkeypatch.setattr(storage, "GRACE", -1)
+    storage.retire(study, lambda _: True, lambda trial: lost.append(trial.number))
+    assert lost == [0]
+    assert study.trials[0].state is TrialState.FAIL
+    other = study.ask()
+    other.set_user_attr("process", "1:2@elsewhere")
+    for alive, found in ((True, [0]), (None, [0]), (False, [0, 1])):
+        storage.retire(study, lambda _, alive=alive: alive, lambda trial: lost.append(trial.number))
+        assert lost == found

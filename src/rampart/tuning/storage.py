@@ -177,7 +177,7 @@ def _pruner(settings: TuneSettings, what: Mapping[str, Any]) -> optuna.pruners.B
         return optuna.pruners.NopPruner()
     if settings.pruner == "hyperband":
         return optuna.pruners.HyperbandPruner(min_resource=1, max_resource=what["epochs"], reduction_factor=3)
-    return optuna.pruners.MedianPruner(n_startup_trials=STARTUP, n_warmup_steps=WARMUP)
+    return optuna.pruners.MedianPruner(n_startup_trials=STARTUP, n_warmup_steps=WARMUP + 1)  # steps count from 1
 
 
 def retire(study: Study, alive: Callable[[str], bool | None], lost: Callable[[FrozenTrial], None]) -> None:

@@ -33,12 +33,12 @@ def tuned(seed: int, trials: int, pruner: str, method: str) -> tuple[float, floa
 def rows_of(
     method: str, pruner: str, plain: Sequence[tuple[float, float]], ours: Sequence[tuple[float, float]]
 ) -> list[Row]:
-    rows = []
-    for place, (name, unit) in enumerate((("epochs", "epochs"), ("best", "share"))):
-        with_, without = (statistics.median(found[place] for found in side) for side in (ours, plain))
-        ratio = without / with_ if name == "epochs" else with_ / without
-        rows.append(Row(f"{method}: {name} with {pruner} pruning", unit, with_, without, ratio))
-    return rows
+    epochs, fewest = (statistics.median(found[0] for found in side) for side in (plain, ours))
+    best, kept = (statistics.median(found[1] for found in side) for side in (plain, ours))
+    return [
+        Row(f"{method}: epochs with {pruner} pruning", "epochs", fewest, epochs, epochs / fewest),
+        Row(f"{method}: best with {pruner} pruning", "share", kept, best, kept / best),
+    ]
 
 
 def main() -> None:

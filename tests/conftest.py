@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
+from torch import Tensor
 
-from rampart.data import Dataset, load_dataset
+from rampart.data import Dataset, Split, load_dataset
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -37,6 +38,37 @@ def digits() -> Dataset:
 def few_digits(digits: Dataset) -> Dataset:
     """200 images to train on, 100 to validate on."""
     return replace(digits, train=digits.train[:200], val=digits.val[:100], test=digits.test[:10])
+
+
+class Sealed:
+    """Images whose shape may be asked for, and nothing else."""
+
+    shape = (10, 3, 32, 32)
+
+    def __getattr__(self, name: str) -> object:
+        raise AssertionError(f"'{name}' of the test images was read")
+
+    def __getitem__(self, index: object) -> object:
+        raise AssertionError("test images were read")
+
+
+class SealedSplit(Split):
+    """A split that may be moved to a device, where nobody reads it either."""
+
+    def to(self, device: torch.device | str) -> Split:
+        return self
+
+    def __len__(self) -> int:
+        raise AssertionError("the test images were counted")
+
+    def __getitem__(self, index: Tensor | slice) -> Split:
+        raise AssertionError("test images were read")
+
+
+@pytest.fixture
+def sealed_digits(few_digits: Dataset) -> Dataset:
+    """The same, whose test images nobody may read."""
+    return replace(few_digits, test=SealedSplit(Sealed(), Sealed()))
 
 
 @pytest.fixture(autouse=True)

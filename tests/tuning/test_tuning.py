@@ -31,7 +31,6 @@ from rampart.tracking import fetch_model
 from rampart.tracking.queries import find_runs, read_text, run_tags
 from rampart.training.loop import Recorder
 from rampart.tuning import tuned_texts
-from tests.training.test_train import Sealed, SealedSplit
 
 SMALL = {"width": "0.125", "threads": "1"}
 
@@ -188,9 +187,8 @@ def test_of_several_objectives_a_trial_worse_in_all_is_stopped() -> None:
 
 
 @pytest.mark.usefixtures("unpublished")
-def test_the_test_images_are_never_read(few_digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    sealed = replace(few_digits, test=SealedSplit(Sealed(), Sealed()))  # type: ignore[arg-type]
-    monkeypatch.setattr("rampart.tuning.driver.data_of", lambda _: sealed)
+def test_the_test_images_are_never_read(sealed_digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rampart.tuning.driver.data_of", lambda _: sealed_digits)
     given = {"method": "normal", "trials": "2", "epochs": "1", **SMALL}
     home = run_step("tune", {**given, "objective": "val_robust_accuracy,val_certified_accuracy"})
     inputs = MlflowClient().get_run(home).inputs.dataset_inputs
@@ -209,7 +207,7 @@ def test_a_trial_that_fails_is_told_and_another_takes_its_place(
         if len(quick_training) == 1:
             quick_training.append(settings)
             raise TrainingDiverged("the loss became nan in epoch 1: lower lr")
-        return works(settings, *given)  # type: ignore[arg-type]
+        return works(settings, *given)
 
     monkeypatch.setattr(trials, "train", diverging)
     run_step("tune", {"method": "normal", "trials": "3", "epochs": "1", **SMALL})

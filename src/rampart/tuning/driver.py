@@ -8,10 +8,11 @@ import multiprocessing
 import os
 import signal
 import time
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import optuna
 import torch
@@ -49,10 +50,10 @@ def tune(run: Run, settings: TuneSettings, given: Mapping[str, str]) -> None:
         RampartError: bad input, before any training; most trials failed.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # each trial is told of by us
-    arm = Arm(settings.method, settings.augment, settings.contrastive)
+    worker = Worker(settings, dict(given), run.experiment)
+    arm = worker.arm
     run.name(f"tune {arm.name}")
     run.tags({"arm": arm.name, "method": arm.method, "seed": settings.seed})
-    worker = Worker(settings, dict(given), run.experiment)
     data = worker.data()
     run.dataset(data, settings.dataset, settings.val_fraction, settings.split_seed)
     study = worker.study(data, run.id)
@@ -63,7 +64,7 @@ def tune(run: Run, settings: TuneSettings, given: Mapping[str, str]) -> None:
         log.info("study '%s' goes on in run %s: %d trials are done", study.study_name, home.id, len(finished(study)))
     with nullcontext() if home is run else reopened(home), _helpers(worker, home.id, settings.workers - 1):
         worker.work(study, data, home.id)
-        publish(home, study, settings, worker.train_texts(), worker.objective())
+        publish(home, study, settings, worker.train_texts, worker.objective)
     if home is not run:
         home.close()
 
@@ -72,7 +73,7 @@ def check(given: Mapping[str, str]) -> None:
     """Raises SettingsError where `tune` would, given these texts."""
     settings = resolve("tune", given)
     assert isinstance(settings, TuneSettings)
-    Worker(settings, dict(given), "").space()
+    read_space(settings.method, settings.space, Worker(settings, dict(given), "").train_texts)
 
 
 @dataclass(frozen=True)
@@ -83,18 +84,40 @@ class Worker:
     given: dict[str, str]
     experiment: str
 
+    @cached_property
+    def arm(self) -> Arm:
+        return Arm(self.settings.method, self.settings.augment, self.settings.contrastive)
+
+    @cached_property
     def train_texts(self) -> dict[str, str]:
         """What the user said of the training itself."""
-        valid, settings = set(names("train")), self.settings
-        arm = {"method": settings.method, "augment": str(settings.augment), "contrastive": settings.contrastive}
-        return {name: text for name, text in self.given.items() if name in valid} | arm
+        valid, arm = set(names("train")), self.arm
+        said = {"method": arm.method, "augment": str(arm.augment), "contrastive": arm.contrastive}
+        return {name: text for name, text in self.given.items() if name in valid} | said
 
+    @cached_property
+    def training(self) -> TrainSettings:
+        """The settings as they are without tuning."""
+        settings = resolve("train", self.train_texts)
+        assert isinstance(settings, TrainSettings)
+        return settings
+
+    @cached_property
     def objective(self) -> tuple[str, ...]:
         own = f"val_{METHODS[self.settings.method].score_name}"
         return tuple(dict.fromkeys(own if name == "own" else name for name in self.settings.objective))
 
+    @cached_property
+    def eps(self) -> float:
+        return self.settings.objective_eps or self.training.eps
+
+    @cached_property
     def space(self) -> Space:
-        return read_space(self.settings.method, self.settings.space, self.train_texts())
+        return read_space(self.settings.method, self.settings.space, self.train_texts)
+
+    @cached_property
+    def start(self) -> dict[str, Any] | None:
+        return starting_point(self.space, self.train_texts)
 
     def data(self) -> Dataset:
         """The dataset without its test images: nothing here can look at them."""
@@ -102,33 +125,23 @@ class Worker:
         nothing = torch.zeros((0, *data.in_shape), dtype=torch.uint8)
         return replace(data, test=Split(nothing, torch.zeros(0, dtype=torch.int64)))
 
-    def eps(self) -> float:
-        training = resolve("train", self.train_texts())
-        assert isinstance(training, TrainSettings)
-        return self.settings.objective_eps or training.eps
-
     def study(self, data: Dataset, home: str) -> Study:
         """The Optuna study, which must be about the very same thing as before."""
-        settings, texts = self.settings, self.train_texts()
-        training = resolve("train", texts)
-        assert isinstance(training, TrainSettings)
+        settings, training = self.settings, self.training
         double = training.contrastive == "double"
-        space = self.space()
-        fixed = {k: v for k, v in asdict(training).items() if k not in {*space, *_WHEREABOUTS}}
+        fixed = {k: v for k, v in asdict(training).items() if k not in {*self.space, *_WHEREABOUTS}}
         what = {
-            "space": {name: json.loads(distribution_to_json(d)) for name, d in space.items()},
-            "objective": self.objective(),
-            "objective_eps": self.eps(),
+            "space": {name: json.loads(distribution_to_json(d)) for name, d in self.space.items()},
+            "objective": self.objective,
+            "objective_eps": self.eps,
             "settings": fixed,
             "dataset": data.digest,
             "epochs": training.encoder_epochs + training.head_epochs if double else training.epochs,
         }
-        start = starting_point(space, texts)
-        if start is None:
+        if self.start is None:
             log.info("the settings as they are lie outside of the search space: no trial begins with them")
-        arm = Arm(settings.method, settings.augment, settings.contrastive)
-        name = settings.study_name or f"{settings.profile} {settings.dataset} {arm.name} s{settings.seed}"
-        return open_study(settings, name, what, home, start, _lost)
+        name = settings.study_name or f"{settings.profile} {settings.dataset} {self.arm.name} s{settings.seed}"
+        return open_study(settings, name, what, home, self.start, _lost)
 
     def work(self, study: Study, data: Dataset, home: str) -> None:
         """Takes trials until the study has all that it should have."""
@@ -136,27 +149,22 @@ class Worker:
         settings = self.settings
         pruned = settings.pruner != "none"
         device = prepare(settings)
-        task = Task(
-            self.train_texts(), self.space(), self.objective(), self.eps(), pruned, data, device, settings.trials, home
-        )
-
+        task = Task(self.train_texts, self.space, self.objective, self.eps, pruned, data, device, settings.trials, home)
         begun: list[int] = []
 
         def objective(trial: optuna.Trial) -> tuple[float, ...]:
             begun.append(trial.number)
             return run_trial(trial, task)
 
-        start = starting_point(task.space, task.given)
         since = len(study.trials)
         while True:
             retire(study, alive, _lost)
             if len(finished(study)) >= settings.trials:
                 return
             check_failures(study, since)
-            keep_start(study, start)
+            keep_start(study, self.start)
             if missing(study, settings.trials) <= 0:  # the last ones are in other hands, and may come back
                 time.sleep(PAUSE)
-                _fail_stale(study)
                 continue
             try:
                 study.optimize(objective, n_trials=1, catch=(RampartError, Surplus, torch.OutOfMemoryError))
@@ -169,12 +177,6 @@ class Worker:
 
 # They say where something lies or runs, not what it is.
 _WHEREABOUTS = {"device", "threads", "data_root"}
-
-
-def _fail_stale(study: Study) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        optuna.storages.fail_stale_trials(study)
 
 
 def _lost(trial: FrozenTrial) -> None:

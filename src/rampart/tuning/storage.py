@@ -127,7 +127,7 @@ def _short(value: Any) -> str:
 
 class Seeded(optuna.samplers.BaseSampler):
     """Draws every trial from a generator of its own, seeded by the study's seed and the trial's number: the same trials
-    whether a study was interrupted or not, and never the same ones for two workers."""
+    whether a study paused between two of them or not, and never the same ones for two workers."""
 
     def __init__(self, settings: TuneSettings) -> None:
         self.settings = settings
@@ -182,7 +182,7 @@ def _pruner(settings: TuneSettings, what: Mapping[str, Any]) -> optuna.pruners.B
 
 def retire(study: Study, alive: Callable[[str], bool | None], lost: Callable[[FrozenTrial], None]) -> None:
     """Fails the trials of processes of this machine that are gone, and those that have no process and no heartbeat, for
-    theirs ended in the moment of their beginning; all others fall to Optuna's heartbeats.
+    theirs ended in the moment of their beginning; of all others those whose heartbeat has stopped.
 
     Args:
         alive: of a process as in a trial's attribute; None where that is unknown.
@@ -201,6 +201,9 @@ def retire(study: Study, alive: Callable[[str], bool | None], lost: Callable[[Fr
         except (optuna.exceptions.UpdateFinishedTrialError, ValueError):  # another worker was faster
             continue
         lost(trial)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        optuna.storages.fail_stale_trials(study)
 
 
 def missing(study: Study, total: int, number: int | None = None) -> int:

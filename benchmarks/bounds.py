@@ -144,6 +144,8 @@ def training_rows(architecture: str, batch: int, repeats: int) -> list[Row]:
 def one_shot_rows(images: int, alpha_images: int, repeats: int, file: str, dataset: str) -> list[Row]:
     rows = []
     for method, count in (("crown", images), ("alpha-crown", alpha_images)):
+        if not count:
+            continue
         calls = {engine: one_shot(engine, method, count, file, dataset) for engine in ("native", "auto_lirpa")}
         seconds = in_turn(calls, repeats)
         ours, theirs = seconds["native"], seconds["auto_lirpa"]
@@ -163,19 +165,19 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--rows", nargs="+", choices=("training", "one-shot"), default=["training", "one-shot"])
     parser.add_argument("--images", type=int, default=64, help="of the one-shot rows of CROWN")
-    # auto_LiRPA 0.3 optimises slopes on dense maps, a minute for a few images.
-    parser.add_argument("--alpha-images", type=int, default=4, help="of the one-shot rows of α-CROWN")
+    # auto_LiRPA 0.3 optimises slopes on dense maps, minutes for a few images.
+    parser.add_argument("--alpha-images", type=int, default=4, help="of the one-shot rows of α-CROWN; 0: no such rows")
     parser.add_argument("--model", default="", help="weights for the one-shot rows (default: fresh ones)")
     parser.add_argument("--dataset", default="digits", help="images for the one-shot rows")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     rows = []
     if "training" in given.rows:
-        rows += training_rows("paper-cnn", 128, 2 if given.quick else 7)
+        rows += training_rows("paper-cnn", 128, 1 if given.quick else 7)
         if not given.quick:
             rows += training_rows("cnn7", 8, 3)
     if "one-shot" in given.rows:
-        images, alpha_images = (4, 1) if given.quick else (given.images, given.alpha_images)
+        images, alpha_images = (4, 0) if given.quick else (given.images, given.alpha_images)
         rows += one_shot_rows(images, alpha_images, 1 if given.quick else 3, given.model, given.dataset)
     show(f"bounds, {given.threads} threads", rows, given.json)
 

@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Iterable
 from typing import Literal, get_args, get_origin, get_type_hints
 
+import torch
+
 
 class RampartError(Exception):
     """Bad input or an unusable environment; the command line prints it without a traceback and exits with 2."""
@@ -41,6 +43,11 @@ class BoundError(RampartError):
 
 class TrainingDiverged(RampartError):
     """A loss that became NaN or infinite."""
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether that is why: a GPU has an error of its own, a CPU a message."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def unknown(kind: str, given: str, choices: Iterable[str]) -> str:

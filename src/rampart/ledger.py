@@ -78,6 +78,18 @@ def attack_rates(ledger: pd.DataFrame) -> dict[str, float]:
     return rates
 
 
+def corruption_rates(ledger: pd.DataFrame) -> dict[str, float]:
+    """corrupted/<corruption>: accuracy under it, the mean over its strengths; corrupted_accuracy: the mean of these.
+    Nothing where no corruption was tried."""
+    found: dict[str, list[float]] = {}
+    for column in ledger.columns:
+        kind, _, rest = str(column).partition("/")
+        if kind == "withstood":
+            found.setdefault(rest.partition("/")[0], []).append(float(ledger[column].mean()))
+    means = {f"corrupted/{kind}": sum(shares) / len(shares) for kind, shares in found.items()}
+    return {**means, **({"corrupted_accuracy": sum(means.values()) / len(means)} if means else {})}
+
+
 def contradiction(ledgers: Mapping[str, pd.DataFrame]) -> str | None:
     """What is wrong with ledgers of one model, by run: an image proved at one ε and broken at that ε or less.
 

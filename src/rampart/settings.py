@@ -20,7 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from rampart.data import Augmentation
 from rampart.errors import SettingsError, require, unknown
-from rampart.evaluation import AttackPlan, CertificationPlan, EmbeddingPlan
+from rampart.evaluation import AttackPlan, CertificationPlan, CorruptionPlan, EmbeddingPlan, TrustPlan
 from rampart.training.recipe import Contrastive, MethodName, Recipe
 from rampart.verification import VerificationPlan
 
@@ -95,13 +95,12 @@ class ModelSettings(Common):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateSettings(ModelSettings, CertificationPlan, AttackPlan):
+class EvaluateSettings(ModelSettings, TrustPlan, CorruptionPlan, CertificationPlan, AttackPlan):
     """Settings of `evaluate`."""
 
     def __post_init__(self) -> None:
-        ModelSettings.__post_init__(self)
-        AttackPlan.__post_init__(self)
-        CertificationPlan.__post_init__(self)
+        for part in (ModelSettings, AttackPlan, CertificationPlan, CorruptionPlan, TrustPlan):
+            part.__post_init__(self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rampart.attacks import AttackResult, perturb, pgd
+from rampart.attacks.objectives import margin
 from rampart.errors import ModelError, SettingsError
-from tests.nets import CLASSES, randomised
 
 RADII = (0.0, 0.01, 0.03, 0.1)
 
@@ -28,35 +28,6 @@ class Threshold(nn.Module):
         return torch.stack([-above, above], 1)
 
 
-@pytest.fixture
-def network() -> nn.Module:
-    model = nn.Sequential(
-        nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(96, CLASSES)
-    )
-    return balanced(randomised(model), torch.rand(500, 3, 4, 4))
-
-
-def balanced(model: nn.Sequential, x: Tensor) -> nn.Sequential:
-    """`model` with its last bias moved so that no class has a lead on average."""
-    with torch.no_grad():
-        model[-1].bias -= model(x).mean(0)
-    return model
-
-
-@pytest.fixture
-def images() -> Tensor:
-    return torch.rand(40, 3, 4, 4)
-
-
-@pytest.fixture
-def labels(network: nn.Module, images: Tensor) -> Tensor:
-    """What the network says, so that it is right on all images but the first four."""
-    with torch.no_grad():
-        found = network(images).argmax(1)
-    found[:4] = (found[:4] + 1) % CLASSES
-    return found
-
-
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -71,7 +42,7 @@ def test_examples_lie_in_the_ball_and_in_the_range_of_pixels(network, images, la
     images[0], images[1] = images[0].round(), images[1] * 0.01
     result = attack(network, images, labels, RADII, step_size=0.02)
     for eps, examples in zip(RADII, result.adversarial.double(), strict=True):
-        assert (examples - images.double()).abs().max() <= eps + 1e-6
+        assert (examples - images.double()).abs().max() <= eps  # to the last bit
         assert examples.min() >= 0
         assert examples.max() <= 1
 
@@ -202,6 +173,76 @@ def test_the_same_seed_gives_the_same_attack_and_another_one_does_not(network, i
     assert not torch.equal(first.adversarial, other.adversarial)
 
 
+def test_what_broke_an_image_is_told(network, images, labels) -> None:
+    """The smallest radius, the start and the step; a step less does not do it."""
+    result = attack(network, images, labels, RADII, steps=6, step_size=0.004, restarts=3)
+    for row, (smallest, start, step) in enumerate(
+        zip(result.broken_eps.tolist(), result.start.tolist(), result.step.tolist(), strict=True)
+    ):
+        broken_at = [eps for eps, found in zip(RADII, result.success[:, row].tolist(), strict=True) if found]
+        if row < 4:
+            assert (smallest, start, step) == (0.0, -1, -1)
+        elif broken_at:
+            assert smallest == pytest.approx(broken_at[0])
+            assert 0 <= start < 3
+            assert 0 <= step <= 6
+        else:
+            assert (smallest, start, step) == (float("inf"), -1, -1)
+    assert set(result.start.tolist()) >= {-1, 0}
+    late = (result.step > 0) & (result.start == 0) & (result.broken_eps == result.broken_eps.new_tensor(RADII[1]))
+    assert bool(late.any())
+    fewer = attack(network, images, labels, RADII[1], steps=int(result.step[late].min()) - 1 or 1, step_size=0.004)
+    assert not bool(fewer.success[0][late].all())
+
+
+def test_of_an_unbroken_image_the_nearest_miss_is_kept(network, images, labels) -> None:
+    result = attack(network, images, labels, 0.02, steps=8, restarts=3)
+    held = ~result.success[0]
+    assert bool(held.any())
+    with torch.no_grad():
+        before, after = (margin(network(x), labels) for x in (images, result.adversarial[0]))
+    assert bool((after[held] > before[held]).all())
+    assert bool((after[held] <= 0).all())
+
+
+def test_models_that_hide_their_gradient_altogether_can_be_attacked(images) -> None:
+    """As does one that counts: what is left is the random start."""
+
+    class Counting(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            bright = (x.flatten(1) > 0.5).sum(1).float()
+            return torch.stack([bright, 48.5 - bright], 1)
+
+    labels = Counting()(images).argmax(1)
+    assert bool(attack(Counting().eval(), images, labels, 0.1, restarts=5).success.any())
+
+
+@pytest.mark.parametrize("loss", ["ce", "margin", "dlr"])
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_every_loss_and_norm_finds_what_the_ball_holds(network, images, labels, norm: str, loss: str) -> None:
+    eps = 0.03 if norm == "linf" else 0.2
+    result = attack(network, images, labels, (eps / 4, eps), steps=20, norm=norm, loss=loss, schedule="cosine")
+    order = float("inf") if norm == "linf" else 2
+    for radius, examples in zip((eps / 4, eps), result.adversarial.double(), strict=True):
+        distance = torch.linalg.vector_norm((examples - images.double()).flatten(1), ord=order, dim=1)
+        assert distance.max() <= radius
+        assert examples.min() >= 0
+        assert examples.max() <= 1
+    assert 4 < int(result.success[0].sum()) < int(result.success[1].sum())
+
+
+def test_in_an_l2_ball_a_linear_model_is_broken_where_it_can_be() -> None:
+    """Two classes, far from the borders of [0, 1]: the worst point lies along the weights."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2)).double().eval()
+    x, eps = 0.4 + 0.2 * torch.rand(60, 3, 2, 2).double(), 0.1
+    with torch.no_grad():
+        logits = model(x)
+        y, weight = logits.argmax(1), model[1].weight[1] - model[1].weight[0]
+        exact = (logits[:, 1] - logits[:, 0]).abs() < eps * weight.norm()
+    assert 0 < int(exact.sum()) < 60
+    assert torch.equal(attack(model, x, y, eps, steps=300, step_size=0.05, norm="l2").success[0], exact)
+
+
 def test_the_attack_leaves_network_and_images_as_they_are(network, images, labels) -> None:
     before = {name: value.clone() for name, value in network.state_dict().items()}
     copy = images.clone()
@@ -229,6 +270,7 @@ def test_frozen_parameters_can_be_attacked(network, images, labels) -> None:
         (0.1, {"step_size": 0.0}, "step_size"),
         ((0.1, 0.2), {"step_size": (0.1,)}, "step sizes"),
         (0.1, {"step_size": (0.1, -0.1)}, "step"),
+        (0.1, {"loss": "hinge"}, "loss"),
     ],
 )
 def test_bad_arguments_are_named(network, images, labels, eps, change, mentions: str) -> None:
@@ -250,7 +292,7 @@ def ascend(network: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int = 10
 def test_perturbed_images_lie_in_the_ball_and_in_the_range_of_pixels(network, images, labels, eps: float) -> None:
     images[0] = images[0].round()
     moved = ascend(network, images, labels, eps, step=0.05).double()
-    assert (moved - images.double()).abs().max() <= eps + 1e-6
+    assert (moved - images.double()).abs().max() <= eps
     assert moved.min() >= 0
     assert moved.max() <= 1
 

@@ -35,7 +35,7 @@ def values() -> pd.DataFrame:
             for metric, value in (("safe-incomplete", 3), ("unknown", 2), ("images", 5), ("certified_accuracy", 0.6)):
                 entry = {**key, "step": "verify", "metric": metric, "eps": 2 / 255, "value": value, "run": f"v-{run}"}
                 rows.append(entry)
-    return pd.DataFrame(rows).astype({"eps": float})
+    return pd.DataFrame(rows).astype({"eps": float}).assign(suspect=False)
 
 
 def test_seeds_become_mean_and_deviation_and_keep_their_runs() -> None:
@@ -49,6 +49,36 @@ def test_radii_are_columns_in_ascending_order() -> None:
     table = tables.by_eps(summarise(values()), "asr")
     assert list(table.columns) == ["method", "augmentation", "SupCon", "ε 2/255", "ε 8/255", "runs"]
     assert table["ε 8/255"][0] == "3.14 ± 0.00"
+
+
+def test_rates_of_an_attack_that_failed_a_check_are_marked() -> None:
+    found = values()
+    found["suspect"] = (found["run"] == "normal-1") & found["metric"].isin(["asr", "robust_accuracy"])
+    summary = summarise(found)
+    assert tables.by_eps(summary, "asr")["ε 8/255"].tolist() == ["3.14 ± 0.00 †", "3.14 ± 0.00"]
+    assert "†" not in " ".join(tables.accuracy(summary)["accuracy %"])
+    latex = tables.latex(tables.by_eps(summary, "asr").drop(columns="runs"), "c", "l")
+    assert "$\\dagger$" in latex
+    assert "†" not in latex
+
+
+def named(metric: str, value: float) -> dict[str, object]:
+    key = {"augment": False, "method": "normal", "contrastive": "none", "arm": "normal", "engine": "native"}
+    return {**key, "seed": "0", "step": "evaluate", "metric": metric, "eps": float("nan"), "value": value, "run": "r"}
+
+
+def test_checks_that_failed_are_marked_and_missing_ones_are_a_stroke() -> None:
+    rows = [named("trust/zero_gradients", 0.5), named("trust/noise", 0.0), named("corrupted/jpeg", 0.25)]
+    table = tables.trust(summarise(pd.DataFrame(rows).assign(suspect=False)))
+    assert table["zero gradients (≤ 5)"].tolist() == ["50.0 †"]
+    assert table["noise (≤ 2)"].tolist() == ["0.0"]
+    assert table["transfer (≤ 3)"].tolist() == ["-"]
+
+
+def test_corruptions_have_their_columns_and_their_mean() -> None:
+    rows = [named("corrupted/jpeg", 0.25), named("corrupted/gaussian_noise", 0.75), named("corrupted_accuracy", 0.5)]
+    table = tables.corruptions(summarise(pd.DataFrame(rows).assign(suspect=False)))
+    assert table[["gaussian noise", "jpeg", "contrast", "mean"]].iloc[0].tolist() == ["75.00", "25.00", "-", "50.00"]
 
 
 def test_verdicts_keep_every_word() -> None:

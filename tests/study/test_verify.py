@@ -57,7 +57,7 @@ def test_an_interrupted_verification_is_gone_on_with(weights: str, monkeypatch: 
         return verify(*given, **named)  # type: ignore[arg-type]
 
     seconds = itertools.count(step=10)
-    monkeypatch.setattr("rampart.study.steps.time.monotonic", lambda: next(seconds))
+    monkeypatch.setattr("rampart.study.resuming.time.monotonic", lambda: next(seconds))
     monkeypatch.setattr(split, "verify", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_step("verify", settings(weights))

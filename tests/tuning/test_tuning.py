@@ -179,11 +179,11 @@ def test_of_several_objectives_a_trial_worse_in_all_is_stopped() -> None:
         study.tell(trial, (score / 10, 1 - score / 10))
     trial = study.ask()
     trial.set_user_attr("epoch/1", (0.0, 0.0))
-    assert not worse_in_all(trial, 1, (0.0, 0.0)), "an epoch to warm up"
+    assert not worse_in_all(trial, 1, (0.0, 0.0), 1), "an epoch to warm up"
     trial.set_user_attr("epoch/2", (0.0, 0.0))
-    assert worse_in_all(trial, 2, (0.1, 0.7))
-    assert not worse_in_all(trial, 2, (0.0, 0.9)), "good at one thing"
-    assert not worse_in_all(trial, 3, (0.0, 0.0)), "nothing to compare with"
+    assert worse_in_all(trial, 2, (0.1, 0.7), 1)
+    assert not worse_in_all(trial, 2, (0.0, 0.9), 1), "good at one thing"
+    assert not worse_in_all(trial, 3, (0.0, 0.0), 1), "nothing to compare with"
 
 
 @pytest.mark.usefixtures("unpublished")

@@ -1,24 +1,21 @@
-"""Projected gradient descent in the L∞ ball (Madry et al. 2018)."""
+"""Projected gradient descent (Madry et al. 2018)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rampart.errors import ModelError, require
+from rampart.attacks.ball import Ball, Norm, gradient
+from rampart.attacks.objectives import OBJECTIVES, Loss, margin
+from rampart.attacks.sweep import AttackResult, Attempt, Start, radii_of, sweep
+from rampart.errors import require, unknown
 
-
-@dataclass(frozen=True)
-class AttackResult:
-    """`adversarial` [E, B, C, H, W] in [0, 1] and `success` [E, B]: whether the model errs on it; E follows `eps`."""
-
-    adversarial: Tensor
-    success: Tensor
-    eps: tuple[float, ...]
+Schedule = Literal["constant", "cosine"]
 
 
 def pgd(
@@ -30,11 +27,12 @@ def pgd(
     step_size: float | Sequence[float] | None = None,
     restarts: int = 1,
     generator: torch.Generator | None = None,
+    *,
+    norm: Norm = "linf",
+    loss: Loss = "ce",
+    schedule: Schedule = "constant",
 ) -> AttackResult:
-    """Attacks by ascending the cross-entropy from random starts; every iterate counts, the last one too.
-
-    The balls are nested, so an image broken at one ε is broken at the larger ones: it leaves the batch, and its
-    example stands for them all. An image that the model gets wrong is broken by itself.
+    """Ascends a loss from random starts; every iterate counts, the last one too (`sweep` says how ε are shared).
 
     Args:
         model: pixels -> logits, in eval mode.
@@ -43,62 +41,54 @@ def pgd(
         eps: one radius or several, in pixels, in any order.
         steps: gradient steps a start, 1 or more.
         step_size: in pixels, one for all or one a radius; default 2.5 ε / steps.
-        restarts: random starts, 1 or more.
+        restarts: random starts, 1 or more; `start` of the result counts them.
         generator: of the starts, on x's device.
+        norm: of the ball, `linf` or `l2`.
+        loss: `ce` (cross-entropy), `margin` (Carlini & Wagner 2017) or `dlr` (Croce & Hein 2020).
+        schedule: of the step size: `constant`, or `cosine` (down to 0).
 
     Raises:
         SettingsError: a bad ε, step size, or count. ModelError: the model is in training mode.
     """
-    radii = tuple(float(e) for e in (eps if isinstance(eps, Sequence) else [eps]))
+    radii = radii_of(eps)
     sizes = step_size if isinstance(step_size, Sequence) else [step_size] * len(radii)
-    require(len(radii) > 0 and all(e >= 0 for e in radii), f"eps must be 0 or more, not {eps}")
     require(steps >= 1 and restarts >= 1, f"steps and restarts must be 1 or more, not {steps} and {restarts}")
     require(len(sizes) == len(radii), f"{len(sizes)} step sizes for {len(radii)} eps: give one for each")
     require(all(s is None or s > 0 for s in sizes), f"step_size must be above 0, not {step_size}")
-    if model.training:
-        raise ModelError("an attack needs a fixed network: call model.eval() first")
-    adversarial = x.expand(len(radii), *x.shape).clone()
-    success = torch.zeros(len(radii), len(x), dtype=torch.bool, device=x.device)
-    with torch.no_grad():
-        broken = model(x).argmax(1) != y
-    example = x.clone()
-    for place in sorted(range(len(radii)), key=lambda e: radii[e]):
-        size = sizes[place]
-        step = 2.5 * radii[place] / steps if size is None else size
-        for _ in range(restarts):
-            left = (~broken).nonzero().squeeze(1)
-            if len(left):
-                found, examples = _one_start(model, x[left], y[left], radii[place], step, steps, generator)
-                broken[left[found]] = True
-                example[left[found]] = examples[found]
-        adversarial[place], success[place] = example, broken
-    return AttackResult(adversarial, success, radii)
+    require(loss in OBJECTIVES, unknown("loss", loss, OBJECTIVES))
+    size_of = dict(zip(radii, sizes, strict=True))
+
+    def starts(radius: float) -> list[Start]:
+        size = size_of[radius]
+        first = 2.5 * radius / steps if size is None else size
+        moves = [first * ((1 + math.cos(math.pi * t / steps)) / 2 if schedule == "cosine" else 1) for t in range(steps)]
+        return [partial(_one_start, moves=moves, loss=loss, generator=generator)] * restarts
+
+    return sweep(model, x, y, radii, starts, norm)
 
 
 def _one_start(
-    model: nn.Module, x: Tensor, y: Tensor, eps: float, step: float, steps: int, generator: torch.Generator | None
-) -> tuple[Tensor, Tensor]:
-    """(whether an iterate was misclassified [B], the first such iterate [B, C, H, W])."""
-    found = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-    examples = x.clone()
-    left = torch.arange(len(x), device=x.device)
-    lower, upper = (x - eps).clamp(0, 1), (x + eps).clamp(0, 1)
-    current = _random_start(lower, upper, generator)
-    for iterate in range(steps + 1):
-        current.requires_grad_()
+    model: nn.Module, ball: Ball, y: Tensor, moves: Sequence[float], loss: Loss, generator: torch.Generator | None
+) -> Attempt:
+    example, step = ball.x.clone(), torch.zeros_like(y)
+    best = torch.full(y.shape, -math.inf, dtype=ball.x.dtype, device=y.device)
+    left = torch.arange(len(y), device=y.device)
+    current = ball.random(generator)
+    for iterate in range(len(moves) + 1):
+        last = iterate == len(moves)
+        current.requires_grad_(not last)
         logits = model(current)
+        values, ahead = OBJECTIVES[loss](logits, y[left]), margin(logits.detach(), y[left])
         wrong = logits.detach().argmax(1) != y[left]
-        if wrong.any():
-            found[left[wrong]] = True
-            examples[left[wrong]] = current.detach()[wrong]
-        if iterate == steps or wrong.all():
+        better = wrong | (ahead > best[left])
+        rows = left[better]
+        example[rows], best[rows], step[rows] = current.detach()[better], ahead[better], iterate
+        if last or wrong.all():
             break
-        (gradient,) = torch.autograd.grad(F.cross_entropy(logits, y[left], reduction="sum"), current)
-        stay = ~wrong
-        left, lower, upper = left[stay], lower[stay], upper[stay]
-        moved = current.detach()[stay] + step * gradient[stay].sign()
-        current = torch.maximum(torch.minimum(moved, upper), lower)
-    return found, examples
+        slope, stay = gradient(values.sum(), current), ~wrong
+        left, ball = left[stay], ball[stay]
+        current = ball.project(current.detach()[stay] + moves[iterate] * ball.steepest(slope[stay]))
+    return Attempt(example, step)
 
 
 def perturb(
@@ -108,17 +98,22 @@ def perturb(
     steps: int,
     step_size: float,
     generator: torch.Generator | None = None,
+    wide: bool = False,
 ) -> Tensor:
-    """The last iterate of PGD on any `loss` of the whole batch (for training): [B, C, H, W] in the ball and [0, 1]."""
-    lower, upper = (x - eps).clamp(0, 1), (x + eps).clamp(0, 1)
-    current = _random_start(lower, upper, generator)
+    """The last iterate of PGD on any `loss` of the whole batch (for training): [B, C, H, W] in the ball and [0, 1].
+
+    `wide` starts within twice the radius and brings nothing back to the ball (N-FGSM, de Jorge et al. 2022, with one
+    step of size ε): the result lies in [0, 1] and within 2 ε + steps * step_size.
+    """
+    ball = Ball(x, eps)
+    if wide:
+        draw = torch.rand(x.shape, device=x.device, generator=generator)
+        current = (x + 2 * eps * (2 * draw - 1)).clamp(0, 1)
+    else:
+        current = ball.random(generator)
     for _ in range(steps):
         current.requires_grad_()
-        (gradient,) = torch.autograd.grad(loss(current), current)
-        current = torch.maximum(torch.minimum(current.detach() + step_size * gradient.sign(), upper), lower)
+        slope = gradient(loss(current), current)
+        moved = current.detach() + step_size * ball.steepest(slope)
+        current = moved.clamp(0, 1) if wide else ball.project(moved)
     return current.detach()
-
-
-def _random_start(lower: Tensor, upper: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Uniform in the box [lower, upper]."""
-    return lower + (upper - lower) * torch.rand(lower.shape, device=lower.device, generator=generator)

@@ -1,19 +1,26 @@
-"""Clean accuracy and PGD over a list of ε on a whole split."""
+"""Clean accuracy and attacks over a list of ε on a whole split."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from rampart.attacks import pgd
-from rampart.data import Split, batches
-from rampart.errors import ModelError, require
+from rampart.attacks import MEMBERS, AttackResult, Norm, apgd, autoattack, pgd
+from rampart.attacks.objectives import Loss
+from rampart.attacks.pgd import Schedule
+from rampart.data import Split, to_pixels
+from rampart.errors import ModelError, is_out_of_memory, require, require_choices
 from rampart.ledger import evaluation_ledger
 from rampart.models import logits_of
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,20 +28,30 @@ class AttackPlan:
     """How a model is attacked.
 
     Args:
+        attack: `pgd`, `apgd` (its step size follows the loss), or `autoattack` (the standard ensemble, which knows
+            neither steps nor restarts nor loss).
         eps: radii in pixels.
-        steps: PGD steps a start.
-        rel_step: step size as a share of ε (the study: 0.5).
+        norm: of the ball: `linf` or `l2`.
+        steps: gradient steps a start.
+        rel_step: PGD's step size as a share of ε (the study: 0.5).
+        step_schedule: PGD's: `constant` or `cosine` (down to 0).
         restarts: random starts.
+        loss: what is ascended: `ce`, `margin` or `dlr`.
         batch_size: images a batch.
     """
 
+    attack: Literal["pgd", "apgd", "autoattack"] = "pgd"
     eps: tuple[float, ...] = (1 / 255, 2 / 255, 4 / 255, 8 / 255, 16 / 255)
+    norm: Norm = "linf"
     steps: int = 10
     rel_step: float = 0.5
+    step_schedule: Schedule = "constant"
     restarts: int = 1
+    loss: Loss = "ce"
     batch_size: int = 256
 
     def __post_init__(self) -> None:
+        require_choices(self)
         require(bool(self.eps), "eps needs one radius or more, as in eps=1/255,2/255")
         for eps in self.eps:
             require(0 <= eps <= 1, f"eps must lie between 0 and 1 (pixels), not {eps:g}")
@@ -42,30 +59,94 @@ class AttackPlan:
             require(getattr(self, name) >= 1, f"{name} must be 1 or more, not {getattr(self, name)}")
         require(self.rel_step > 0, f"rel_step must be above 0, not {self.rel_step}")
 
+    @property
+    def radii(self) -> tuple[float, ...]:
+        """Ascending, each once."""
+        return tuple(sorted(set(self.eps)))
 
-def evaluate(model: nn.Module, split: Split, plan: AttackPlan, seed: int = 0) -> pd.DataFrame:
+    def members(self) -> list[tuple[str, int]]:
+        """(name, restart) of each start of the attack, by the numbers that an AttackResult calls them."""
+        if self.attack == "autoattack":
+            return [(name, MEMBERS[:number].count(name)) for number, name in enumerate(MEMBERS)]
+        return [(self.attack, restart) for restart in range(self.restarts)]
+
+
+def attacked(
+    model: nn.Module, x: Tensor, y: Tensor, eps: tuple[float, ...], plan: AttackPlan, generator: torch.Generator
+) -> AttackResult:
+    """The plan's attack at other radii (pixels); x [B, C, H, W], y [B]."""
+    if plan.attack == "autoattack":
+        return autoattack(model, x, y, eps, generator, norm=plan.norm)
+    if plan.attack == "apgd":
+        return apgd(model, x, y, eps, plan.steps, plan.restarts, generator, norm=plan.norm, loss=plan.loss)
+    sizes = [plan.rel_step * e or 1.0 for e in eps]
+    kind = {"norm": plan.norm, "loss": plan.loss, "schedule": plan.step_schedule}
+    return pgd(model, x, y, eps, plan.steps, sizes, plan.restarts, generator, **kind)  # type: ignore[arg-type]
+
+
+def evaluate(
+    model: nn.Module,
+    split: Split,
+    plan: AttackPlan,
+    seed: int = 0,
+    finished: pd.DataFrame | None = None,
+    keep: Callable[[pd.DataFrame], None] = lambda _: None,
+) -> pd.DataFrame:
     """The ledger of `split` (on the model's device); ε in ascending order, each once.
+
+    Beside what every ledger has: broken_eps, broken_by, broken_restart and broken_step, the smallest radius at which
+    the attack broke a correctly classified image, and which of its members, starts and steps did.
+
+    Args:
+        finished: the ledger of an interrupted evaluation with the same plan, whose images are not attacked again.
+        keep: called with the ledger so far after each batch.
 
     Raises:
         ModelError: the labels do not fit the model's outputs, or the images its inputs.
     """
-    radii = sorted(set(plan.eps))
-    generator = torch.Generator(split.labels.device).manual_seed(seed)
-    predictions, success = [], []
-    for x, y in tqdm(
-        batches(split, plan.batch_size),
-        desc="attack",
-        unit="batch",
-        disable=None,
-        leave=False,
-        total=-(-len(split) // plan.batch_size),
-    ):
-        with torch.no_grad():
-            logits = logits_of(model, x)
-        if int(y.max()) >= logits.shape[1]:
-            raise ModelError(f"the data have label {int(y.max())}, the model {logits.shape[1]} classes: wrong dataset?")
-        steps = [plan.rel_step * eps or 1.0 for eps in radii]
-        result = pgd(model, x, y, radii, plan.steps, steps, plan.restarts, generator)
-        predictions.append(logits.argmax(1))
-        success.append(result.success)
-    return evaluation_ledger(split.labels, torch.cat(predictions), torch.cat(success, 1), radii)
+    size = min(plan.batch_size, len(split))
+    ledgers = [finished] if finished is not None and len(finished) else []
+    start = sum(len(ledger) for ledger in ledgers)
+    with tqdm(total=len(split), initial=start, desc="attack", unit="image", disable=None, leave=False) as bar:
+        while start < len(split):
+            batch = split[start : start + size]
+            # A batch's draws are its own, so that a resumed evaluation draws the same.
+            generator = torch.Generator(split.labels.device).manual_seed(seed + start)
+            try:
+                ledger = _attacked_batch(model, batch, plan, generator)
+            except RuntimeError as error:
+                if not is_out_of_memory(error) or size == 1:
+                    raise
+                size = -(-size // 2)
+                log.warning("out of memory: going on with %d images a batch", size)
+                continue
+            ledger["image"] += start
+            ledgers.append(ledger)
+            start += len(batch)
+            bar.update(len(batch))
+            keep(pd.concat(ledgers, ignore_index=True))
+    return pd.concat(ledgers, ignore_index=True)
+
+
+def _attacked_batch(model: nn.Module, batch: Split, plan: AttackPlan, generator: torch.Generator) -> pd.DataFrame:
+    x, y = to_pixels(batch.images), batch.labels
+    with torch.no_grad():
+        logits = logits_of(model, x)
+    if int(y.max()) >= logits.shape[1]:
+        raise ModelError(f"the data have label {int(y.max())}, the model {logits.shape[1]} classes: wrong dataset?")
+    result = attacked(model, x, y, plan.radii, plan, generator)
+    ledger = evaluation_ledger(y, logits.argmax(1), result.success, plan.radii)
+    broken = result.start >= 0
+    starts = result.start[broken].tolist()
+    members = plan.members()
+    rows = broken.cpu().numpy()
+    ledger["broken_eps"] = pd.array([pd.NA] * len(ledger), dtype="Float64")
+    ledger["broken_by"] = pd.array([pd.NA] * len(ledger), dtype="string")
+    for name in ("broken_restart", "broken_step"):
+        ledger[name] = pd.array([pd.NA] * len(ledger), dtype="Int64")
+    ledger.loc[rows, "broken_eps"] = result.broken_eps[broken].tolist()
+    ledger.loc[rows, "broken_by"] = [members[start][0] for start in starts]
+    ledger.loc[rows, "broken_restart"] = [members[start][1] for start in starts]
+    steps = result.step[broken].tolist()
+    ledger.loc[rows, "broken_step"] = [step if step >= 0 else pd.NA for step in steps]
+    return ledger

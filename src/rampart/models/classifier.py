@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rampart.errors import ModelError, require, unknown
+from rampart.errors import ModelError, is_out_of_memory, require, unknown
 
 
 class Normalize(nn.Module):
@@ -67,6 +67,8 @@ def logits_of(model: nn.Module, x: Tensor) -> Tensor:
     try:
         return model(x)
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         shape = "x".join(str(size) for size in x.shape[1:])
         reason = str(error).splitlines()[0][:120]
         raise ModelError(f"the model does not take images of {shape} ({reason}): wrong dataset or model?") from error

@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
+from rampart.evaluation.trust import MEANING
 from rampart.reports import figures, tables
 from rampart.reports.evidence import Evidence, collect, summarise
 from rampart.settings import CompareSettings, load_profile
@@ -20,6 +21,7 @@ from rampart.tracking import Run
 from rampart.tracking.queries import artifact_place
 
 REPORT = "report.html"
+SUSPECT = f" {tables.MARK}: the attack has failed a check, the true share may be far lower."
 
 
 @dataclass(frozen=True)
@@ -83,19 +85,44 @@ def sections(summary: pd.DataFrame, evidence: Evidence) -> list[Section]:
             Section(
                 "robust_accuracy",
                 "Robust accuracy (the study's Figure 4)",
-                "Share of all test images that are classified correctly and survive PGD at ε (pixels in [0, 1]).",
+                "Share of all test images that are classified correctly and survive the attack at ε (pixels in [0, 1])."
+                + SUSPECT,
                 tables.by_eps(summary, "robust_accuracy"),
                 figures.robust_curves(summary),
             ),
             Section(
                 "attack_success",
                 "Attack success rate",
-                "Share of the correctly classified test images that PGD, or a search for a proof, breaks at ε (pixels "
-                "in [0, 1]).",
+                "Share of the correctly classified test images that the attack, or a search for a proof, breaks at ε "
+                "(pixels in [0, 1])." + SUSPECT,
                 tables.by_eps(summary, "asr"),
                 None,
             ),
         ]
+    if summary["metric"].str.startswith("trust/").any():
+        found.append(
+            Section(
+                "trust",
+                "Whether the attacks can be trusted",
+                "Signs of gradient masking, or of an attack that is too weak, in percent of the correctly classified "
+                f"images that were probed; {tables.MARK}: more than is allowed. "
+                + "; ".join(f"{check.replace('_', ' ')}: {meaning}" for check, meaning in MEANING.items())
+                + ".",
+                tables.trust(summary),
+                None,
+            )
+        )
+    if (summary["metric"] == "corrupted_accuracy").any():
+        found.append(
+            Section(
+                "corruptions",
+                "Accuracy under natural corruptions",
+                "Share of the test images that are classified correctly, the mean over the five strengths of each "
+                "corruption (Hendrycks & Dietterich 2019).",
+                tables.corruptions(summary),
+                None,
+            )
+        )
     if ((summary["step"] == "evaluate") & (summary["metric"] == "certified_accuracy")).any():
         found.append(
             Section(

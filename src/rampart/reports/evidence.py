@@ -27,7 +27,8 @@ class Evidence:
     """What a comparison rests on; a row's `engine` is that of a verification, `native` for all else.
 
     Args:
-        values: one row a number (KEYS, seed, step, metric, eps, value, run).
+        values: one row a number (KEYS, seed, step, metric, eps, value, run, and whether it is suspect: it comes from an
+            attack that has failed a check).
         radii: one row an image whose radius was looked for (KEYS, run, radius; NaN where it is misclassified).
         points: UMAP coordinates by arm.
         dataset: name, digest and split.
@@ -53,8 +54,8 @@ def collect(experiment: str, settings: CompareSettings) -> Evidence:
     parts = []
     members = _members(settings.study) if settings.study else None
     for step in ("evaluate", "verify", "embed"):
-        runs = _newest(find_runs(experiment, {"step": step, "profile": settings.profile}), members, step, notes)
-        parts.append(runs)
+        found = _of_linf(find_runs(experiment, {"step": step, "profile": settings.profile}), step, notes)
+        parts.append(_newest(found, members, step, notes))
     runs = pd.concat([part for part in parts if len(part)] or [pd.DataFrame()], ignore_index=True)
     if runs.empty or not runs["step"].isin(["evaluate", "verify"]).any():
         where = f"study {settings.study}" if settings.study else f"experiment {experiment}"
@@ -69,6 +70,14 @@ def collect(experiment: str, settings: CompareSettings) -> Evidence:
     first = runs.iloc[0]
     dataset = f"{first['tags.rampart.dataset']} (digest {first['digest']}, split {first['tags.rampart.split']})"
     return Evidence(values, _found_radii(runs, ledgers), points, classes, dataset, notes)
+
+
+def _of_linf(found: pd.DataFrame, step: str, notes: list[str]) -> pd.DataFrame:
+    """Rates at radii of two norms do not belong into one table either: those of L∞ are kept."""
+    other = found.get("params.norm", pd.Series("linf", index=found.index)).fillna("linf") != "linf"
+    if other.any():
+        notes.append(f"{step}: {int(other.sum())} run(s) in another norm than L∞ left out")
+    return found[~other]
 
 
 def _ledgers(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -147,6 +156,7 @@ def _one_dataset(runs: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
 def _numbers(run: pd.Series) -> pd.DataFrame:
     """The run's metrics in long form; eps is NaN where a metric has none."""
     rows = []
+    suspect = str(run.get("tags.rampart.trust", "")).startswith("suspect")
     for column, value in run.items():
         name = str(column)
         if not name.startswith("metrics.") or pd.isna(value):
@@ -155,19 +165,24 @@ def _numbers(run: pd.Series) -> pd.DataFrame:
         eps = float("nan")
         if metric == "verdicts":
             metric = rest
-        elif rest:
+        elif metric in _NAMED:
+            metric = name.removeprefix("metrics.")
+        elif metric in _METRICS and rest:
             eps = float(rest)
-        if metric in _METRICS:
+        if metric.partition("/")[0] in _METRICS:
             rows.append({**{key: run[key] for key in (*KEYS, "seed", "step")}, "metric": metric, "eps": eps})
-            rows[-1] |= {"value": float(value), "run": run["run_id"]}
+            rows[-1] |= {"value": float(value), "run": run["run_id"], "suspect": metric in _ATTACKED and suspect}
     if run["step"] == "verify":
         for row in rows:
             row["eps"] = _verified_eps(run)
     return pd.DataFrame(rows)
 
 
+# Metrics that an attack has a part in, those with a name behind the stroke instead of ε, and all that are compared.
+_ATTACKED = {"asr", "afr", "robust_accuracy", "attacked_accuracy"}
+_NAMED = {"trust", "corrupted"}
 _METRICS = {
-    *("accuracy", "asr", "afr", "robust_accuracy", "certified_accuracy", "attacked_accuracy"),
+    *("accuracy", "certified_accuracy", "corrupted_accuracy", *_ATTACKED, *_NAMED),
     *(*VERDICTS, "misclassified", "images"),
 }
 
@@ -206,6 +221,10 @@ def summarise(values: pd.DataFrame) -> pd.DataFrame:
     """Mean and standard deviation (over seeds, n - 1) of each number, with the runs that it came from."""
     grouped = values.groupby([*KEYS, "step", "metric", "eps"], dropna=False, sort=False)
     summary = grouped.agg(
-        mean=("value", "mean"), std=("value", "std"), seeds=("value", "size"), runs=("run", lambda r: " ".join(r))
+        mean=("value", "mean"),
+        std=("value", "std"),
+        seeds=("value", "size"),
+        suspect=("suspect", "any"),
+        runs=("run", lambda r: " ".join(r)),
     ).reset_index()
     return _ordered(summary)

@@ -6,10 +6,14 @@ from collections.abc import Callable
 
 import pandas as pd
 
+from rampart.data.corruptions import CORRUPTIONS
+from rampart.evaluation.trust import ALLOWED
 from rampart.ledger import VERDICTS
 from rampart.settings import eps_text
 
 ARM = ["method", "augmentation", "SupCon"]
+# Beside what comes from an attack that has failed a check, and beside that check.
+MARK = "†"
 # What tells the rows of a table apart.
 ROW = ["arm", "engine"]
 
@@ -41,6 +45,28 @@ def brackets(summary: pd.DataFrame) -> pd.DataFrame:
         known = upper[name] != "-"  # runs of older versions have no upper end
         table[name] = table[name].where(~known, table[name] + " – " + upper[name])
     return table
+
+
+def corruptions(summary: pd.DataFrame) -> pd.DataFrame:
+    """Accuracy under natural corruptions by arm, in percent: of each the mean over its strengths, and their mean."""
+    rows = summary[summary["metric"].str.startswith("corrupted") & (summary["step"] == "evaluate")]
+    kinds = [(kind.replace("_", " "), rows["metric"] == f"corrupted/{kind}") for kind in CORRUPTIONS]
+    return _pivoted(rows, [*kinds, ("mean", rows["metric"] == "corrupted_accuracy")], _percent)
+
+
+def trust(summary: pd.DataFrame) -> pd.DataFrame:
+    """What the checks of the attacks found, in percent of the correctly classified images that were probed."""
+    rows = summary[summary["metric"].str.startswith("trust/")]
+
+    def text(row: pd.Series) -> str:
+        allowed = ALLOWED[row["metric"].removeprefix("trust/")]
+        return f"{100 * row['mean']:.1f}" + (f" {MARK}" if row["mean"] > allowed else "")
+
+    columns = [
+        (f"{check.replace('_', ' ')} (≤ {100 * most:g})", rows["metric"] == f"trust/{check}")
+        for check, most in ALLOWED.items()
+    ]
+    return _pivoted(rows, columns, text)
 
 
 def radii(found: pd.DataFrame) -> pd.DataFrame:
@@ -75,9 +101,11 @@ def markdown(table: pd.DataFrame) -> str:
 
 def latex(table: pd.DataFrame, caption: str, label: str) -> str:
     """booktabs; needs \\usepackage{booktabs}."""
-    plain = table.map(lambda v: str(v).replace("±", "+-")).rename(columns=lambda c: c.replace("ε", "eps"))
+    plain = table.map(lambda v: str(v).replace("±", "+-").replace(MARK, "+dag")).rename(
+        columns=lambda c: c.replace("ε", "eps").replace("≤", "at most")
+    )
     text = plain.to_latex(index=False, escape=True, caption=caption, label=label)
-    return text.replace("+-", "$\\pm$").replace("eps", "$\\varepsilon$")
+    return text.replace("+-", "$\\pm$").replace("+dag", "$\\dagger$").replace("eps", "$\\varepsilon$")
 
 
 def _radii(rows: pd.DataFrame) -> list[tuple[str, pd.Series]]:
@@ -116,7 +144,8 @@ def _runs_of(found: pd.DataFrame) -> list[str]:
 
 
 def _percent(row: pd.Series) -> str:
-    return f"{100 * row['mean']:.2f}" + (f" ± {100 * row['std']:.2f}" if row["seeds"] > 1 else "")
+    spread = f" ± {100 * row['std']:.2f}" if row["seeds"] > 1 else ""
+    return f"{100 * row['mean']:.2f}{spread}" + (f" {MARK}" if row["suspect"] else "")
 
 
 def _count(row: pd.Series) -> str:

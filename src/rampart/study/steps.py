@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 
 from rampart.arms import Arm
-from rampart.data import Dataset, stratified_order, to_pixels
+from rampart.data import Dataset, Split, stratified_order, to_pixels
 from rampart.errors import Contradiction
-from rampart.evaluation import AttackPlan, certify, embed, evaluate
-from rampart.ledger import attack_rates, verdict_counts
+from rampart.evaluation import AttackPlan, Trust, certify, embed, evaluate, sample, trust, trust_eps, withstand
+from rampart.ledger import attack_rates, corruption_rates, verdict_counts
 from rampart.models import Classifier, weights_digest
 from rampart.reports import figures
 from rampart.reports.compare import compare
@@ -37,8 +37,9 @@ from rampart.settings import (
 )
 from rampart.study.identity import identity
 from rampart.study.opening import open_data, prepare
+from rampart.study.resuming import LEDGER, Paced, interrupted
 from rampart.tracking import Run, fetch_model, open_run, source_run
-from rampart.tracking.queries import find_runs, read_arrays, read_table, run_tags
+from rampart.tracking.queries import find_runs, read_arrays, run_tags
 from rampart.training import train
 from rampart.verification import Progress, verify_split
 
@@ -103,10 +104,18 @@ def _evaluate(run: Run, settings: Settings, given: Mapping[str, str]) -> None:
     plan: AttackPlan = settings
     if settings.certify != "none":  # the other end of the bracket in which the robust accuracy lies
         plan = replace(settings, eps=tuple({*settings.eps, *settings.certify_eps}))
-    ledger = certify(model, test, evaluate(model, test, plan, settings.seed), settings)
+    weights = weights_digest(model)
+    before = interrupted(run, identity(run.step, settings, data.digest, weights))
+    finished = before[1] if before else None
+    if finished is not None:
+        run.table(finished, LEDGER)  # lest a second interruption loses it
+    ledger = evaluate(model, test, plan, settings.seed, finished, Paced(lambda known: run.table(known, LEDGER)))
+    run.table(ledger, LEDGER)
+    found = _trust(run, settings, model, test, ledger, data.digest, weights) if settings.trust_images else None
+    ledger = certify(model, test, withstand(model, test, ledger, settings, settings.seed), settings)
     rates = attack_rates(ledger)
-    run.table(ledger, "ledger.parquet")
-    run.metrics(rates)
+    run.table(ledger, LEDGER)
+    run.metrics({**rates, **corruption_rates(ledger)})
     _finish(run, settings, data)
     by_name = {key.partition("/")[::2]: rate for key, rate in rates.items()}
     asr = [f"{100 * rate:.2f} % at {eps_text(float(eps))}" for (name, eps), rate in by_name.items() if name == "asr"]
@@ -115,6 +124,44 @@ def _evaluate(run: Run, settings: Settings, given: Mapping[str, str]) -> None:
         if name == "certified_accuracy":
             bracket = 100 * rate, 100 * by_name["attacked_accuracy", eps], eps_text(float(eps)), settings.certify
             log.info("%s: verified accuracy %.2f to %.2f %% at %s (%s)", label, *bracket)
+    if found is not None and found.suspect:
+        log.warning("%s: its attack rates are not to be trusted (%s): see trust.csv", label, ", ".join(found.suspect))
+
+
+def _trust(
+    run: Run,
+    settings: EvaluateSettings,
+    model: Classifier,
+    test: Split,
+    ledger: pd.DataFrame,
+    digest: str,
+    weights: str,
+) -> Trust:
+    """Checks the attack's rates, and leaves adversarial images with which other models' rates can be checked."""
+    images, eps = sample(test, settings), trust_eps(settings)
+    others = _adversarial(run, images, eps, digest, weights)
+    found = trust(model, test, ledger, settings, settings, others, settings.seed)
+    run.csv(found.checks, "trust.csv")
+    values = found.checks.dropna(subset="value")
+    run.metrics({f"trust/{check}": value for check, value in zip(values["check"], values["value"], strict=True)})
+    run.tags({"trust": f"suspect: {', '.join(found.suspect)}" if found.suspect else "ok"})
+    kept = {"images": images.numpy(), "adversarial": found.adversarial.cpu().numpy(), "eps": np.array(eps)}
+    run.arrays(kept, ADVERSARIAL)
+    return found
+
+
+def _adversarial(run: Run, images: torch.Tensor, eps: float, digest: str, weights: str) -> list[torch.Tensor]:
+    """Adversarial examples of those images at that radius that other models' newest evaluations have left."""
+    found: dict[str, torch.Tensor] = {}
+    others = find_runs(run.experiment, {"step": "evaluate", "dataset_digest": digest}, max_results=SOUGHT)
+    for other in others.to_dict("records"):
+        name = other.get("tags.rampart.weights")
+        if name in (weights, *found) or not isinstance(name, str) or len(found) == SOURCES:
+            continue
+        arrays = read_arrays(other["run_id"], ADVERSARIAL) or {}
+        if np.array_equal(arrays.get("images", []), images.numpy()) and float(arrays["eps"]) == eps:
+            found[name] = torch.from_numpy(arrays["adversarial"])
+    return list(found.values())
 
 
 def _verify(run: Run, settings: Settings, given: Mapping[str, str]) -> None:
@@ -122,8 +169,8 @@ def _verify(run: Run, settings: Settings, given: Mapping[str, str]) -> None:
     model, label, _ = _open_model(run, settings)
     data = open_data(run, settings)
     test = data.test.to(prepare(settings))
-    progress = _interrupted(run, settings, data, weights_digest(model))
-    progress.keep = _Keeper(run)
+    progress = _progress(run, settings, data, weights_digest(model))
+    progress.keep = Paced(lambda known: _keep(run, known.ledger, known.examples))
     try:
         ledger, examples = verify_split(model, test, settings, progress)
     except Contradiction:
@@ -146,24 +193,20 @@ def _verify(run: Run, settings: Settings, given: Mapping[str, str]) -> None:
     log.info("%s: %d images at ε %s: %s", label, len(ledger), as_text(settings, {})["eps"], ", ".join(said))
 
 
-LEDGER, EXAMPLES = "ledger.parquet", "counterexamples.npz"
+EXAMPLES, ADVERSARIAL = "counterexamples.npz", "adversarial.npz"
+# Evaluations of other models whose adversarial examples are tried, and among how many they are looked for.
+SOURCES, SOUGHT = 3, 50
 # Counterexamples in a verification's picture.
 SHOWN = 12
 
 
-def _interrupted(run: Run, settings: VerifySettings, data: Dataset, weights: str) -> Progress:
-    """What a verification that ended before its time has left behind, if it had the same settings, data and code."""
-    key = identity(run.step, settings, data.digest, weights)
-    before = find_runs(run.experiment, {"begun": key}, status=None, max_results=1)
-    run.tags({"begun": key})
-    if before.empty or before["status"].iloc[0] not in ("FAILED", "KILLED"):
+def _progress(run: Run, settings: VerifySettings, data: Dataset, weights: str) -> Progress:
+    """What an interrupted verification has left behind."""
+    before = interrupted(run, identity(run.step, settings, data.digest, weights))
+    if before is None:
         return Progress()
-    old = str(before["run_id"].iloc[0])
-    ledger, examples = read_table(old, LEDGER), read_arrays(old, EXAMPLES) or {}
-    if ledger is None:
-        return Progress()
-    log.info("going on after the %d images that run %s has finished", len(ledger), old)
-    run.tags({"resumed_from": old})
+    old, ledger = before
+    examples = read_arrays(old, EXAMPLES) or {}
     rows = [{str(k): v for k, v in row.items() if pd.notna(v)} for row in ledger.to_dict("records")]
     # Of an image whose counterexample was not kept nothing is known.
     kept = [row for row in rows if "counterexample_prediction" not in row or str(row["image"]) in examples]
@@ -177,20 +220,6 @@ def _keep(run: Run, ledger: pd.DataFrame, examples: Mapping[int, torch.Tensor]) 
     if examples:
         run.arrays({str(image): example.cpu().numpy() for image, example in examples.items()}, EXAMPLES)
     run.table(ledger, LEDGER)
-
-
-class _Keeper:
-    """Writes a verification's progress into its run, with a second or as long as it took between: an upload must not
-    outlast the work."""
-
-    def __init__(self, run: Run) -> None:
-        self.run, self.next = run, time.monotonic() + 1
-
-    def __call__(self, progress: Progress) -> None:
-        started = time.monotonic()
-        if started >= self.next:
-            _keep(self.run, progress.ledger, progress.examples)
-            self.next = time.monotonic() + max(1.0, time.monotonic() - started)
 
 
 SAID = ("safe-incomplete", "safe", "unsafe", "timeout", "unknown", "error", "misclassified")

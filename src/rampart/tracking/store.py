@@ -6,9 +6,12 @@ import logging
 import os
 import socket
 import time
+from contextlib import nullcontext
+from functools import lru_cache
 
 import mlflow
 import psutil
+from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
@@ -18,9 +21,20 @@ log = logging.getLogger(__name__)
 
 
 def initialise() -> None:
-    """Creates or migrates the store's database, so that processes started next do not do so side by side."""
+    """Creates or migrates the store's database, one process after the other: side by side they would spoil it."""
+    uri = mlflow.get_tracking_uri()
+    file = uri.removeprefix("sqlite:///")
+    try:
+        with FileLock(f"{file}.lock") if file != uri else nullcontext():
+            _make_ready(uri)
+    except OSError as error:
+        raise _unanswered(uri, error) from error
+
+
+@lru_cache
+def _make_ready(uri: str) -> None:
     last: Exception | None = None
-    # Two processes on a fresh SQLite file: the one that loses the race finds the tables made a moment later.
+    # A server that somebody has just started, too, may need a moment.
     for pause in (0.0, 1.0, 3.0):
         time.sleep(pause)
         try:
@@ -28,10 +42,13 @@ def initialise() -> None:
             return
         except Exception as error:  # SQLAlchemy's, alembic's and requests' errors share no base class
             last = error
-    reason = " ".join(str(last).split())[:200]
-    raise RampartError(
-        f"the tracking store {mlflow.get_tracking_uri()} does not answer ({reason}): check MLFLOW_TRACKING_URI"
-    ) from last
+    assert last is not None
+    raise _unanswered(uri, last) from last
+
+
+def _unanswered(uri: str, error: Exception) -> RampartError:
+    reason = " ".join(str(error).split())[:200]
+    return RampartError(f"the tracking store {uri} does not answer ({reason}): check MLFLOW_TRACKING_URI")
 
 
 def experiment_id() -> str:

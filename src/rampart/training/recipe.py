@@ -44,6 +44,11 @@ class Recipe:
         attack_steps: PGD steps a batch, for the methods that attack.
         attack_rel_step: PGD's step size as a share of the attack's radius.
         attack_rel_eps: the attack's radius as a share of ε.
+        attack_start: where the attack's noise lies: `ball`, or `wide`: within twice the radius, and what the steps make
+            of it is not brought back to the ball. With attack_steps=1 and attack_rel_step=1 that is N-FGSM (de Jorge et
+            al. 2022), with `ball` and 1.25 the fast training of Wong et al. 2020.
+        attack_batchnorm: by which statistics BatchNorm normalises while training images are attacked: `eval` (the
+            running ones, which an attacker of the finished network meets) or `train` (those of the batch).
         trades_beta: weight β of the divergence between the outputs on an image and on its example.
         sabr_lambda: half-width of SABR's box as a share λ of ε.
         mtl_alpha: share α of MTL-IBP's loss that is on intervals.
@@ -92,6 +97,8 @@ class Recipe:
     attack_steps: int = 10
     attack_rel_step: float = 0.25
     attack_rel_eps: float = 1.0
+    attack_start: Literal["ball", "wide"] = "ball"
+    attack_batchnorm: Literal["eval", "train"] = "eval"
     trades_beta: float = 6.0
     sabr_lambda: float = 0.1
     mtl_alpha: float = 0.01

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import multiprocessing
 import os
 import signal
@@ -32,7 +33,7 @@ from rampart.tracking.store import alive
 from rampart.training.methods import METHODS
 from rampart.tuning.publish import publish
 from rampart.tuning.space import Space, read_space, starting_point
-from rampart.tuning.storage import HOME, RUN, check_failures, finished, keep_start, missing, open_study, retire
+from rampart.tuning.storage import HOME, RUN, check_failures, finished, grace, keep_start, missing, open_study, retire
 from rampart.tuning.trials import Surplus, Task, run_trial
 
 log = logging.getLogger(__name__)
@@ -125,10 +126,16 @@ class Worker:
         nothing = torch.zeros((0, *data.in_shape), dtype=torch.uint8)
         return replace(data, test=Split(nothing, torch.zeros(0, dtype=torch.int64)))
 
+    @property
+    def epochs(self) -> int:
+        """Of a whole trial."""
+        training = self.training
+        both = training.encoder_epochs + training.head_epochs
+        return both if training.contrastive == "double" else training.epochs
+
     def study(self, data: Dataset, home: str) -> Study:
         """The Optuna study, which must be about the very same thing as before."""
         settings, training = self.settings, self.training
-        double = training.contrastive == "double"
         fixed = {k: v for k, v in asdict(training).items() if k not in {*self.space, *_WHEREABOUTS}}
         what = {
             "space": {name: json.loads(distribution_to_json(d)) for name, d in self.space.items()},
@@ -136,7 +143,7 @@ class Worker:
             "objective_eps": self.eps,
             "settings": fixed,
             "dataset": data.digest,
-            "epochs": training.encoder_epochs + training.head_epochs if double else training.epochs,
+            "epochs": self.epochs,
         }
         if self.start is None:
             log.info("the settings as they are lie outside of the search space: no trial begins with them")
@@ -147,9 +154,11 @@ class Worker:
         """Takes trials until the study has all that it should have."""
         os.environ["MLFLOW_EXPERIMENT_ID"] = self.experiment
         settings = self.settings
-        pruned = settings.pruner != "none"
+        patience = math.inf if settings.pruner == "none" else grace(self.epochs)
         device = prepare(settings)
-        task = Task(self.train_texts, self.space, self.objective, self.eps, pruned, data, device, settings.trials, home)
+        task = Task(
+            self.train_texts, self.space, self.objective, self.eps, patience, data, device, settings.trials, home
+        )
         begun: list[int] = []
 
         def objective(trial: optuna.Trial) -> tuple[float, ...]:

@@ -167,8 +167,13 @@ class Seeded(optuna.samplers.BaseSampler):
         self.inner.after_trial(study, trial, state, values)
 
 
-# Finished trials before the first is stopped, and epochs of a trial before it may be.
-STARTUP, WARMUP = 5, 1
+# Finished trials before the first is stopped.
+STARTUP = 5
+
+
+def grace(epochs: int) -> int:
+    """Epochs of a trial before it may be stopped: those that rise late are often the best."""
+    return max(epochs // 3, 1)
 
 
 def _pruner(settings: TuneSettings, what: Mapping[str, Any]) -> optuna.pruners.BasePruner:
@@ -177,7 +182,8 @@ def _pruner(settings: TuneSettings, what: Mapping[str, Any]) -> optuna.pruners.B
         return optuna.pruners.NopPruner()
     if settings.pruner == "hyperband":
         return optuna.pruners.HyperbandPruner(min_resource=1, max_resource=what["epochs"], reduction_factor=3)
-    return optuna.pruners.MedianPruner(n_startup_trials=STARTUP, n_warmup_steps=WARMUP + 1)  # steps count from 1
+    warmup = grace(what["epochs"]) + 1  # steps count from 1
+    return optuna.pruners.MedianPruner(n_startup_trials=STARTUP, n_warmup_steps=warmup)
 
 
 def retire(study: Study, alive: Callable[[str], bool | None], lost: Callable[[FrozenTrial], None]) -> None:

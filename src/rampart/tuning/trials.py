@@ -24,7 +24,7 @@ from rampart.tracking import Run, open_run
 from rampart.tracking.store import this_process
 from rampart.training import train
 from rampart.tuning.space import Space, said, suggest, texts
-from rampart.tuning.storage import ERROR, PROCESS, RUN, STARTUP, WARMUP, missing
+from rampart.tuning.storage import ERROR, PROCESS, RUN, STARTUP, missing
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +40,7 @@ class Task:
         given: texts of the settings of the training.
         objective: what is maximised, one or several.
         eps: radius of robust and certified accuracy, in pixels.
+        grace: epochs before a trial of several objectives may be stopped; infinite where none is to be.
         data: whose test images are gone.
         home: the study's run.
     """
@@ -48,7 +49,7 @@ class Task:
     space: Space
     objective: tuple[str, ...]
     eps: float
-    pruned: bool
+    grace: float
     data: Dataset
     device: torch.device
     trials: int
@@ -162,7 +163,7 @@ class Recorder:
             stop = self.trial.should_prune()
         else:
             self.trial.set_user_attr(f"epoch/{self.epoch}", values)
-            stop = self.task.pruned and worse_in_all(self.trial, self.epoch, values)
+            stop = worse_in_all(self.trial, self.epoch, values, self.task.grace)
         if stop:
             raise optuna.TrialPruned
 
@@ -179,11 +180,12 @@ def _certified(model: Classifier, x: Tensor, y: Tensor, eps: float) -> Tensor:
     return (margin_bounds(model, x, y, eps, "crown-ibp") > 0).all(1)
 
 
-def worse_in_all(trial: Trial, epoch: int, values: tuple[float, ...]) -> bool:
+def worse_in_all(trial: Trial, epoch: int, values: tuple[float, ...], grace: float) -> bool:
     """The rule for several objectives, of which Optuna has none: stop a trial that at this epoch lies below the median
-    of the complete trials in every objective. One that is good at a single thing may belong to the front."""
+    of the complete trials in every objective, having had its `grace`. One that is good at a single thing may belong to
+    the front."""
     others = trial.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     curves = [attrs[f"epoch/{epoch}"] for t in others if f"epoch/{epoch}" in (attrs := t.user_attrs)]
-    if len(curves) < STARTUP or len([name for name in trial.user_attrs if name.startswith("epoch/")]) <= WARMUP:
+    if len(curves) < STARTUP or len([name for name in trial.user_attrs if name.startswith("epoch/")]) <= grace:
         return False
     return all(value < statistics.median(curve[i] for curve in curves) for i, value in enumerate(values))

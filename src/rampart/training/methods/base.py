@@ -50,9 +50,9 @@ def ascend(
     generator: Generator | None,
 ) -> Tensor:
     """As `example`, on any loss of the moved images."""
-    # BatchNorm's running statistics are those that an attacker meets, and the attack must not move them.
-    with evaluating(model):
-        return perturb(loss, x, eps, recipe.attack_steps, recipe.attack_rel_step * eps, generator)
+    step, wide = recipe.attack_rel_step * eps, recipe.attack_start == "wide"
+    with evaluating(model) if recipe.attack_batchnorm == "eval" else standing(model):
+        return perturb(loss, x, eps, recipe.attack_steps, step, generator, wide)
 
 
 @contextmanager
@@ -65,3 +65,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def standing(model: nn.Module) -> Iterator[None]:
+    """BatchNorm's running statistics stand still for a while; what a batch is normalised by stays as it is."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+        norm.num_batches_tracked = None
+    try:
+        yield
+    finally:
+        for norm, (momentum, counted) in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, counted

@@ -1,0 +1,201 @@
+"""Training and evaluation beside the conventional pipeline: python -m benchmarks.training [--quick] [--json].
+
+Conventional: torchvision's PIL transforms in a DataLoader with workers, fp32, Adam, PGD whose images stay to the end,
+one run of it an ε. Ours: the loop and the attack that `train` and `evaluate` run. Whole epochs are timed, in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+from torchvision import transforms
+
+from benchmarks.common import Row, in_turn, show
+from rampart.data import Augmentation, Dataset, Split, load_dataset
+from rampart.evaluation import AttackPlan, evaluate
+from rampart.kernels import compiling
+from rampart.models import Classifier, build_model, load_model
+from rampart.training import Recipe, train
+from rampart.training.loop import Streams, fit
+from rampart.training.train import stages
+
+BATCH = 128
+EPS, STEP, STEPS = 8 / 510, 2 / 510, 10
+# The study's list, on its own scale.
+RADII = tuple(k / 510 for k in (1, 2, 4, 8, 16))
+PLAIN = [transforms.ToTensor()]
+AUGMENTED = [
+    transforms.RandomCrop(32, padding=4),
+    transforms.RandomHorizontalFlip(),
+    transforms.RandomRotation(15),
+    transforms.ColorJitter(0.4, 0.4, 0.4, 0.1),
+    transforms.ToTensor(),
+    transforms.RandomApply([transforms.Lambda(lambda x: (x + 0.025 * torch.randn_like(x)).clamp(0, 1))], 0.5),
+]
+
+
+class PilImages(TorchDataset[tuple[Tensor, int]]):
+    """As torchvision's CIFAR10: arrays in memory, an image made of one when it is asked for."""
+
+    def __init__(self, split: Split, steps: Iterable[object]) -> None:
+        self.arrays, self.labels = split.images.permute(0, 2, 3, 1).numpy(), split.labels.tolist()
+        self.transform = transforms.Compose(steps)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(Image.fromarray(np.ascontiguousarray(self.arrays[index]))), self.labels[index]
+
+
+class Silent:
+    """A recorder that keeps nothing."""
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None: ...
+
+    def checkpoint(self, model: Classifier) -> str:
+        return ""
+
+
+def conventional_pgd(model: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int, step: float) -> Tensor:
+    """The last iterate."""
+    moved = (x + eps * (2 * torch.rand_like(x) - 1)).clamp(0, 1)
+    for _ in range(steps):
+        moved.requires_grad_()
+        (gradient,) = torch.autograd.grad(F.cross_entropy(model(moved), y), moved)
+        moved = moved.detach() + step * gradient.sign()
+        moved = torch.min(torch.max(moved, x - eps), x + eps).clamp(0, 1)
+    return moved.detach()
+
+
+def loader(split: Split, steps: Iterable[object], workers: int, shuffle: bool) -> DataLoader[tuple[Tensor, int]]:
+    # Workers that stay: starting them is not what is compared.
+    return DataLoader(PilImages(split, steps), BATCH, shuffle, num_workers=workers, persistent_workers=workers > 0)
+
+
+class ConventionalTraining:
+    def __init__(self, data: Dataset, device: str, workers: int, augment: bool, adversarial: bool) -> None:
+        torch.manual_seed(0)
+        self.batches = loader(data.train, AUGMENTED if augment else PLAIN, workers, shuffle=True)
+        self.model, self.device, self.adversarial = build_model().to(device), device, adversarial
+        self.optimizer = torch.optim.Adam(self.model.parameters(), 1e-3)
+
+    def __call__(self) -> None:
+        for x, y in self.batches:
+            x, y = x.to(self.device), y.to(self.device)
+            if self.adversarial:
+                self.model.eval()
+                x, y = torch.cat([x, conventional_pgd(self.model, x, y, EPS, STEPS, STEP)]), torch.cat([y, y])
+            self.model.train()
+            loss = F.cross_entropy(self.model(x), y)
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            loss.item()  # what every such loop adds up
+
+
+class OurTraining:
+    """An epoch of the loop; the few images that it validates on are the only ones beside those it trains on."""
+
+    def __init__(self, data: Dataset, device: str, recipe: Recipe) -> None:
+        torch.manual_seed(0)
+        self.model, self.data, self.recipe = build_model().to(device), data.to(device), recipe
+        (self.stage,) = stages(replace(recipe, epochs=1), self.model)
+        self.streams = Streams(torch.Generator().manual_seed(0), torch.Generator(device).manual_seed(0))
+        self.augmentation = Augmentation() if recipe.augment else None
+
+    def __call__(self) -> None:
+        with compiling(self.recipe.compile):
+            fit(self.stage, self.model, self.data, self.recipe, self.augmentation, self.streams, Silent(), 1)
+
+
+def conventional_evaluation(model: Classifier, batches: DataLoader[tuple[Tensor, int]], device: str) -> None:
+    for eps in RADII:
+        broken = 0
+        for x, y in batches:
+            x, y = x.to(device), y.to(device)
+            with torch.no_grad():
+                right = model(x).argmax(1) == y
+            moved = conventional_pgd(model, x, y, eps, STEPS, eps / 2)
+            with torch.no_grad():
+                broken += int(((model(moved).argmax(1) != y) & right).sum())
+
+
+def training_rows(data: Dataset, device: str, workers: int, images: dict[str, int], repeats: int) -> list[Row]:
+    arms = {
+        "normal": Recipe(batch_size=BATCH),
+        "augmented": Recipe(batch_size=BATCH, augment=True),
+        "adversarial": Recipe(batch_size=BATCH, method="adversarial", eps=EPS, attack_steps=STEPS),
+    }
+    rows = []
+    for name, recipe in arms.items():
+        part = replace(data, train=data.train[: images[name]], val=data.val[:BATCH])
+        adversarial = name == "adversarial"
+        calls: dict[str, Callable[[], object]] = {
+            "ours": OurTraining(part, device, recipe),
+            "ours, compiled": OurTraining(part, device, replace(recipe, compile=True)),
+            "conventional": ConventionalTraining(part, device, workers, recipe.augment, adversarial),
+        }
+        speed = {call: len(part.train) / seconds for call, seconds in in_turn(calls, repeats).items()}
+        rows += [
+            Row(f"{name} training{kind}", "images/s", speed[f"ours{kind}"], speed["conventional"], ratio)
+            for kind in ("", ", compiled")
+            for ratio in [speed[f"ours{kind}"] / speed["conventional"]]
+        ]
+    return rows
+
+
+def evaluation_rows(models: dict[str, Classifier], test: Split, device: str, workers: int, repeats: int) -> list[Row]:
+    plan, rows = AttackPlan(eps=RADII, steps=STEPS, rel_step=0.5), []
+    for name, model in models.items():
+        model.to(device).eval()
+        calls: dict[str, Callable[[], object]] = {
+            "ours": partial(evaluate, model, test.to(device), plan),
+            "conventional": partial(conventional_evaluation, model, loader(test, PLAIN, workers, False), device),
+        }
+        speed = {call: len(test) / seconds for call, seconds in in_turn(calls, repeats).items()}
+        ratio = speed["ours"] / speed["conventional"]
+        rows.append(Row(f"{name}, {len(RADII)} ε", "images/s", speed["ours"], speed["conventional"], ratio))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a look: few images, one repeat")
+    parser.add_argument("--json", action="store_true", help="the last line is one JSON object")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--workers", type=int, default=4, help="of the conventional pipeline's DataLoader")
+    parser.add_argument("--dataset", default="digits", help="images, as of the other entry points")
+    parser.add_argument("--models", nargs="*", default=[], help="files of those evaluated (default: a fresh one)")
+    parser.add_argument("--rows", nargs="+", choices=("training", "evaluation"), default=["training", "evaluation"])
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    data = load_dataset(given.dataset)
+    rows = []
+    if "training" in given.rows:
+        few = {"normal": 512, "augmented": 512, "adversarial": 256}
+        many = {"normal": 10_240, "augmented": 10_240, "adversarial": 2_560}
+        rows += training_rows(data, device, given.workers, few if given.quick else many, 1 if given.quick else 5)
+    if "evaluation" in given.rows:
+        models = {Path(file).stem: load_model(file) for file in given.models}
+        models = models or {"fresh": train(Recipe(epochs=1, lr=0.005), load_dataset("digits"), Silent())}
+        rows += evaluation_rows(
+            models, data.test[: 200 if given.quick else 2_000], device, given.workers, 1 if given.quick else 5
+        )
+    show(f"training and evaluation, {given.threads} threads, {device}", rows, given.json)
+
+
+if __name__ == "__main__":
+    main()

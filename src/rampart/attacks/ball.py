@@ -1,0 +1,89 @@
+"""The set of images that an attack may choose from, and how it moves in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Norm = Literal["linf", "l2"]
+
+
+@dataclass
+class Ball:
+    """The images within `eps` (pixels) of x [B, C, H, W] in a norm, and in [0, 1].
+
+    No point of it is farther than ε even in float64: bounds are rounded towards x.
+    """
+
+    x: Tensor
+    eps: float
+    norm: Norm = "linf"
+    lower: Tensor = field(init=False)
+    upper: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        exact = self.x.double()
+        # In an L2 ball every pixel keeps within ε, too.
+        self.lower, self.upper = (exact - self.eps).clamp(0, 1), (exact + self.eps).clamp(0, 1)
+        if self.x.dtype != torch.float64:
+            self.lower, self.upper = _rounded(self.lower, self.x, 1), _rounded(self.upper, self.x, -1)
+
+    def __getitem__(self, rows: Tensor) -> Ball:
+        part = object.__new__(Ball)
+        part.x, part.eps, part.norm = self.x[rows], self.eps, self.norm
+        part.lower, part.upper = self.lower[rows], self.upper[rows]
+        return part
+
+    def random(self, generator: torch.Generator | None) -> Tensor:
+        """A point of each ball, uniform before it is cut to [0, 1] for L2, and within it for L∞."""
+        if self.norm == "linf":
+            draw = torch.rand(self.x.shape, device=self.x.device, generator=generator)
+            return self.clip(self.lower + (self.upper - self.lower) * draw)
+        direction = torch.randn(self.x.shape, device=self.x.device, generator=generator).to(self.x.dtype)
+        length = torch.rand(len(self.x), device=self.x.device, generator=generator) ** (1 / self.x[0].numel())
+        return self.project(self.x + self.eps * _rows(length, self.x) * self.steepest(direction))
+
+    def steepest(self, gradient: Tensor) -> Tensor:
+        """The direction of length 1 in which a loss with this gradient rises most; 0 where the gradient is 0."""
+        if self.norm == "linf":
+            return gradient.sign()
+        return gradient / _length(gradient).clamp(min=1e-20)
+
+    def project(self, point: Tensor) -> Tensor:
+        """The nearest image of the ball; of an L2 ball the nearest one on the way to x, cut to [0, 1]."""
+        if self.norm == "linf":
+            return self.clip(point)
+        exact = self.x.double()
+        offset = point.double() - exact
+        offset = offset * (self.eps * (1 - 1e-12) / _length(offset).clamp(min=1e-20)).clamp(max=1)
+        inner = _rounded(exact + offset, self.x, torch.where(offset < 0, 1, -1))
+        return self.clip(inner)
+
+    def clip(self, point: Tensor) -> Tensor:
+        return torch.maximum(torch.minimum(point, self.upper), self.lower)
+
+
+def gradient(loss: Tensor, point: Tensor) -> Tensor:
+    """Of a scalar by an image; 0 where the loss does not depend on it, as behind a model that counts or rounds."""
+    if not loss.requires_grad:
+        return torch.zeros_like(point)
+    (found,) = torch.autograd.grad(loss, point)
+    return found
+
+
+def _rounded(exact: Tensor, x: Tensor, way: Tensor | int) -> Tensor:
+    """float64 images in x's own precision, none farther from x: rounded up where `way` is 1, down where it is -1."""
+    near = exact.to(x.dtype)
+    return torch.where((near.double() - exact) * way < 0, torch.nextafter(near, x), near)
+
+
+def _length(x: Tensor) -> Tensor:
+    """L2 norm of every image, [B, 1, …]."""
+    return _rows(x.flatten(1).norm(dim=1), x)
+
+
+def _rows(value: Tensor, x: Tensor) -> Tensor:
+    return value.view(-1, *(1,) * (x.dim() - 1))

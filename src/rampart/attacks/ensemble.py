@@ -1,0 +1,84 @@
+"""AutoAttack's standard ensemble (Croce & Hein 2020): APGD on cross-entropy, APGD on the targeted DLR loss, targeted
+FAB (Croce & Hein 2020b) and Square (Andriushchenko et al. 2020); the last two by the package pyautoattack."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rampart.attacks.apgd import targeted, untargeted
+from rampart.attacks.ball import Ball, Norm
+from rampart.attacks.sweep import AttackResult, Attempt, Start, sweep
+from rampart.errors import SettingsError
+
+STEPS, TARGETS, QUERIES = 100, 9, 5000
+# The members by the number of their start.
+MEMBERS = ("apgd-ce", *("apgd-t",) * TARGETS, "fab-t", "square")
+_NORMS: dict[Norm, str] = {"linf": "Linf", "l2": "L2"}
+
+
+def autoattack(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    eps: float | Sequence[float],
+    generator: torch.Generator | None = None,
+    *,
+    norm: Norm = "linf",
+) -> AttackResult:
+    """The standard ensemble at one radius or several; each member sees what those before it left unbroken, and `start`
+    of the result tells which one of MEMBERS it was.
+
+    Arguments and errors as `apgd`'s; also SettingsError where pyautoattack is not installed.
+    """
+    try:
+        from pyautoattack.fab_pt import FABAttack_PT
+        from pyautoattack.square import SquareAttack
+    except ImportError as error:
+        raise SettingsError("attack=autoattack needs the package pyautoattack: pip install pyautoattack") from error
+
+    def fab(predict: nn.Module, ball: Ball, **given: Any) -> Any:
+        with torch.no_grad():
+            classes = predict(ball.x[:1]).shape[1]
+        return FABAttack_PT(predict, targeted=True, n_target_classes=min(TARGETS, classes - 1), n_iter=STEPS, **given)
+
+    def square(predict: nn.Module, ball: Ball, **given: Any) -> Any:
+        return SquareAttack(predict, n_queries=QUERIES, resc_schedule=False, **given)
+
+    own = [untargeted(STEPS, "ce", generator), *targeted(STEPS, TARGETS, generator)]
+    starts = [*own, _foreign(fab, generator), _foreign(square, generator)]
+    return sweep(model, x, y, eps, lambda _: starts, norm)
+
+
+def _foreign(make: Callable[..., Any], generator: torch.Generator | None) -> Start:
+    """A start of another library's attack, `make(model, ball, norm=, eps=, seed=, device=, n_restarts=)`."""
+
+    def start(model: nn.Module, ball: Ball, y: Tensor) -> Attempt:
+        device = ball.x.device
+        seed = int(torch.randint(2**31, (1,), device=device, generator=generator))
+        unknown_step = torch.full_like(y, -1)
+        if ball.eps == 0:  # they divide by it
+            return Attempt(ball.x, unknown_step)
+        # They seed the global random state, and gather gradients of parameters where there are any.
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), _frozen(model):
+            given = {"norm": _NORMS[ball.norm], "eps": ball.eps, "seed": seed, "device": device, "n_restarts": 1}
+            found = make(model, ball, **given).perturb(ball.x.contiguous(), y)
+        return Attempt(ball.project(found.detach()), unknown_step)
+
+    return start
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)

@@ -1,0 +1,109 @@
+"""Runs an attack over several radii: the frame that all attacks share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rampart.attacks.ball import Ball, Norm
+from rampart.attacks.objectives import margin
+from rampart.errors import ModelError, require
+
+
+@dataclass(frozen=True)
+class AttackResult:
+    """What an attack at E radii made of B images.
+
+    Args:
+        adversarial: [E, B, C, H, W] in the ball and in [0, 1], also by float64: an image on which the model errs, or
+            where none was found the one on which it came nearest to that.
+        success: [E, B]: whether the model errs on it, by a forward pass of its own.
+        eps: the radii in pixels, as given.
+        broken_eps: [B], the smallest radius at which the image was broken; 0 where the model errs on the image as it
+            is, infinity where it never did.
+        start: [B], the number of the attack's start, or member, that broke it; -1 where none did.
+        step: [B], gradient steps that took from the random start; -1 where none did or they are not known.
+    """
+
+    adversarial: Tensor
+    success: Tensor
+    eps: tuple[float, ...]
+    broken_eps: Tensor
+    start: Tensor
+    step: Tensor
+
+
+@dataclass
+class Attempt:
+    """What one start made of a batch: `example` [B, C, H, W], the first image found on which the model errs, else the
+    one of the largest margin; `step` [B] that found it."""
+
+    example: Tensor
+    step: Tensor
+
+
+# model (logits alone are asked of it), balls, labels [B] -> Attempt
+Start = Callable[[nn.Module, Ball, Tensor], Attempt]
+
+
+def sweep(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    eps: float | Sequence[float],
+    starts: Callable[[float], Sequence[Start]],
+    norm: Norm = "linf",
+) -> AttackResult:
+    """One start after the other, from the smallest radius to the largest.
+
+    The balls are nested, so an image broken at one ε is broken at the larger ones: it leaves the batch, and its
+    example stands for them all. An image that the model gets wrong is broken by itself.
+
+    Args:
+        model: pixels -> logits, in eval mode.
+        x: images [B, C, H, W] in [0, 1].
+        y: labels [B].
+        eps: one radius or several, in pixels, in any order.
+        starts: of a radius; the same number for each.
+
+    Raises:
+        SettingsError: a bad ε. ModelError: the model is in training mode.
+    """
+    radii = radii_of(eps)
+    if model.training:
+        raise ModelError("an attack needs a fixed network: call model.eval() first")
+    adversarial = x.expand(len(radii), *x.shape).clone()
+    success = torch.zeros(len(radii), len(x), dtype=torch.bool, device=x.device)
+    with torch.no_grad():
+        logits = model(x)
+    broken, best = logits.argmax(1) != y, margin(logits, y)
+    broken_eps = torch.where(broken, 0.0, float("inf"))
+    start_of = torch.full_like(y, -1)
+    step_of = start_of.clone()
+    example = x.clone()
+    for place in sorted(range(len(radii)), key=lambda e: radii[e]):
+        for number, start in enumerate(starts(radii[place])):
+            left = (~broken).nonzero().squeeze(1)
+            if not len(left):
+                break
+            tried = start(model, Ball(x[left], radii[place], norm), y[left])
+            with torch.no_grad():  # in another batch rounding may tell another class
+                logits = model(tried.example)
+            found, ahead = logits.argmax(1) != y[left], margin(logits, y[left])
+            better = found | (ahead > best[left])
+            example[left[better]], best[left[better]] = tried.example[better], ahead[better]
+            rows = left[found]
+            broken[rows], broken_eps[rows] = True, radii[place]
+            start_of[rows], step_of[rows] = number, tried.step[found]
+        adversarial[place], success[place] = example, broken
+    return AttackResult(adversarial, success, radii, broken_eps, start_of, step_of)
+
+
+def radii_of(eps: float | Sequence[float]) -> tuple[float, ...]:
+    """As a tuple; raises SettingsError where one is none."""
+    radii = tuple(float(e) for e in (eps if isinstance(eps, Sequence) else [eps]))
+    require(len(radii) > 0 and all(e >= 0 for e in radii), f"eps must be 0 or more, not {eps}")
+    return radii

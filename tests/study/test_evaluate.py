@@ -1,0 +1,90 @@
+"""Evaluation as a step: what it leaves in its run, and what becomes of it after an interruption."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from mlflow import MlflowClient
+
+from rampart.data import Dataset
+from rampart.evaluation import attacked
+from rampart.models import build_model, save_model
+from rampart.study.steps import run_step
+from rampart.tracking.queries import find_runs, read_arrays, read_table
+from tests.nets import fitted
+
+
+def weights(digits: Dataset, folder: Path, seed: int) -> str:
+    torch.manual_seed(seed)
+    model = fitted(build_model("paper-cnn", (3, 32, 32), 10, width=0.125).train(), digits, lr=0.01, steps=15)
+    save_model(model, folder / f"model{seed}.safetensors")
+    return str(folder / f"model{seed}.safetensors")
+
+
+def settings(model: str, **more: str) -> dict[str, str]:
+    given = {"model": model, "eps": "4/255,1/255,4/255", "steps": "5", "batch_size": "100", "trust_images": "40"}
+    return {**given, "threads": "2", **more}
+
+
+def test_an_interrupted_evaluation_is_gone_on_with(
+    digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, asked, plain = weights(digits, tmp_path, 0), [], attacked._attacked_batch
+
+    def interrupted(*given: object) -> pd.DataFrame:
+        asked.append(given)
+        if len(asked) == 4:
+            raise KeyboardInterrupt
+        return plain(*given)  # type: ignore[arg-type]
+
+    seconds = itertools.count(step=10)
+    monkeypatch.setattr("rampart.study.resuming.time.monotonic", lambda: next(seconds))
+    monkeypatch.setattr(attacked, "_attacked_batch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_step("evaluate", settings(model))
+    killed = find_runs("0", {"step": "evaluate"}, status="KILLED")["run_id"].iloc[0]
+    finished = read_table(killed, "ledger.parquet")
+    assert finished is not None
+    assert len(finished) == 300
+    monkeypatch.setattr(attacked, "_attacked_batch", lambda *given: asked.append(given) or plain(*given))
+    asked.clear()
+    run = run_step("evaluate", settings(model))
+    assert MlflowClient().get_run(run).data.tags["rampart.resumed_from"] == killed
+    assert len(asked) == 2  # of five batches, three are known
+    again = run_step("evaluate", settings(model))
+    assert "rampart.resumed_from" not in MlflowClient().get_run(again).data.tags
+    ledger, whole = read_table(run, "ledger.parquet"), read_table(again, "ledger.parquet")
+    assert ledger is not None
+    assert [column for column in ledger if column.startswith("attacked/")] == [
+        "attacked/0.00392157",
+        "attacked/0.0156863",
+    ]
+    pd.testing.assert_frame_equal(ledger, whole)
+
+
+def test_rates_are_checked_and_other_models_give_images_to_check_with(digits: Dataset, tmp_path: Path) -> None:
+    model, other = (weights(digits, tmp_path, seed) for seed in (0, 1))
+    first = run_step("evaluate", settings(model))
+    data = MlflowClient().get_run(first).data
+    assert data.tags["rampart.trust"] == "ok"
+    assert "trust/zero_gradients" in data.metrics
+    assert "trust/transfer" not in data.metrics
+    assert data.metrics["corrupted_accuracy"] == pytest.approx(
+        sum(value for name, value in data.metrics.items() if name.startswith("corrupted/")) / 5
+    )
+    arrays = read_arrays(first, "adversarial.npz")
+    assert arrays is not None
+    assert arrays["adversarial"].shape == (40, 3, 32, 32)
+    # The same model's own images prove nothing of it.
+    same = MlflowClient().get_run(run_step("evaluate", settings(model, seed="1"))).data
+    assert "trust/transfer" not in same.metrics
+    second = MlflowClient().get_run(run_step("evaluate", settings(other))).data
+    assert 0 <= second.metrics["trust/transfer"] <= 0.03
+    without = run_step("evaluate", settings(other, trust_images="0", corruptions="none"))
+    data = MlflowClient().get_run(without).data
+    assert "rampart.trust" not in data.tags
+    assert not [name for name in data.metrics if name.startswith(("trust/", "corrupted"))]

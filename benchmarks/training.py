@@ -140,7 +140,7 @@ def training_rows(data: Dataset, device: str, workers: int, images: dict[str, in
     }
     rows = []
     for name, recipe in arms.items():
-        part = replace(data, train=data.train[: images[name]], val=data.val[:BATCH])
+        part = replace(data, train=data.train[: images[name]], val=data.val[:16])
         adversarial = name == "adversarial"
         calls: dict[str, Callable[[], object]] = {
             "ours": OurTraining(part, device, recipe),
@@ -178,6 +178,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=4, help="of the conventional pipeline's DataLoader")
     parser.add_argument("--dataset", default="digits", help="images, as of the other entry points")
     parser.add_argument("--models", nargs="*", default=[], help="files of those evaluated (default: a fresh one)")
+    parser.add_argument("--repeats", type=int, default=3, help="turns of each row")
     parser.add_argument("--rows", nargs="+", choices=("training", "evaluation"), default=["training", "evaluation"])
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -185,14 +186,20 @@ def main() -> None:
     data = load_dataset(given.dataset)
     rows = []
     if "training" in given.rows:
-        few = {"normal": 512, "augmented": 512, "adversarial": 256}
+        few = {"normal": 2_560, "augmented": 1_280, "adversarial": 512}
         many = {"normal": 10_240, "augmented": 10_240, "adversarial": 2_560}
-        rows += training_rows(data, device, given.workers, few if given.quick else many, 1 if given.quick else 5)
+        rows += training_rows(
+            data, device, given.workers, few if given.quick else many, 1 if given.quick else given.repeats
+        )
     if "evaluation" in given.rows:
         models = {Path(file).stem: load_model(file) for file in given.models}
         models = models or {"fresh": train(Recipe(epochs=1, lr=0.005), load_dataset("digits"), Silent())}
         rows += evaluation_rows(
-            models, data.test[: 200 if given.quick else 2_000], device, given.workers, 1 if given.quick else 5
+            models,
+            data.test[: 200 if given.quick else 2_000],
+            device,
+            given.workers,
+            1 if given.quick else given.repeats,
         )
     show(f"training and evaluation, {given.threads} threads, {device}", rows, given.json)
 

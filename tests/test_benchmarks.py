@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["bounds", "verification", "tuning"])
+@pytest.mark.parametrize("name", ["bounds", "training", "tuning", "verification"])
 def test_a_quick_benchmark_ends_with_its_ratios(name: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--json"]
     if name == "verification":

@@ -38,13 +38,19 @@ def cifar10_jpeg(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", ACCURACY)
-def test_accuracy_and_attack_rates(name: str, cifar10_jpeg: Path, store: Path, study_models: dict[str, Path]) -> None:
+def test_accuracy_and_attack_rates(
+    name: str, cifar10_jpeg: Path, store: Path, study_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the attack is not taken for one that masked gradients deceive."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cifar10_jpeg / ".cache"))  # decoded once
     radii = ["1/255", "2/255", "4/255", "8/255", "16/255"]
     settings = {"model": str(study_models[name]), "dataset": f"folder:{cifar10_jpeg}", "eps_space": "normalized"}
+    settings |= {"corruptions": "none"}
     done = run_rampart("evaluate", {**settings, "eps": ",".join(radii)}, store)
     assert done.returncode == 0, done.stderr
     (run,) = MlflowClient().search_runs(["0"])
     assert 100 * run.data.metrics["accuracy"] == pytest.approx(ACCURACY[name], abs=0.005)
+    assert run.data.tags["rampart.trust"] == "ok"
     key = name.replace("augmented-", "augmented/").replace("/contrastive", "/normal-contrastive")
     published = json.loads((DATA / "paper-results.json").read_text())["models"][key]["pgd_asr"]
     for text in radii:

@@ -15,19 +15,23 @@ log = logging.getLogger(__name__)
 
 
 class Kernel:
-    """A function of tensors, called as it stands or, inside of `compiling`, as compiled code."""
+    """A function of tensors, called as it stands or, inside of `compiling`, as compiled code.
+
+    Args:
+        dynamic: whether one code shall serve tensors of all sizes.
+    """
 
     compiling: ClassVar[bool] = False
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
+    def __init__(self, function: Callable[..., Any], dynamic: bool = True) -> None:
+        self.function, self.dynamic = function, dynamic
         self.compiled: Callable[..., Any] | None = None
 
     def __call__(self, *given: Any) -> Any:
         if not Kernel.compiling:
             return self.function(*given)
         if self.compiled is None:
-            self.compiled = torch.compile(self.function, dynamic=True)
+            self.compiled = torch.compile(self.function, dynamic=self.dynamic or None)
         return self.compiled(*given)
 
 

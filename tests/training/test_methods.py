@@ -20,6 +20,7 @@ from rampart.models import Classifier, Layout
 from rampart.training import Recipe
 from rampart.training.criterion import Criterion
 from rampart.training.methods import METHODS, Method
+from rampart.training.methods.base import Attacker
 from rampart.training.methods.bounded import worst_corner
 from tests.nets import run_chain, small_classifier
 
@@ -58,6 +59,39 @@ def test_the_normal_loss_mixes_supcon_and_cross_entropy(model: Classifier, batch
     expected = clean_loss(copy.deepcopy(model).train(), batch, criterion)
     found = loss_of(made("normal", model.train()), batch, criterion, 0.1)
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_wide_start_with_one_step_is_n_fgsm(model: Classifier, batch: Batch) -> None:
+    """x + η + ε sign ∇, η uniform within 2 ε, cut to [0, 1] and to nothing else (de Jorge et al. 2022)."""
+    (x, y), eps = batch, 0.05
+    recipe = Recipe(method="adversarial", attack_steps=1, attack_rel_step=1.0, attack_start="wide")
+    found = Attacker(model.train(), recipe).example(x, y, CROSS_ENTROPY, eps, torch.Generator().manual_seed(3))
+    start = (x + 2 * eps * (2 * torch.rand(x.shape, generator=torch.Generator().manual_seed(3)) - 1)).clamp(0, 1)
+    start.requires_grad_()
+    (gradient,) = torch.autograd.grad(F.cross_entropy(copy.deepcopy(model).eval()(start), y), start)
+    torch.testing.assert_close(found, (start.detach() + eps * gradient.sign()).clamp(0, 1))
+    assert (found - x).abs().max() > 2 * eps
+
+
+def test_attacked_images_are_normalised_as_the_setting_says(model: Classifier, batch: Batch) -> None:
+    """By the running statistics or by the batch's; neither moves what the network has gathered."""
+    x, y = batch
+    model.train()
+    before = statistics(model)
+    found = {}
+    for kind in ("eval", "train"):
+        recipe = Recipe(method="adversarial", attack_steps=1, attack_rel_step=1.0, attack_batchnorm=kind)
+        attacker = Attacker(model, recipe)
+        found[kind] = attacker.example(x, y, CROSS_ENTROPY, 0.05, torch.Generator().manual_seed(0))
+        assert all(torch.equal(value, before[name]) for name, value in statistics(model).items())
+        assert all(module.training for module in model.modules())
+        twin = copy.deepcopy(model).train(kind == "train")
+        expected = perturb(
+            lambda moved, twin=twin: F.cross_entropy(twin(moved), y),
+            x, 0.05, 1, 0.05, torch.Generator().manual_seed(0),
+        )  # fmt: skip
+        torch.testing.assert_close(found[kind], expected)
+    assert not torch.equal(found["eval"], found["train"])
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
@@ -120,7 +154,8 @@ def test_a_batch_moves_the_running_statistics_once(method: str, model: Classifie
         x = torch.cat([x, diverging_half(twin, batch[0], 0.05)])
     twin.train()(x)
     for name, value in statistics(twin).items():
-        assert torch.allclose(after[name].double(), value.double(), atol=1e-5), name
+        # In a pixel without a gradient to speak of, rounding decides which way an attack steps.
+        assert torch.allclose(after[name].double(), value.double(), atol=5e-4), name
 
 
 def diverging_half(model: Classifier, x: Tensor, eps: float) -> Tensor:

@@ -32,6 +32,7 @@ def apgd(
     norm: Norm = "linf",
     loss: Loss = "ce",
     targets: int = 0,
+    surrogate: nn.Module | None = None,
 ) -> AttackResult:
     """Auto-PGD at one radius or several (`sweep` says how they are shared).
 
@@ -47,6 +48,7 @@ def apgd(
         loss: `ce`, `margin` or `dlr`.
         targets: 0, or how many of the other classes, the likeliest first, are aimed at in turn with the targeted DLR
             loss, whatever `loss` says; `start` of the result counts them.
+        surrogate: a network of nearly the same outputs whose gradient is followed instead (`sweep`).
 
     Raises:
         SettingsError: a bad ε or count. ModelError: the model is in training mode.
@@ -55,7 +57,7 @@ def apgd(
     require(loss in OBJECTIVES, unknown("loss", loss, OBJECTIVES))
     require(targets >= 0, f"targets must be 0 or more, not {targets}")
     starts = [untargeted(steps, loss, generator)] if not targets else targeted(steps, targets, generator)
-    return sweep(model, x, y, eps, lambda _: starts * restarts, norm)
+    return sweep(model, x, y, eps, lambda _: starts * restarts, norm, surrogate)
 
 
 def untargeted(steps: int, loss: Loss, generator: torch.Generator | None) -> Start:

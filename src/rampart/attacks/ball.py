@@ -25,11 +25,14 @@ class Ball:
     upper: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        exact = self.x.double()
+        eps = torch.tensor(self.eps, dtype=torch.float64)
+        near = eps.to(self.x.dtype)
+        if near > eps:
+            near = torch.nextafter(near, torch.zeros_like(near))
+        near = near.to(self.x.device)
         # In an L2 ball every pixel keeps within ε, too.
-        self.lower, self.upper = (exact - self.eps).clamp(0, 1), (exact + self.eps).clamp(0, 1)
-        if self.x.dtype != torch.float64:
-            self.lower, self.upper = _rounded(self.lower, self.x, 1), _rounded(self.upper, self.x, -1)
+        self.lower = torch.nextafter(self.x - near, self.x).clamp_(0, 1)
+        self.upper = torch.nextafter(self.x + near, self.x).clamp_(0, 1)
 
     def __getitem__(self, rows: Tensor) -> Ball:
         part = object.__new__(Ball)
@@ -59,8 +62,9 @@ class Ball:
         exact = self.x.double()
         offset = point.double() - exact
         offset = offset * (self.eps * (1 - 1e-12) / _length(offset).clamp(min=1e-20)).clamp(max=1)
-        inner = _rounded(exact + offset, self.x, torch.where(offset < 0, 1, -1))
-        return self.clip(inner)
+        near = (exact + offset).to(self.x.dtype)
+        farther = (near.double() - exact).abs() > offset.abs()
+        return self.clip(torch.where(farther, torch.nextafter(near, self.x), near))
 
     def clip(self, point: Tensor) -> Tensor:
         return torch.maximum(torch.minimum(point, self.upper), self.lower)
@@ -72,12 +76,6 @@ def gradient(loss: Tensor, point: Tensor) -> Tensor:
         return torch.zeros_like(point)
     (found,) = torch.autograd.grad(loss, point)
     return found
-
-
-def _rounded(exact: Tensor, x: Tensor, way: Tensor | int) -> Tensor:
-    """float64 images in x's own precision, none farther from x: rounded up where `way` is 1, down where it is -1."""
-    near = exact.to(x.dtype)
-    return torch.where((near.double() - exact) * way < 0, torch.nextafter(near, x), near)
 
 
 def _length(x: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ def autoattack(
     generator: torch.Generator | None = None,
     *,
     norm: Norm = "linf",
+    surrogate: nn.Module | None = None,
 ) -> AttackResult:
     """The standard ensemble at one radius or several; each member sees what those before it left unbroken, and `start`
     of the result tells which one of MEMBERS it was.
@@ -51,7 +52,7 @@ def autoattack(
 
     own = [untargeted(STEPS, "ce", generator), *targeted(STEPS, TARGETS, generator)]
     starts = [*own, _foreign(fab, generator), _foreign(square, generator)]
-    return sweep(model, x, y, eps, lambda _: starts, norm)
+    return sweep(model, x, y, eps, lambda _: starts, norm, surrogate)
 
 
 def _foreign(make: Callable[..., Any], generator: torch.Generator | None) -> Start:

@@ -31,6 +31,7 @@ def pgd(
     norm: Norm = "linf",
     loss: Loss = "ce",
     schedule: Schedule = "constant",
+    surrogate: nn.Module | None = None,
 ) -> AttackResult:
     """Ascends a loss from random starts; every iterate counts, the last one too (`sweep` says how ε are shared).
 
@@ -46,6 +47,7 @@ def pgd(
         norm: of the ball, `linf` or `l2`.
         loss: `ce` (cross-entropy), `margin` (Carlini & Wagner 2017) or `dlr` (Croce & Hein 2020).
         schedule: of the step size: `constant`, or `cosine` (down to 0).
+        surrogate: a network of nearly the same outputs whose gradient is followed instead (`sweep`).
 
     Raises:
         SettingsError: a bad ε, step size, or count. ModelError: the model is in training mode.
@@ -64,7 +66,7 @@ def pgd(
         moves = [first * ((1 + math.cos(math.pi * t / steps)) / 2 if schedule == "cosine" else 1) for t in range(steps)]
         return [partial(_one_start, moves=moves, loss=loss, generator=generator)] * restarts
 
-    return sweep(model, x, y, radii, starts, norm)
+    return sweep(model, x, y, radii, starts, norm, surrogate)
 
 
 def _one_start(

@@ -56,6 +56,7 @@ def sweep(
     eps: float | Sequence[float],
     starts: Callable[[float], Sequence[Start]],
     norm: Norm = "linf",
+    surrogate: nn.Module | None = None,
 ) -> AttackResult:
     """One start after the other, from the smallest radius to the largest.
 
@@ -68,6 +69,8 @@ def sweep(
         y: labels [B].
         eps: one radius or several, in pixels, in any order.
         starts: of a radius; the same number for each.
+        surrogate: what the starts see instead of the model: a network of nearly the same outputs, such as a faster
+            one. What it finds counts where the model confirms it.
 
     Raises:
         SettingsError: a bad ε. ModelError: the model is in training mode.
@@ -89,7 +92,7 @@ def sweep(
             left = (~broken).nonzero().squeeze(1)
             if not len(left):
                 break
-            tried = start(model, Ball(x[left], radii[place], norm), y[left])
+            tried = start(surrogate or model, Ball(x[left], radii[place], norm), y[left])
             with torch.no_grad():  # in another batch rounding may tell another class
                 logits = model(tried.example)
             found, ahead = logits.argmax(1) != y[left], margin(logits, y[left])

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -16,9 +17,9 @@ from rampart.attacks import MEMBERS, AttackResult, Norm, apgd, autoattack, pgd
 from rampart.attacks.objectives import Loss
 from rampart.attacks.pgd import Schedule
 from rampart.data import Split, to_pixels
-from rampart.errors import ModelError, is_out_of_memory, require, require_choices
+from rampart.errors import ModelError, UnsupportedLayer, is_out_of_memory, require, require_choices
 from rampart.ledger import evaluation_ledger
-from rampart.models import logits_of
+from rampart.models import Folded, Layout, logits_of
 
 log = logging.getLogger(__name__)
 
@@ -71,17 +72,30 @@ class AttackPlan:
         return [(self.attack, restart) for restart in range(self.restarts)]
 
 
-def attacked(
-    model: nn.Module, x: Tensor, y: Tensor, eps: tuple[float, ...], plan: AttackPlan, generator: torch.Generator
-) -> AttackResult:
-    """The plan's attack at other radii (pixels); x [B, C, H, W], y [B]."""
-    if plan.attack == "autoattack":
-        return autoattack(model, x, y, eps, generator, norm=plan.norm)
-    if plan.attack == "apgd":
-        return apgd(model, x, y, eps, plan.steps, plan.restarts, generator, norm=plan.norm, loss=plan.loss)
-    sizes = [plan.rel_step * e or 1.0 for e in eps]
-    kind = {"norm": plan.norm, "loss": plan.loss, "schedule": plan.step_schedule}
-    return pgd(model, x, y, eps, plan.steps, sizes, plan.restarts, generator, **kind)  # type: ignore[arg-type]
+class Attack:
+    """A plan's attack on one model, whose gradient is followed through a faster twin where it has one."""
+
+    def __init__(self, model: nn.Module, plan: AttackPlan, x: Tensor) -> None:
+        """`x` [B, C, H, W]: images that the model takes."""
+        self.model, self.plan = model, plan
+        self.twin: nn.Module | None = None
+        if not model.training:
+            with suppress(UnsupportedLayer):
+                self.twin = Folded(Layout(model), x)
+
+    def __call__(
+        self, x: Tensor, y: Tensor, eps: tuple[float, ...], generator: torch.Generator, **change: object
+    ) -> AttackResult:
+        """At any radii (pixels), with some of the plan's settings changed; x [B, C, H, W], y [B]."""
+        plan = replace(self.plan, **change)  # type: ignore[arg-type]
+        kind: dict[str, Any] = {"norm": plan.norm, "surrogate": self.twin}
+        if plan.attack == "autoattack":
+            return autoattack(self.model, x, y, eps, generator, **kind)
+        if plan.attack == "apgd":
+            return apgd(self.model, x, y, eps, plan.steps, plan.restarts, generator, loss=plan.loss, **kind)
+        sizes = [plan.rel_step * e or 1.0 for e in eps]
+        kind |= {"loss": plan.loss, "schedule": plan.step_schedule}
+        return pgd(self.model, x, y, eps, plan.steps, sizes, plan.restarts, generator, **kind)
 
 
 def evaluate(
@@ -105,6 +119,10 @@ def evaluate(
         ModelError: the labels do not fit the model's outputs, or the images its inputs.
     """
     size = min(plan.batch_size, len(split))
+    first = to_pixels(split.images[:1])
+    with torch.no_grad():
+        logits_of(model, first)  # raises where it does not take them
+    attack = Attack(model, plan, first)
     ledgers = [finished] if finished is not None and len(finished) else []
     start = sum(len(ledger) for ledger in ledgers)
     with tqdm(total=len(split), initial=start, desc="attack", unit="image", disable=None, leave=False) as bar:
@@ -113,7 +131,7 @@ def evaluate(
             # A batch's draws are its own, so that a resumed evaluation draws the same.
             generator = torch.Generator(split.labels.device).manual_seed(seed + start)
             try:
-                ledger = _attacked_batch(model, batch, plan, generator)
+                ledger = _attacked_batch(attack, batch, generator)
             except RuntimeError as error:
                 if not is_out_of_memory(error) or size == 1:
                     raise
@@ -128,13 +146,14 @@ def evaluate(
     return pd.concat(ledgers, ignore_index=True)
 
 
-def _attacked_batch(model: nn.Module, batch: Split, plan: AttackPlan, generator: torch.Generator) -> pd.DataFrame:
+def _attacked_batch(attack: Attack, batch: Split, generator: torch.Generator) -> pd.DataFrame:
+    model, plan = attack.model, attack.plan
     x, y = to_pixels(batch.images), batch.labels
     with torch.no_grad():
         logits = logits_of(model, x)
     if int(y.max()) >= logits.shape[1]:
         raise ModelError(f"the data have label {int(y.max())}, the model {logits.shape[1]} classes: wrong dataset?")
-    result = attacked(model, x, y, plan.radii, plan, generator)
+    result = attack(x, y, plan.radii, generator)
     ledger = evaluation_ledger(y, logits.argmax(1), result.success, plan.radii)
     broken = result.start >= 0
     starts = result.start[broken].tolist()

@@ -19,7 +19,7 @@ from rampart.attacks import Ball
 from rampart.attacks.ball import gradient
 from rampart.data import Split, stratified_order, to_pixels
 from rampart.errors import require
-from rampart.evaluation.attacked import AttackPlan, attacked
+from rampart.evaluation.attacked import Attack, AttackPlan
 from rampart.ledger import attacked_by
 from rampart.models import predict
 
@@ -99,7 +99,7 @@ def trust(
     model: nn.Module,
     split: Split,
     ledger: pd.DataFrame,
-    attack: AttackPlan,
+    attacking: AttackPlan,
     plan: TrustPlan,
     others: Sequence[Tensor] = (),
     seed: int = 0,
@@ -107,9 +107,9 @@ def trust(
     """Probes the attack that filled `ledger`.
 
     Args:
-        others: adversarial images [n, C, H, W] of other models at `trust_eps(attack)` for the `sample`.
+        others: adversarial images [n, C, H, W] of other models at `trust_eps(attacking)` for the `sample`.
     """
-    images, eps = sample(split, plan), trust_eps(attack)
+    images, eps = sample(split, plan), trust_eps(attacking)
     batch = split[images.to(split.labels.device)]
     x, y = to_pixels(batch.images), batch.labels
     generator = torch.Generator(y.device).manual_seed(seed)
@@ -117,7 +117,8 @@ def trust(
     correct = torch.tensor(known["correct"].tolist(), device=y.device)
     held = correct & ~torch.tensor(attacked_by(known, eps).tolist(), device=y.device)
     # An ensemble has no steps or restarts to vary: its first member has.
-    plain = replace(attack, attack="apgd", steps=100) if attack.attack == "autoattack" else attack
+    ensemble = attacking.attack == "autoattack"
+    attack = Attack(model, replace(attacking, attack="apgd", steps=100) if ensemble else attacking, x)
 
     def share(found: Tensor) -> float:
         return float(found.sum()) / max(int(correct.sum()), 1)
@@ -126,30 +127,29 @@ def trust(
         """Share that a changed attack breaks of what has held."""
         if not bool(held.any()):
             return 0.0
-        success = attacked(model, x[held], y[held], (eps,), replace(plain, **change), generator).success[0]  # type: ignore[arg-type]
-        return share(success)
+        return share(attack(x[held], y[held], (eps,), generator, **change).success[0])
 
     def rate(radius: float) -> float:
-        return share(attacked(model, x[correct], y[correct], (radius,), plain, generator).success[0])
+        return share(attack(x[correct], y[correct], (radius,), generator).success[0])
 
     values: dict[str, float | None] = dict.fromkeys(ALLOWED)
     adversarial = x
     if bool(correct.any()) and eps > 0:
-        rates = [rate(radius) for radius in attack.radii]
+        rates = [rate(radius) for radius in attacking.radii]
         large = 1 - rate(LARGE)
         one_step = {"attack": "pgd", "steps": 1, "rel_step": 1.25, "restarts": 1}
         values |= {
             "zero_gradients": share(_dead(model, x, y) & correct),
             "one_step": missed(**one_step),
-            "more_steps": missed(steps=4 * plain.steps),
+            "more_steps": missed(steps=4 * attack.plan.steps),
             "more_restarts": missed(restarts=5),
-            "other_loss": missed(attack="apgd", loss="dlr" if plain.loss == "ce" else "ce"),
-            "noise": share(_noise(model, Ball(x, eps, attack.norm), y, generator) & held),
+            "other_loss": missed(attack="apgd", loss="dlr" if attacking.loss == "ce" else "ce"),
+            "noise": share(_noise(model, Ball(x, eps, attacking.norm), y, generator) & held),
             "transfer": max((share((predict(model, found) != y) & held) for found in others), default=None),
             "falls_with_eps": max([0.0, *(low - high for low, high in pairwise(rates))]),
             "holds_at_large_eps": large if large <= ALLOWED["holds_at_large_eps"] else min(large, 1 - rate(GREY)),
         }
-        adversarial = attacked(model, x, y, (eps,), plain, generator).adversarial[0]
+        adversarial = attack(x, y, (eps,), generator).adversarial[0]
     checks = pd.DataFrame(
         {
             "check": list(values),

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from rampart.losses import supcon_loss
-from rampart.models import Classifier
+
+
+class Network(Protocol):
+    """What a criterion asks of a classifier."""
+
+    @property
+    def head(self) -> Callable[[Tensor], Tensor]: ...
+
+    @property
+    def embed(self) -> Callable[[Tensor], Tensor]: ...
+
+    def __call__(self, x: Tensor) -> Tensor: ...
 
 
 class Outputs(NamedTuple):
@@ -37,7 +49,7 @@ class Criterion:
     def needs_embeddings(self) -> bool:
         return self.supcon_weight > 0
 
-    def clean(self, model: Classifier, embeddings: Tensor, labels: Tensor) -> Outputs:
+    def clean(self, model: Network, embeddings: Tensor, labels: Tensor) -> Outputs:
         """The outputs on embeddings [B, D] as they are."""
         cross_entropy = F.cross_entropy(model.head(embeddings), labels) if self.needs_logits else None
         return Outputs(cross_entropy, embeddings if self.needs_embeddings else None)
@@ -51,6 +63,6 @@ class Criterion:
             terms.append(self.supcon_weight * supcon_loss(outputs.embeddings, labels.repeat(views), self.temperature))
         return sum(terms[1:], terms[0])
 
-    def on_images(self, model: Classifier, x: Tensor, labels: Tensor) -> Tensor:
+    def on_images(self, model: Network, x: Tensor, labels: Tensor) -> Tensor:
         """The loss on images x [B, C, H, W] as they are."""
         return self(self.clean(model, model.embed(x), labels), labels)

@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 from rampart.attacks import pgd
 from rampart.models import Classifier
 from rampart.training.criterion import Criterion, Outputs
-from rampart.training.methods.base import ascend, evaluating, example
+from rampart.training.methods.base import Attacker, Compilable, evaluating
 from rampart.training.recipe import Recipe
 
 
@@ -19,10 +19,10 @@ class Normal:
     score_name = "accuracy"
 
     def __init__(self, model: Classifier, recipe: Recipe) -> None:
-        self.model = model
+        self.model, self.network = model, Compilable(model)
 
     def batch_loss(self, x: Tensor, y: Tensor, criterion: Criterion, eps: float, generator: Generator | None) -> Tensor:
-        return criterion.on_images(self.model, x, y)
+        return criterion.on_images(self.network, x, y)
 
     def survives(self, x: Tensor, y: Tensor, eps: float, generator: Generator | None) -> Tensor:
         return self.model(x).argmax(1) == y
@@ -34,12 +34,12 @@ class Adversarial:
     score_name = "robust_accuracy"
 
     def __init__(self, model: Classifier, recipe: Recipe) -> None:
-        self.model, self.recipe = model, recipe
+        self.model, self.network, self.recipe = model, Compilable(model), recipe
+        self.attacker = Attacker(model, recipe)
 
     def batch_loss(self, x: Tensor, y: Tensor, criterion: Criterion, eps: float, generator: Generator | None) -> Tensor:
-        radius = self.recipe.attack_rel_eps * eps
-        adversarial = example(self.model, self.recipe, x, y, criterion, radius, generator)
-        return criterion.on_images(self.model, torch.cat([x, adversarial]), torch.cat([y, y]))
+        adversarial = self.attacker.example(x, y, criterion, self.recipe.attack_rel_eps * eps, generator)
+        return criterion.on_images(self.network, torch.cat([x, adversarial]), torch.cat([y, y]))
 
     def survives(self, x: Tensor, y: Tensor, eps: float, generator: Generator | None) -> Tensor:
         size = self.recipe.attack_rel_step * eps or None
@@ -56,10 +56,10 @@ class Trades(Adversarial):
             return super().batch_loss(x, y, criterion, eps, generator)
         with evaluating(model), torch.no_grad():
             target = F.log_softmax(model(x), 1)
-        adversarial = ascend(
-            model, self.recipe, lambda moved: _divergence(target, F.log_softmax(model(moved), 1)), x, radius, generator
+        adversarial = self.attacker.ascend(
+            lambda network, moved: _divergence(target, F.log_softmax(network(moved), 1)), x, radius, generator
         )
-        embeddings = model.embed(torch.cat([x, adversarial]))
+        embeddings = self.network.embed(torch.cat([x, adversarial]))
         clean, moved = F.log_softmax(model.head(embeddings), 1).chunk(2)
         loss = F.nll_loss(clean, y) + self.recipe.trades_beta * _divergence(clean, moved)
         return criterion(Outputs(loss, embeddings if criterion.needs_embeddings else None), y)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Protocol
 
+import torch
 from torch import Generator, Tensor, nn
 
 from rampart.attacks import perturb
-from rampart.models import Classifier
-from rampart.training.criterion import Criterion
+from rampart.errors import UnsupportedLayer
+from rampart.kernels import Kernel
+from rampart.models import Chain, Classifier, Layout
+from rampart.training.criterion import Criterion, Network
 from rampart.training.recipe import Recipe
 
 
@@ -28,31 +32,69 @@ class Method(Protocol):
         ...
 
 
-def example(
-    model: Classifier,
-    recipe: Recipe,
-    x: Tensor,
-    y: Tensor,
-    criterion: Criterion,
-    eps: float,
-    generator: Generator | None,
-) -> Tensor:
-    """The last iterate of the recipe's PGD on the criterion, at radius eps (pixels): [B, C, H, W]."""
-    return ascend(model, recipe, lambda moved: criterion.on_images(model, moved, y), x, eps, generator)
+class Compilable:
+    """A classifier whose training passes are compiled inside of `compiling`."""
+
+    def __init__(self, model: Classifier) -> None:
+        self.model, self.head = model, model.head
+        self.embed = Kernel(model.embed, dynamic=False)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.head(self.embed(x))
 
 
-def ascend(
-    model: Classifier,
-    recipe: Recipe,
-    loss: Callable[[Tensor], Tensor],
-    x: Tensor,
-    eps: float,
-    generator: Generator | None,
-) -> Tensor:
-    """As `example`, on any loss of the moved images."""
-    step, wide = recipe.attack_rel_step * eps, recipe.attack_start == "wide"
-    with evaluating(model) if recipe.attack_batchnorm == "eval" else standing(model):
-        return perturb(loss, x, eps, recipe.attack_steps, step, generator, wide)
+class Folding:
+    """A classifier whose encoder is a chain of constant maps: embeddings and logits alone."""
+
+    def __init__(self, encoder: Chain, head: nn.Module) -> None:
+        self.encoder, self.head = encoder, head
+
+    def embed(self, x: Tensor) -> Tensor:
+        return self.encoder.apply(x)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.head(self.embed(x))
+
+
+class Attacker:
+    """A recipe's PGD on a network in training, which its BatchNorm statistics do not notice."""
+
+    def __init__(self, model: Classifier, recipe: Recipe) -> None:
+        self.model, self.recipe = model, recipe
+        self.encoder: Layout | None = None
+        with suppress(UnsupportedLayer):
+            self.encoder = Layout(nn.Sequential(model.normalize, model.encoder))
+
+    def example(self, x: Tensor, y: Tensor, criterion: Criterion, eps: float, generator: Generator | None) -> Tensor:
+        """The last iterate on the criterion at radius eps (pixels), [B, C, H, W]."""
+        return self.ascend(lambda network, moved: criterion.on_images(network, moved, y), x, eps, generator)
+
+    def ascend(
+        self,
+        loss: Callable[[Network, Tensor], Tensor],
+        x: Tensor,
+        eps: float,
+        generator: Generator | None,
+    ) -> Tensor:
+        """As `example`, on any loss of a network and the moved images."""
+        step, wide = self.recipe.attack_rel_step * eps, self.recipe.attack_start == "wide"
+        with self.view(x) as network:
+            return perturb(partial(loss, network), x, eps, self.recipe.attack_steps, step, generator, wide)
+
+    @contextmanager
+    def view(self, x: Tensor) -> Iterator[Network]:
+        """The network as it is attacked: as an attacker of the finished one would meet it, or as it trains."""
+        if self.recipe.attack_batchnorm == "train":
+            with standing(self.model):
+                yield self.model
+            return
+        with evaluating(self.model):
+            if self.encoder is None:
+                yield self.model
+                return
+            with torch.no_grad():
+                chain = self.encoder.resolve(x[:1])
+            yield Folding(chain, self.model.head)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from rampart.losses import interval_regularizer, supcon_loss, worst_case_logits
 from rampart.models import Chain, Classifier, Layout
 from rampart.models.links import Dense
 from rampart.training.criterion import Criterion, Outputs
-from rampart.training.methods.base import example
+from rampart.training.methods.base import Attacker
 from rampart.training.recipe import Recipe
 from rampart.training.schedules import ramp
 
@@ -120,6 +120,10 @@ class Ibp(Certified):
 class Attacking(Bounded):
     """What objectives on bounds and PGD examples share. BatchNorm's statistics are those of the examples."""
 
+    def __init__(self, model: Classifier, recipe: Recipe) -> None:
+        super().__init__(model, recipe)
+        self.attacker = Attacker(model, recipe)
+
     def example_and_box(
         self, x: Tensor, y: Tensor, criterion: Criterion, eps: float, generator: Generator | None
     ) -> tuple[Tensor, Box]:
@@ -148,7 +152,7 @@ class Sabr(Attacking):
         self, x: Tensor, y: Tensor, criterion: Criterion, eps: float, generator: Generator | None
     ) -> tuple[Tensor, Box]:
         half = self.recipe.sabr_lambda * eps
-        center = example(self.model, self.recipe, x, y, criterion, eps - half, generator)
+        center = self.attacker.example(x, y, criterion, eps - half, generator)
         return center, pixel_box(center, half)
 
 
@@ -159,7 +163,7 @@ class MtlIbp(Attacking):
     def example_and_box(
         self, x: Tensor, y: Tensor, criterion: Criterion, eps: float, generator: Generator | None
     ) -> tuple[Tensor, Box]:
-        moved = example(self.model, self.recipe, x, y, criterion, self.recipe.attack_rel_eps * eps, generator)
+        moved = self.attacker.example(x, y, criterion, self.recipe.attack_rel_eps * eps, generator)
         return moved, pixel_box(x, eps)
 
     def cross_entropy(self, chain: Chain, found: ibp.Intervals, x: Tensor, y: Tensor) -> Tensor:

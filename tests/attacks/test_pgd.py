@@ -217,6 +217,19 @@ def test_models_that_hide_their_gradient_altogether_can_be_attacked(images) -> N
     assert bool(attack(Counting().eval(), images, labels, 0.1, restarts=5).success.any())
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_a_gradient_that_is_no_number_leads_nowhere(network, images, labels, norm: str) -> None:
+    class Root(nn.Module):
+        """Its square root of 0 has an infinite gradient, times 0."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return network(x + (x - x).abs().sqrt())
+
+    result = attack(Root().eval(), images, labels, 0.05, norm=norm)
+    assert bool(result.adversarial.isfinite().all())
+    assert 4 <= int(result.success.sum()) < len(images)
+
+
 @pytest.mark.parametrize("loss", ["ce", "margin", "dlr"])
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_every_loss_and_norm_finds_what_the_ball_holds(network, images, labels, norm: str, loss: str) -> None:

@@ -59,6 +59,11 @@ def test_an_honest_model_passes(honest: nn.Module, digits: Dataset) -> None:
     assert bool((checks["value"].drop("transfer") >= 0).all())
 
 
+def test_an_honest_model_passes_in_l2_too(honest: nn.Module, digits: Dataset) -> None:
+    plan = AttackPlan(eps=(0.25, 0.5, 1.0), norm="l2", steps=10, rel_step=0.25)
+    assert trust(honest, digits.test, evaluate(honest, digits.test, plan), plan, TRUST).suspect == []
+
+
 @pytest.mark.parametrize("mask", [Loud, Quantised])
 def test_masked_gradients_are_caught(honest: nn.Module, digits: Dataset, mask: type[Loud]) -> None:
     checks = checked(mask(honest).eval(), digits.test)

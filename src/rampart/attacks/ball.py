@@ -71,11 +71,12 @@ class Ball:
 
 
 def gradient(loss: Tensor, point: Tensor) -> Tensor:
-    """Of a scalar by an image; 0 where the loss does not depend on it, as behind a model that counts or rounds."""
+    """Of a scalar by an image; 0 where the loss does not depend on it, as behind a model that counts or rounds, and
+    where it is not finite: no image of a ball lies in such a direction."""
     if not loss.requires_grad:
         return torch.zeros_like(point)
     (found,) = torch.autograd.grad(loss, point)
-    return found
+    return found.nan_to_num_(0.0, 0.0, 0.0)
 
 
 def _length(x: Tensor) -> Tensor:

@@ -94,6 +94,25 @@ def test_attacked_images_are_normalised_as_the_setting_says(model: Classifier, b
     assert not torch.equal(found["eval"], found["train"])
 
 
+@pytest.mark.parametrize("method", ["normal", "adversarial", "trades"])
+def test_in_bf16_the_encoder_computes_and_nothing_else(method: str, model: Classifier, batch: Batch) -> None:
+    seen: dict[str, set[torch.dtype]] = {"conv": set(), "head": set()}
+    model.train()
+    conv = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    conv.register_forward_hook(lambda _m, _i, out: seen["conv"].add(out.dtype))
+    model.head.register_forward_hook(lambda _m, _i, out: seen["head"].add(out.dtype))
+    exact = loss_of(made(method, copy.deepcopy(model)), batch, BOTH, 0.05)
+    seen["conv"].clear()
+    found = loss_of(made(method, model, precision="bf16"), batch, BOTH, 0.05)
+    assert seen["head"] == {torch.float32}
+    assert torch.bfloat16 in seen["conv"]
+    assert found.dtype == torch.float32
+    assert found.item() != exact.item()
+    assert found.item() == pytest.approx(exact.item(), rel=0.1)
+    found.backward()
+    assert all(p.grad is None or p.grad.dtype == torch.float32 for p in model.parameters())
+
+
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
 @pytest.mark.parametrize("criterion", [CROSS_ENTROPY, SUPCON, BOTH], ids=["none", "double", "single"])
 @pytest.mark.parametrize("certified_loss", CERTIFIED_LOSSES)

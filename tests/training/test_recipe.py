@@ -68,3 +68,9 @@ def test_embeddings_of_attacks_need_a_method_that_attacks() -> None:
     with pytest.raises(SettingsError, match=r"certified.*embeddings=worst"):
         Recipe(method="certified", contrastive="double", embeddings="attack")
     Recipe(method="mtl-ibp", contrastive="double", embeddings="attack")
+
+
+@pytest.mark.parametrize("method", ["certified", "ibp", "sabr", "mtl-ibp"])
+def test_bounds_are_never_in_half_precision(method: str) -> None:
+    with pytest.raises(SettingsError, match=rf"bf16.*{method}.*fp32"):
+        Recipe(method=method, precision="bf16")

@@ -70,8 +70,10 @@ class Recipe:
         ema: decay a step of an average of the weights, which then is what is validated and kept; 0: no average.
         bn_batches: training batches over which BatchNorm's statistics are measured anew, with the weights of the
             moment, before each validation; 0: the running averages of training, as usual.
-        compile: whether element-wise work on bounds is compiled (torch.compile, which needs a C++ compiler): half a
-            minute at the start, and steps up to 1.5 times as fast.
+        compile: whether training passes, augmentation and element-wise work on bounds are compiled (torch.compile,
+            which needs a C++ compiler): half a minute at the start, and steps up to 1.5 times as fast.
+        precision: of the encoder's passes in training and in its attacks: `fp32`, or `bf16` (autocast; not for methods
+            with bounds). Losses, validation and all that comes after training are in fp32 either way.
         select: which epoch's weights are kept: `best` on validation (accuracy, robust or certified accuracy as the
             method has it, the loss for a SupCon encoder) or `last`.
     """
@@ -113,6 +115,7 @@ class Recipe:
     ema: float = 0.0
     bn_batches: int = 0
     compile: bool = False
+    precision: Literal["fp32", "bf16"] = "fp32"
     select: Literal["best", "last"] = "best"
 
     def __post_init__(self) -> None:
@@ -139,6 +142,10 @@ class Recipe:
             0 <= self.eps_warmup <= 1,
             f"eps_warmup must lie between 0 and 1, not {self.eps_warmup}: it is a share of the training's steps, "
             "and ε cannot rise for longer than the training",
+        )
+        require(
+            self.precision == "fp32" or self.method in ("normal", "adversarial", "trades"),
+            f"precision=bf16 would spoil the bounds of {self.method}: take precision=fp32",
         )
         require(
             self.embeddings != "attack" or self.method in ("sabr", "mtl-ibp") or self.contrastive == "none",

@@ -32,25 +32,30 @@ class Method(Protocol):
         ...
 
 
-class Compilable:
-    """A classifier whose training passes are compiled inside of `compiling`."""
+class Training:
+    """A classifier in training: its encoder in the recipe's precision, and compiled inside of `compiling`."""
 
-    def __init__(self, model: Classifier) -> None:
-        self.model, self.head = model, model.head
-        self.embed = Kernel(model.embed, dynamic=False)
+    def __init__(self, model: Classifier, recipe: Recipe) -> None:
+        self.head, self.precision = model.head, recipe.precision
+        self.encode = Kernel(model.embed, dynamic=False)
+
+    def embed(self, x: Tensor) -> Tensor:
+        with lowered(self.precision, x):
+            return self.encode(x).to(x.dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.head(self.embed(x))
 
 
 class Folding:
-    """A classifier whose encoder is a chain of constant maps: embeddings and logits alone."""
+    """A classifier under attack: its encoder a chain of constant maps, in the recipe's precision."""
 
-    def __init__(self, encoder: Chain, head: nn.Module) -> None:
-        self.encoder, self.head = encoder, head
+    def __init__(self, encoder: Chain, head: nn.Module, precision: str) -> None:
+        self.encoder, self.head, self.precision = encoder, head, precision
 
     def embed(self, x: Tensor) -> Tensor:
-        return self.encoder.apply(x)
+        with lowered(self.precision, x):
+            return self.encoder.apply(x).to(x.dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.head(self.embed(x))
@@ -94,7 +99,12 @@ class Attacker:
                 return
             with torch.no_grad():
                 chain = self.encoder.resolve(x[:1])
-            yield Folding(chain, self.model.head)
+            yield Folding(chain, self.model.head, self.recipe.precision)
+
+
+def lowered(precision: str, x: Tensor) -> torch.autocast:
+    """Passes of bfloat16 where `precision` says so."""
+    return torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 @contextmanager

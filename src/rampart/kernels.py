@@ -1,4 +1,4 @@
-"""Element-wise functions that can be compiled into one pass over memory each."""
+"""Functions that can be compiled: element-wise ones into one pass over memory each, whole networks in training."""
 
 from __future__ import annotations
 

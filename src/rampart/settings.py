@@ -101,6 +101,10 @@ class EvaluateSettings(ModelSettings, TrustPlan, CorruptionPlan, CertificationPl
     def __post_init__(self) -> None:
         for part in (ModelSettings, AttackPlan, CertificationPlan, CorruptionPlan, TrustPlan):
             part.__post_init__(self)
+        require(
+            self.norm == "linf" or self.certify == "none",
+            "bounds and branch and bound prove L∞ balls: take norm=linf, or certify=none",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -173,6 +173,36 @@ def test_the_same_seed_gives_the_same_attack_and_another_one_does_not(network, i
     assert not torch.equal(first.adversarial, other.adversarial)
 
 
+def test_without_gradients_around_it_the_attack_has_its_own(network, images, labels) -> None:
+    expected = attack(network, images, labels, RADII)
+    with torch.no_grad():
+        found = attack(network, images, labels, RADII)
+        moved = ascend(network, images, labels, 0.05)
+    assert torch.equal(found.adversarial, expected.adversarial)
+    assert torch.equal(moved, ascend(network, images, labels, 0.05))
+
+
+def test_a_surrogate_is_followed_and_the_model_believed(network, images, labels) -> None:
+    """One that errs everywhere stops every start at once: where the model disagrees it is attacked itself."""
+
+    class Wrong(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return -network(x)
+
+    alone = attack(network, images, labels, 0.03).success
+    same = attack(network, images, labels, 0.03, surrogate=network)
+    assert torch.equal(same.success, alone)
+    found = attack(network, images, labels, 0.03, surrogate=Wrong().eval())
+    with torch.no_grad():
+        assert torch.equal(found.success[0], network(found.adversarial[0]).argmax(1) != labels)
+    assert int(found.success.sum()) >= 0.9 * int(alone.sum()) > 4
+
+
+def test_each_eps_has_its_own_step_even_beside_its_like(network, images, labels) -> None:
+    twice = attack(network, images, labels, (0.02, 0.02), step_size=(1e-9, 0.004))
+    assert int(twice.success[0].sum()) < int(twice.success[1].sum())
+
+
 def test_what_broke_an_image_is_told(network, images, labels) -> None:
     """The smallest radius, the start and the step; a step less does not do it."""
     result = attack(network, images, labels, RADII, steps=6, step_size=0.004, restarts=3)
@@ -189,7 +219,7 @@ def test_what_broke_an_image_is_told(network, images, labels) -> None:
         else:
             assert (smallest, start, step) == (float("inf"), -1, -1)
     assert set(result.start.tolist()) >= {-1, 0}
-    late = (result.step > 0) & (result.start == 0) & (result.broken_eps == result.broken_eps.new_tensor(RADII[1]))
+    late = (result.step > 0) & (result.start == 0) & (result.broken_eps == RADII[1])
     assert bool(late.any())
     fewer = attack(network, images, labels, RADII[1], steps=int(result.step[late].min()) - 1 or 1, step_size=0.004)
     assert not bool(fewer.success[0][late].all())
@@ -284,6 +314,8 @@ def test_frozen_parameters_can_be_attacked(network, images, labels) -> None:
         ((0.1, 0.2), {"step_size": (0.1,)}, "step sizes"),
         (0.1, {"step_size": (0.1, -0.1)}, "step"),
         (0.1, {"loss": "hinge"}, "loss"),
+        (0.1, {"norm": "Linf"}, "did you mean 'linf'"),
+        (0.1, {"schedule": "linear"}, "schedule"),
     ],
 )
 def test_bad_arguments_are_named(network, images, labels, eps, change, mentions: str) -> None:

@@ -81,8 +81,7 @@ def test_other_shapes(shape: tuple[int, ...]) -> None:
         assert corrupt(images, kind, 5, generator()).shape == shape
 
 
-def test_digits_stay_on_their_device_and_bad_names_are_told(digits: Dataset) -> None:
-    assert corrupt(digits.test.images[:2], "jpeg", 1).device == digits.test.images.device
+def test_bad_names_are_told(digits: Dataset) -> None:
     with pytest.raises(SettingsError, match="did you mean 'gaussian_noise'"):
         corrupt(digits.test.images[:2], "gausian_noise", 1)  # type: ignore[arg-type]
     with pytest.raises(SettingsError, match="strength"):

@@ -129,7 +129,7 @@ def test_a_single_image_that_does_not_fit_is_an_error(split: Split) -> None:
 
 def test_an_interrupted_evaluation_goes_on_with_the_next_batch(network: nn.Module, split: Split) -> None:
     plan, kept = AttackPlan(eps=(0.02, 0.05), steps=3, batch_size=40), []
-    whole = evaluate(network, split, plan, seed=3, keep=kept.append)
+    whole = evaluate(network, split, plan, seed=3, keep=lambda parts: kept.append(pd.concat(parts)))
     assert [len(ledger) for ledger in kept] == [40, 80, 120, 130]
 
     class Asked(nn.Module):

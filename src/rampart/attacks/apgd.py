@@ -104,6 +104,7 @@ class _State:
         return _State(*(getattr(self, field.name)[rows] for field in fields(self)))
 
 
+@torch.enable_grad()
 def _one_start(
     model: nn.Module,
     ball: Ball,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -58,17 +58,18 @@ def pgd(
     require(len(sizes) == len(radii), f"{len(sizes)} step sizes for {len(radii)} eps: give one for each")
     require(all(s is None or s > 0 for s in sizes), f"step_size must be above 0, not {step_size}")
     require(loss in OBJECTIVES, unknown("loss", loss, OBJECTIVES))
-    size_of = dict(zip(radii, sizes, strict=True))
+    require(schedule in get_args(Schedule), unknown("schedule", schedule, get_args(Schedule)))
 
-    def starts(radius: float) -> list[Start]:
-        size = size_of[radius]
-        first = 2.5 * radius / steps if size is None else size
+    def starts(place: int) -> list[Start]:
+        size = sizes[place]
+        first = 2.5 * radii[place] / steps if size is None else size
         moves = [first * ((1 + math.cos(math.pi * t / steps)) / 2 if schedule == "cosine" else 1) for t in range(steps)]
         return [partial(_one_start, moves=moves, loss=loss, generator=generator)] * restarts
 
     return sweep(model, x, y, radii, starts, norm, surrogate)
 
 
+@torch.enable_grad()
 def _one_start(
     model: nn.Module, ball: Ball, y: Tensor, moves: Sequence[float], loss: Loss, generator: torch.Generator | None
 ) -> Attempt:
@@ -80,7 +81,7 @@ def _one_start(
         last = iterate == len(moves)
         current.requires_grad_(not last)
         logits = model(current)
-        values, ahead = OBJECTIVES[loss](logits, y[left]), margin(logits.detach(), y[left])
+        values, ahead = OBJECTIVES[loss](logits, y[left]), margin(logits.detach(), y[left]).to(best.dtype)
         wrong = logits.detach().argmax(1) != y[left]
         better = wrong | (ahead > best[left])
         rows = left[better]
@@ -93,6 +94,7 @@ def _one_start(
     return Attempt(example, step)
 
 
+@torch.enable_grad()
 def perturb(
     loss: Callable[[Tensor], Tensor],
     x: Tensor,

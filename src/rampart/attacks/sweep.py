@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
 from rampart.attacks.ball import Ball, Norm
 from rampart.attacks.objectives import margin
-from rampart.errors import ModelError, require
+from rampart.errors import ModelError, require, unknown
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class AttackResult:
 @dataclass
 class Attempt:
     """What one start made of a batch: `example` [B, C, H, W], the first image found on which the model errs, else the
-    one of the largest margin; `step` [B] that found it."""
+    one that came nearest to that; `step` [B] that found it."""
 
     example: Tensor
     step: Tensor
@@ -54,7 +55,7 @@ def sweep(
     x: Tensor,
     y: Tensor,
     eps: float | Sequence[float],
-    starts: Callable[[float], Sequence[Start]],
+    starts: Callable[[int], Sequence[Start]],
     norm: Norm = "linf",
     surrogate: nn.Module | None = None,
 ) -> AttackResult:
@@ -68,7 +69,7 @@ def sweep(
         x: images [B, C, H, W] in [0, 1].
         y: labels [B].
         eps: one radius or several, in pixels, in any order.
-        starts: of a radius; the same number for each.
+        starts: of the radius at that place in `eps`; the same number for each.
         surrogate: what the starts see instead of the model: a network of nearly the same outputs, such as a faster
             one. What it finds counts where the model confirms it.
 
@@ -76,6 +77,7 @@ def sweep(
         SettingsError: a bad ε. ModelError: the model is in training mode.
     """
     radii = radii_of(eps)
+    require(norm in get_args(Norm), unknown("norm", norm, get_args(Norm)))
     if model.training:
         raise ModelError("an attack needs a fixed network: call model.eval() first")
     adversarial = x.expand(len(radii), *x.shape).clone()
@@ -83,18 +85,27 @@ def sweep(
     with torch.no_grad():
         logits = model(x)
     broken, best = logits.argmax(1) != y, margin(logits, y)
-    broken_eps = torch.where(broken, 0.0, float("inf"))
+    broken_eps = torch.where(broken, 0.0, float("inf")).double()
     start_of = torch.full_like(y, -1)
     step_of = start_of.clone()
     example = x.clone()
     for place in sorted(range(len(radii)), key=lambda e: radii[e]):
-        for number, start in enumerate(starts(radii[place])):
+        for number, start in enumerate(starts(place)):
             left = (~broken).nonzero().squeeze(1)
             if not len(left):
                 break
-            tried = start(surrogate or model, Ball(x[left], radii[place], norm), y[left])
+            ball = Ball(x[left], radii[place], norm)
+            tried = start(surrogate or model, ball, y[left])
             with torch.no_grad():  # in another batch rounding may tell another class
                 logits = model(tried.example)
+            if surrogate is not None:
+                with torch.no_grad():
+                    doubtful = (logits.argmax(1) == y[left]) & (surrogate(tried.example).argmax(1) != y[left])
+                if doubtful.any():  # the two differ there: the start has stopped too early
+                    again = start(model, ball[doubtful], y[left][doubtful])
+                    tried.example[doubtful], tried.step[doubtful] = again.example, again.step
+                    with torch.no_grad():
+                        logits[doubtful] = model(again.example)
             found, ahead = logits.argmax(1) != y[left], margin(logits, y[left])
             better = found | (ahead > best[left])
             example[left[better]], best[left[better]] = tried.example[better], ahead[better]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rampart.errors import require, unknown
@@ -51,9 +52,10 @@ def corrupt(images: Tensor, kind: Corruption, strength: int, generator: torch.Ge
 def _blur(x: Tensor, level: float) -> Tensor:
     from torchvision.transforms.v2.functional import gaussian_blur
 
-    # As far as four standard deviations, but not beyond what the image can mirror.
-    reach = min(round(4 * level), min(x.shape[2:]) - 1)
-    return gaussian_blur(x, [2 * reach + 1] * 2, [level] * 2)
+    reach = round(4 * level)
+    # Beyond its border an image goes on with its last pixels, as in the published images; what it mirrors is cut away.
+    padded = F.pad(x, (reach,) * 4, mode="replicate")
+    return gaussian_blur(padded, [2 * reach + 1] * 2, [level] * 2)[:, :, reach:-reach, reach:-reach]
 
 
 def _brighten(x: Tensor, level: float) -> Tensor:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -17,11 +16,10 @@ from rampart.attacks import MEMBERS, AttackResult, Norm, apgd, autoattack, pgd
 from rampart.attacks.objectives import Loss
 from rampart.attacks.pgd import Schedule
 from rampart.data import Split, to_pixels
-from rampart.errors import ModelError, UnsupportedLayer, is_out_of_memory, require, require_choices
+from rampart.errors import ModelError, UnsupportedLayer, require, require_choices
+from rampart.evaluation.parts import in_parts
 from rampart.ledger import evaluation_ledger
 from rampart.models import Folded, Layout, logits_of
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +81,22 @@ class Attack:
             with suppress(UnsupportedLayer):
                 self.twin = Folded(Layout(model), x)
 
+    def at(
+        self, x: Tensor, y: Tensor, eps: float, generator: torch.Generator, **change: object
+    ) -> tuple[Tensor, Tensor]:
+        """(success [B], adversarial [B, C, H, W]) at one radius (pixels), in batches of the plan's size; some of its
+        settings may be changed."""
+        found = [
+            (result.success[0], result.adversarial[0])
+            for result in in_parts(
+                lambda part: self(x[part], y[part], (eps,), generator, **change), len(y), self.plan.batch_size
+            )
+        ]
+        if not found:
+            return torch.zeros(0, dtype=torch.bool, device=y.device), x
+        success, adversarial = zip(*found, strict=True)
+        return torch.cat(success), torch.cat(adversarial)
+
     def __call__(
         self, x: Tensor, y: Tensor, eps: tuple[float, ...], generator: torch.Generator, **change: object
     ) -> AttackResult:
@@ -104,7 +118,7 @@ def evaluate(
     plan: AttackPlan,
     seed: int = 0,
     finished: pd.DataFrame | None = None,
-    keep: Callable[[pd.DataFrame], None] = lambda _: None,
+    keep: Callable[[Sequence[pd.DataFrame]], None] = lambda _: None,
 ) -> pd.DataFrame:
     """The ledger of `split` (on the model's device); ε in ascending order, each once.
 
@@ -113,36 +127,30 @@ def evaluate(
 
     Args:
         finished: the ledger of an interrupted evaluation with the same plan, whose images are not attacked again.
-        keep: called with the ledger so far after each batch.
+        keep: called after each batch with the parts of the ledger so far.
 
     Raises:
         ModelError: the labels do not fit the model's outputs, or the images its inputs.
     """
-    size = min(plan.batch_size, len(split))
     first = to_pixels(split.images[:1])
     with torch.no_grad():
         logits_of(model, first)  # raises where it does not take them
     attack = Attack(model, plan, first)
     ledgers = [finished] if finished is not None and len(finished) else []
     start = sum(len(ledger) for ledger in ledgers)
+
+    def work(part: slice) -> pd.DataFrame:
+        # A batch's draws are its own, so that an evaluation that is gone on with draws them again.
+        generator = torch.Generator(split.labels.device).manual_seed(seed + part.start)
+        ledger = _attacked_batch(attack, split[part], generator)
+        ledger["image"] += part.start
+        return ledger
+
     with tqdm(total=len(split), initial=start, desc="attack", unit="image", disable=None, leave=False) as bar:
-        while start < len(split):
-            batch = split[start : start + size]
-            # A batch's draws are its own, so that a resumed evaluation draws the same.
-            generator = torch.Generator(split.labels.device).manual_seed(seed + start)
-            try:
-                ledger = _attacked_batch(attack, batch, generator)
-            except RuntimeError as error:
-                if not is_out_of_memory(error) or size == 1:
-                    raise
-                size = -(-size // 2)
-                log.warning("out of memory: going on with %d images a batch", size)
-                continue
-            ledger["image"] += start
+        for ledger in in_parts(work, len(split), plan.batch_size, start):
             ledgers.append(ledger)
-            start += len(batch)
-            bar.update(len(batch))
-            keep(pd.concat(ledgers, ignore_index=True))
+            bar.update(len(ledger))
+            keep(ledgers)
     return pd.concat(ledgers, ignore_index=True)
 
 

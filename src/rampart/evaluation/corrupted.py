@@ -7,16 +7,16 @@ from typing import Literal
 
 import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from rampart.data import Split, to_pixels
 from rampart.data.corruptions import CORRUPTIONS, STRENGTHS, corrupt
 from rampart.errors import require_choices
+from rampart.evaluation.parts import in_parts
 from rampart.models import predict
 
 CASES = [(kind, strength) for kind in CORRUPTIONS for strength in STRENGTHS]
-BATCH = 500
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class CorruptionPlan:
 
 
 def withstand(
-    model: nn.Module, split: Split, ledger: pd.DataFrame, plan: CorruptionPlan, seed: int = 0
+    model: nn.Module, split: Split, ledger: pd.DataFrame, plan: CorruptionPlan, seed: int = 0, batch_size: int = 256
 ) -> pd.DataFrame:
     """The ledger with a column withstood/<corruption>/<strength> for each: whether the model is right on the image so
     corrupted."""
@@ -45,9 +45,11 @@ def withstand(
     for kind, strength in tqdm(CASES, desc="corrupt", disable=None, leave=False):
         # Every strength meets the same noise, only more of it.
         generator = torch.Generator(split.labels.device).manual_seed(seed)
-        right = [
-            predict(model, to_pixels(corrupt(images, kind, strength, generator))) == labels
-            for images, labels in zip(split.images.split(BATCH), split.labels.split(BATCH), strict=True)
-        ]
-        columns[f"withstood/{kind}/{strength}"] = torch.cat(right).cpu().numpy()
+        images = corrupt(split.images, kind, strength, generator)
+
+        def right(part: slice, images: Tensor = images) -> Tensor:
+            return predict(model, to_pixels(images[part])) == split.labels[part]
+
+        found = torch.cat(list(in_parts(right, len(split), batch_size)))
+        columns[f"withstood/{kind}/{strength}"] = found.cpu().numpy()
     return ledger.assign(**columns)

@@ -7,8 +7,9 @@ robustness is none. Each check measures one sign on a sample of the images.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 
 import pandas as pd
@@ -21,6 +22,7 @@ from rampart.attacks.ball import gradient
 from rampart.data import Split, stratified_order, to_pixels
 from rampart.errors import require
 from rampart.evaluation.attacked import Attack, AttackPlan
+from rampart.evaluation.parts import in_parts
 from rampart.ledger import attacked_by
 from rampart.models import predict
 
@@ -85,6 +87,13 @@ class Trust:
         """The checks that failed."""
         return self.checks.loc[~self.checks["passed"].fillna(True).astype(bool), "check"].tolist()
 
+    @property
+    def verdict(self) -> str:
+        """In a word or a few: ok, unchecked (where nothing could be), or suspect: and the checks that failed."""
+        if self.suspect:
+            return f"suspect: {', '.join(self.suspect)}"
+        return "ok" if self.checks["value"].notna().any() else "unchecked"
+
 
 def trust_eps(plan: AttackPlan) -> float:
     """The radius (pixels) at which an attack is probed: the middle one of those above 0."""
@@ -127,12 +136,14 @@ def trust(
 
     def missed(**change: object) -> float:
         """Share that a changed attack breaks of what has held."""
-        if not bool(held.any()):
-            return 0.0
-        return share(attack(x[held], y[held], (eps,), generator, **change).success[0])
+        return share(attack.at(x[held], y[held], eps, generator, **change)[0])
 
     def rate(radius: float) -> float:
-        return share(attack(x[correct], y[correct], (radius,), generator).success[0])
+        return share(attack.at(x[correct], y[correct], radius, generator)[0])
+
+    def seen(look: Callable[[Tensor, Tensor], Tensor], points: Tensor = x) -> Tensor:
+        """look(images, labels) of all the sample, in batches."""
+        return torch.cat(list(in_parts(lambda p: look(points[p], y[p]), len(y), attacking.batch_size)))
 
     values: dict[str, float | None] = dict.fromkeys(ALLOWED)
     adversarial = x
@@ -142,19 +153,23 @@ def trust(
         large = 1 - rate(LARGE * widest)
         one_step = {"attack": "pgd", "steps": 1, "rel_step": 1.25, "restarts": 1}
         values |= {
-            "zero_gradients": share(_dead(model, x, y) & correct),
+            "zero_gradients": share(seen(partial(_dead, model)) & correct),
             "one_step": missed(**one_step),
             "more_steps": missed(steps=4 * attack.plan.steps),
             "more_restarts": missed(restarts=5),
             "other_loss": missed(attack="apgd", loss="dlr" if attacking.loss == "ce" else "ce"),
-            "noise": share(_noise(model, Ball(x, eps, attacking.norm), y, generator) & held),
-            "transfer": max((share((predict(model, found) != y) & held) for found in others), default=None),
+            "noise": share(
+                seen(lambda points, labels: _noise(model, Ball(points, eps, attacking.norm), labels, generator)) & held
+            ),
+            "transfer": max(
+                (share(seen(partial(_wrong, model), other.to(y.device)) & held) for other in others), default=None
+            ),
             "falls_with_eps": max([0.0, *(low - high for low, high in pairwise(rates))]),
             "holds_at_large_eps": large
             if large <= ALLOWED["holds_at_large_eps"]
             else min(large, 1 - rate(GREY * widest)),
         }
-        adversarial = attack(x, y, (eps,), generator).adversarial[0]
+        adversarial = attack.at(x, y, eps, generator)[1]
     checks = pd.DataFrame(
         {
             "check": list(values),
@@ -173,6 +188,10 @@ def _dead(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return gradient(F.cross_entropy(model(point), y, reduction="sum"), point).flatten(1).abs().amax(1) == 0
 
 
+def _wrong(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return predict(model, x) != y
+
+
 def _noise(model: nn.Module, ball: Ball, y: Tensor, generator: torch.Generator) -> Tensor:
     """Where one of DRAWS random points of the ball is misclassified, [B]."""
-    return torch.stack([predict(model, ball.random(generator)) != y for _ in range(DRAWS)]).any(0)
+    return torch.stack([_wrong(model, ball.random(generator), y) for _ in range(DRAWS)]).any(0)

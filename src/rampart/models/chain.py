@@ -188,7 +188,12 @@ class Folded(nn.Module):
     def __init__(self, layout: Layout, x: Tensor) -> None:
         super().__init__()
         with torch.no_grad():
-            self.chain = layout.resolve(x[:1])
+            chain = layout.resolve(x[:1])
+        for link in chain.links:  # an unfolded map holds the network's own parameters
+            for name, value in vars(link).items():
+                if isinstance(value, Tensor):
+                    setattr(link, name, value.detach())
+        self.chain = chain
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -64,6 +64,7 @@ def collect(experiment: str, settings: CompareSettings) -> Evidence:
             "run main, or train and evaluate, first"
         )
     runs = _one_dataset(runs, notes)
+    _same_attack(runs, notes)
     ledgers = _ledgers(runs)
     values = pd.concat([_numbers(row) for _, row in runs.iterrows() if row["step"] != "embed"], ignore_index=True)
     points, classes = _points(runs[runs["step"] == "embed"])
@@ -78,6 +79,15 @@ def _of_linf(found: pd.DataFrame, step: str, notes: list[str]) -> pd.DataFrame:
     if other.any():
         notes.append(f"{step}: {int(other.sum())} run(s) in another norm than L∞ left out")
     return found[~other]
+
+
+def _same_attack(runs: pd.DataFrame, notes: list[str]) -> None:
+    """Says so where arms were attacked in different ways, which makes their rates hard to compare."""
+    evaluations = runs[runs["step"] == "evaluate"]
+    for name in ("attack", "steps", "restarts", "loss"):
+        kinds = sorted(evaluations.get(f"params.{name}", pd.Series(dtype=str)).dropna().unique())
+        if len(kinds) > 1:
+            notes.append(f"the evaluations differ in {name}: {', '.join(kinds)}")
 
 
 def _ledgers(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:

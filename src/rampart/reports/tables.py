@@ -102,10 +102,10 @@ def markdown(table: pd.DataFrame) -> str:
 def latex(table: pd.DataFrame, caption: str, label: str) -> str:
     """booktabs; needs \\usepackage{booktabs}."""
     plain = table.map(lambda v: str(v).replace("±", "+-").replace(MARK, "+dag")).rename(
-        columns=lambda c: c.replace("ε", "eps").replace("≤", "at most")
+        columns=lambda c: c.replace("ε", "+eps").replace("≤", "at most")
     )
     text = plain.to_latex(index=False, escape=True, caption=caption, label=label)
-    return text.replace("+-", "$\\pm$").replace("+dag", "$\\dagger$").replace("eps", "$\\varepsilon$")
+    return text.replace("+-", "$\\pm$").replace("+dag", "$\\dagger$").replace("+eps", "$\\varepsilon$")
 
 
 def _radii(rows: pd.DataFrame) -> list[tuple[str, pd.Series]]:

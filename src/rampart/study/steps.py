@@ -109,10 +109,14 @@ def _evaluate(run: Run, settings: Settings, given: Mapping[str, str]) -> None:
     finished = before[1] if before else None
     if finished is not None:
         run.table(finished, LEDGER)  # lest a second interruption loses it
-    ledger = evaluate(model, test, plan, settings.seed, finished, Paced(lambda known: run.table(known, LEDGER)))
+    ledger = evaluate(
+        model, test, plan, settings.seed, finished, Paced(lambda parts: run.table(pd.concat(parts), LEDGER))
+    )
     run.table(ledger, LEDGER)
     found = _trust(run, settings, model, test, ledger, data.digest, weights) if settings.trust_images else None
-    ledger = certify(model, test, withstand(model, test, ledger, settings, settings.seed), settings)
+    ledger = certify(
+        model, test, withstand(model, test, ledger, settings, settings.seed, settings.batch_size), settings
+    )
     rates = attack_rates(ledger)
     run.table(ledger, LEDGER)
     run.metrics({**rates, **corruption_rates(ledger)})
@@ -139,18 +143,21 @@ def _trust(
 ) -> Trust:
     """Checks the attack's rates, and leaves adversarial images with which other models' rates can be checked."""
     images, eps = sample(test, settings), trust_eps(settings)
-    others = _adversarial(run, images, eps, digest, weights)
+    others = _adversarial(run, images, eps, settings.norm, digest, weights)
     found = trust(model, test, ledger, settings, settings, others, settings.seed)
     run.csv(found.checks, "trust.csv")
     values = found.checks.dropna(subset="value")
     run.metrics({f"trust/{check}": value for check, value in zip(values["check"], values["value"], strict=True)})
-    run.tags({"trust": f"suspect: {', '.join(found.suspect)}" if found.suspect else "ok"})
+    run.tags({"trust": found.verdict})
     kept = {"images": images.numpy(), "adversarial": found.adversarial.cpu().numpy(), "eps": np.array(eps)}
+    kept["norm"] = np.array(settings.norm)
     run.arrays(kept, ADVERSARIAL)
     return found
 
 
-def _adversarial(run: Run, images: torch.Tensor, eps: float, digest: str, weights: str) -> list[torch.Tensor]:
+def _adversarial(
+    run: Run, images: torch.Tensor, eps: float, norm: str, digest: str, weights: str
+) -> list[torch.Tensor]:
     """Adversarial examples of those images at that radius that other models' newest evaluations have left."""
     found: dict[str, torch.Tensor] = {}
     others = find_runs(run.experiment, {"step": "evaluate", "dataset_digest": digest}, max_results=SOUGHT)
@@ -159,7 +166,8 @@ def _adversarial(run: Run, images: torch.Tensor, eps: float, digest: str, weight
         if name in (weights, *found) or not isinstance(name, str) or len(found) == SOURCES:
             continue
         arrays = read_arrays(other["run_id"], ADVERSARIAL) or {}
-        if np.array_equal(arrays.get("images", []), images.numpy()) and float(arrays["eps"]) == eps:
+        same = np.array_equal(arrays.get("images", []), images.numpy())
+        if same and (float(arrays["eps"]), str(arrays["norm"])) == (eps, norm):
             found[name] = torch.from_numpy(arrays["adversarial"])
     return list(found.values())
 

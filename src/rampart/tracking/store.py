@@ -21,7 +21,8 @@ log = logging.getLogger(__name__)
 
 
 def initialise() -> None:
-    """Creates or migrates the store's database, one process after the other: side by side they would spoil it."""
+    """Creates or migrates the store's database. A SQLite file's processes do so one after the other: side by side they
+    would spoil it."""
     uri = mlflow.get_tracking_uri()
     file = uri.removeprefix("sqlite:///")
     try:
@@ -58,7 +59,15 @@ def experiment_id() -> str:
         return given
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "Default")
     found = mlflow.get_experiment_by_name(name)
-    return found.experiment_id if found else mlflow.create_experiment(name)
+    if found:
+        return found.experiment_id
+    try:
+        return mlflow.create_experiment(name)
+    except MlflowException:  # another process was faster
+        found = mlflow.get_experiment_by_name(name)
+        if found is None:
+            raise
+        return found.experiment_id
 
 
 def process_tags() -> dict[str, str]:

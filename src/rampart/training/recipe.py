@@ -72,8 +72,9 @@ class Recipe:
             moment, before each validation; 0: the running averages of training, as usual.
         compile: whether training passes, augmentation and element-wise work on bounds are compiled (torch.compile,
             which needs a C++ compiler): half a minute at the start, and steps up to 1.5 times as fast.
-        precision: of the encoder's passes in training and in its attacks: `fp32`, or `bf16` (autocast; not for methods
-            with bounds). Losses, validation and all that comes after training are in fp32 either way.
+        precision: of the encoder's passes in training, and in attacks that fold BatchNorm (attack_batchnorm: eval):
+            `fp32`, or `bf16` (autocast; not for methods with bounds). Losses, validation and all that comes after
+            training are in fp32 either way.
         select: which epoch's weights are kept: `best` on validation (accuracy, robust or certified accuracy as the
             method has it, the loss for a SupCon encoder) or `last`.
     """
@@ -142,6 +143,10 @@ class Recipe:
             0 <= self.eps_warmup <= 1,
             f"eps_warmup must lie between 0 and 1, not {self.eps_warmup}: it is a share of the training's steps, "
             "and ε cannot rise for longer than the training",
+        )
+        require(
+            self.attack_start == "ball" or self.method != "sabr",
+            "attack_start=wide would put the boxes of sabr outside of its balls: take attack_start=ball",
         )
         require(
             self.precision == "fp32" or self.method in ("normal", "adversarial", "trades"),

@@ -186,6 +186,6 @@ def worse_in_all(trial: Trial, epoch: int, values: tuple[float, ...], grace: flo
     the front."""
     others = trial.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     curves = [attrs[f"epoch/{epoch}"] for t in others if f"epoch/{epoch}" in (attrs := t.user_attrs)]
-    if len(curves) < STARTUP or len([name for name in trial.user_attrs if name.startswith("epoch/")]) <= grace:
+    if len(curves) < STARTUP or epoch <= grace:
         return False
     return all(value < statistics.median(curve[i] for curve in curves) for i, value in enumerate(values))

@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 from rampart.attacks import pgd
 from rampart.models import Classifier
 from rampart.training.criterion import Criterion, Outputs
-from rampart.training.methods.base import Attacker, Training, evaluating
+from rampart.training.methods.base import Attacker, Training
 from rampart.training.recipe import Recipe
 
 
@@ -54,8 +54,8 @@ class Trades(Adversarial):
         model, radius = self.model, self.recipe.attack_rel_eps * eps
         if not criterion.needs_logits:  # an encoder alone has no outputs to compare
             return super().batch_loss(x, y, criterion, eps, generator)
-        with evaluating(model), torch.no_grad():
-            target = F.log_softmax(model(x), 1)
+        with self.attacker.view(x) as network, torch.no_grad():
+            target = F.log_softmax(network(x), 1)
         adversarial = self.attacker.ascend(
             lambda network, moved: _divergence(target, F.log_softmax(network(moved), 1)), x, radius, generator
         )

@@ -94,12 +94,11 @@ class Attacker:
                 yield self.model
             return
         with evaluating(self.model):
-            if self.encoder is None:
-                yield self.model
-                return
-            with torch.no_grad():
-                chain = self.encoder.resolve(x[:1])
-            yield Folding(chain, self.model.head, self.recipe.precision)
+            chain: Chain | None = None
+            if self.encoder is not None:
+                with suppress(UnsupportedLayer), torch.no_grad():
+                    chain = self.encoder.resolve(x[:1])
+            yield self.model if chain is None else Folding(chain, self.model.head, self.recipe.precision)
 
 
 def lowered(precision: str, x: Tensor) -> torch.autocast:

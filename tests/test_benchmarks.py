@@ -12,18 +12,20 @@ import pytest
 import torch
 
 from benchmarks.verification import COLUMNS, rows_of
+from rampart.data import Dataset
 from rampart.models import build_model, save_model
+from tests.nets import fitted
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["bounds", "training", "tuning", "verification"])
-def test_a_quick_benchmark_ends_with_its_ratios(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["attacks", "bounds", "training", "tuning", "verification"])
+def test_a_quick_benchmark_ends_with_its_ratios(name: str, tmp_path: Path, digits: Dataset) -> None:
     command = [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--json"]
-    if name == "verification":
+    if name in ("attacks", "verification"):
         torch.manual_seed(0)
-        save_model(build_model(width=0.25).eval(), tmp_path / "fresh.safetensors")
+        save_model(fitted(build_model(width=0.25).train(), digits, 0.01, 15), tmp_path / "fresh.safetensors")
         command += ["--models", str(tmp_path / "fresh.safetensors")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -1,0 +1,112 @@
+"""Attacks beside the reference libraries': python -m benchmarks.attacks [--quick] [--json].
+
+PGD beside foolbox's and APGD beside pyautoattack's, the same budget each, on the images that a model gets right: the
+share that each breaks, and seconds. Either library's rows are left out where it is not installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.common import Row, show
+from rampart.attacks import apgd, pgd
+from rampart.data import load_dataset, stratified_order, to_pixels
+from rampart.models import Folded, Layout, load_model, predict
+
+Attack = Callable[[nn.Module, Tensor, Tensor, float], Tensor]  # -> whether each image is broken
+
+
+def our_pgd(steps: int, restarts: int) -> Attack:
+    def attack(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Tensor:
+        twin, generator = Folded(Layout(model), x), torch.Generator().manual_seed(0)
+        return pgd(model, x, y, eps, steps, eps / 4, restarts, generator, surrogate=twin).success[0]
+
+    return attack
+
+
+def foolbox_pgd(steps: int, restarts: int) -> Attack:
+    def attack(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Tensor:
+        import foolbox
+
+        torch.manual_seed(0)
+        wrapped = foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu")
+        one = foolbox.attacks.LinfPGD(rel_stepsize=1 / 4, steps=steps, random_start=True)
+        found: Tensor = one.repeat(restarts)(wrapped, x.contiguous(), y, epsilons=eps)[2]
+        return found
+
+    return attack
+
+
+def our_apgd(steps: int) -> Attack:
+    def attack(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Tensor:
+        twin, generator = Folded(Layout(model), x), torch.Generator().manual_seed(0)
+        return apgd(model, x, y, eps, steps, 1, generator, surrogate=twin).success[0]
+
+    return attack
+
+
+def their_apgd(steps: int) -> Attack:
+    def attack(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Tensor:
+        from pyautoattack.autopgd_base import APGDAttack
+
+        attack = APGDAttack(model, n_iter=steps, eps=eps, seed=0, loss="ce", device="cpu")
+        return predict(model, attack.perturb(x.contiguous(), y)) != y
+
+    return attack
+
+
+def rows_of(
+    name: str, model: nn.Module, x: Tensor, y: Tensor, eps: float, pairs: dict[str, tuple[Attack, Attack]]
+) -> list[Row]:
+    def tried(attack: Attack) -> tuple[float, float]:
+        started = time.perf_counter()
+        return 100 * float(attack(model, x, y, eps).float().mean()), time.perf_counter() - started
+
+    rows = []
+    for kind, (ours, theirs) in pairs.items():
+        (broken, seconds), (reference, longer) = tried(ours), tried(theirs)
+        rows += [
+            Row(f"{name}: {kind}", "ASR %", broken, reference, broken / max(reference, 1e-9)),
+            Row(f"{name}: {kind}, time", "s", seconds, longer, longer / seconds),
+        ]
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a look: few images, small budgets")
+    parser.add_argument("--json", action="store_true", help="the last line is one JSON object")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--dataset", default="digits", help="images, as of the other entry points")
+    parser.add_argument("--images", type=int, default=300, help="class by class")
+    parser.add_argument("--eps", type=float, default=2 / 255, help="radius in pixels")
+    parser.add_argument("--models", nargs="+", required=True, help="files")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    steps, restarts, longer = (10, 2, 20) if given.quick else (50, 10, 100)
+    pairs = {}
+    if find_spec("foolbox"):
+        pairs[f"PGD {restarts} x {steps}"] = our_pgd(steps, restarts), foolbox_pgd(steps, restarts)
+    if find_spec("pyautoattack"):
+        pairs[f"APGD {longer}"] = our_apgd(longer), their_apgd(longer)
+    test = load_dataset(given.dataset).test
+    chosen = test[torch.tensor(stratified_order(test, 0)[: 20 if given.quick else given.images])]
+    rows = []
+    for file in given.models:
+        model, x = load_model(file), to_pixels(chosen.images)
+        right = predict(model, x) == chosen.labels
+        if not right.any():
+            raise SystemExit(f"{file} gets none of the images right: nothing to attack")
+        rows += rows_of(Path(file).stem, model, x[right], chosen.labels[right], given.eps, pairs)
+    show(f"attacks at ε {given.eps:.4g}, {given.threads} threads", rows, given.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -21,7 +21,7 @@ from rampart.tracking import Run
 from rampart.tracking.queries import artifact_place
 
 REPORT = "report.html"
-SUSPECT = f" {tables.MARK}: the attack has failed a check, the true share may be far lower."
+SUSPECT = f" {tables.MARK}: the attack has failed a check and may have missed much."
 
 
 @dataclass(frozen=True)

@@ -33,11 +33,12 @@ def our_pgd(steps: int, restarts: int) -> Attack:
 
 def foolbox_pgd(steps: int, restarts: int) -> Attack:
     def attack(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Tensor:
-        import foolbox
+        from foolbox.attacks import LinfPGD
+        from foolbox.models.pytorch import PyTorchModel
 
         torch.manual_seed(0)
-        wrapped = foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu")
-        one = foolbox.attacks.LinfPGD(rel_stepsize=1 / 4, steps=steps, random_start=True)
+        wrapped = PyTorchModel(model, bounds=(0, 1), device="cpu")
+        one = LinfPGD(rel_stepsize=1 / 4, steps=steps, random_start=True)
         found: Tensor = one.repeat(restarts)(wrapped, x.contiguous(), y, epsilons=eps)[2]
         return found
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from rampart.attacks.ball import Ball, Norm, gradient
 from rampart.attacks.objectives import OBJECTIVES, Loss, Objective, targeted_dlr
-from rampart.attacks.sweep import AttackResult, Attempt, Start, sweep
-from rampart.errors import require, unknown
+from rampart.attacks.sweep import AttackResult, Attempt, Start, require_budget, sweep
+from rampart.errors import require
 
 # Shares of the paper: of a step that is new (α), of steps that must have raised the loss (ρ), and of the budget before
 # the first and the shortest check of the step size, by which the time between checks shrinks.
@@ -53,8 +53,7 @@ def apgd(
     Raises:
         SettingsError: a bad ε or count. ModelError: the model is in training mode.
     """
-    require(steps >= 1 and restarts >= 1, f"steps and restarts must be 1 or more, not {steps} and {restarts}")
-    require(loss in OBJECTIVES, unknown("loss", loss, OBJECTIVES))
+    require_budget(steps, restarts, loss)
     require(targets >= 0, f"targets must be 0 or more, not {targets}")
     starts = [untargeted(steps, loss, generator)] if not targets else targeted(steps, targets, generator)
     return sweep(model, x, y, eps, lambda _: starts * restarts, norm, surrogate)

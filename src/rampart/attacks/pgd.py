@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rampart.attacks.ball import Ball, Norm, gradient
 from rampart.attacks.objectives import OBJECTIVES, Loss, margin
-from rampart.attacks.sweep import AttackResult, Attempt, Start, radii_of, sweep
+from rampart.attacks.sweep import AttackResult, Attempt, Start, radii_of, require_budget, sweep
 from rampart.errors import require, unknown
 
 Schedule = Literal["constant", "cosine"]
@@ -54,10 +54,9 @@ def pgd(
     """
     radii = radii_of(eps)
     sizes = step_size if isinstance(step_size, Sequence) else [step_size] * len(radii)
-    require(steps >= 1 and restarts >= 1, f"steps and restarts must be 1 or more, not {steps} and {restarts}")
+    require_budget(steps, restarts, loss)
     require(len(sizes) == len(radii), f"{len(sizes)} step sizes for {len(radii)} eps: give one for each")
     require(all(s is None or s > 0 for s in sizes), f"step_size must be above 0, not {step_size}")
-    require(loss in OBJECTIVES, unknown("loss", loss, OBJECTIVES))
     require(schedule in get_args(Schedule), unknown("schedule", schedule, get_args(Schedule)))
 
     def starts(place: int) -> list[Start]:

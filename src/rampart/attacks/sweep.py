@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rampart.attacks.ball import Ball, Norm
-from rampart.attacks.objectives import margin
+from rampart.attacks.objectives import OBJECTIVES, Loss, margin
 from rampart.errors import ModelError, require, unknown
 
 
@@ -82,8 +82,7 @@ def sweep(
         raise ModelError("an attack needs a fixed network: call model.eval() first")
     adversarial = x.expand(len(radii), *x.shape).clone()
     success = torch.zeros(len(radii), len(x), dtype=torch.bool, device=x.device)
-    with torch.no_grad():
-        logits = model(x)
+    logits = _logits(model, x)
     broken, best = logits.argmax(1) != y, margin(logits, y)
     broken_eps = torch.where(broken, 0.0, float("inf")).double()
     start_of = torch.full_like(y, -1)
@@ -96,16 +95,13 @@ def sweep(
                 break
             ball = Ball(x[left], radii[place], norm)
             tried = start(surrogate or model, ball, y[left])
-            with torch.no_grad():  # in another batch rounding may tell another class
-                logits = model(tried.example)
+            logits = _logits(model, tried.example)  # in another batch rounding may tell another class
             if surrogate is not None:
-                with torch.no_grad():
-                    doubtful = (logits.argmax(1) == y[left]) & (surrogate(tried.example).argmax(1) != y[left])
+                doubtful = (logits.argmax(1) == y[left]) & (_logits(surrogate, tried.example).argmax(1) != y[left])
                 if doubtful.any():  # the two differ there: the start has stopped too early
                     again = start(model, ball[doubtful], y[left][doubtful])
                     tried.example[doubtful], tried.step[doubtful] = again.example, again.step
-                    with torch.no_grad():
-                        logits[doubtful] = model(again.example)
+                    logits[doubtful] = _logits(model, again.example)
             found, ahead = logits.argmax(1) != y[left], margin(logits, y[left])
             better = found | (ahead > best[left])
             example[left[better]], best[left[better]] = tried.example[better], ahead[better]
@@ -114,6 +110,17 @@ def sweep(
             start_of[rows], step_of[rows] = number, tried.step[found]
         adversarial[place], success[place] = example, broken
     return AttackResult(adversarial, success, radii, broken_eps, start_of, step_of)
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x)
+
+
+def require_budget(steps: int, restarts: int, loss: Loss) -> None:
+    """Raises SettingsError where an attack cannot be run so."""
+    require(steps >= 1 and restarts >= 1, f"steps and restarts must be 1 or more, not {steps} and {restarts}")
+    require(loss in OBJECTIVES, unknown("loss", loss, OBJECTIVES))
 
 
 def radii_of(eps: float | Sequence[float]) -> tuple[float, ...]:

@@ -163,7 +163,9 @@ def _adversarial(
     others = find_runs(run.experiment, {"step": "evaluate", "dataset_digest": digest}, max_results=SOUGHT)
     for other in others.to_dict("records"):
         name = other.get("tags.rampart.weights")
-        if name in (weights, *found) or not isinstance(name, str) or len(found) == SOURCES:
+        if len(found) == SOURCES:
+            break
+        if name in (weights, *found) or not isinstance(name, str):
             continue
         arrays = read_arrays(other["run_id"], ADVERSARIAL) or {}
         same = np.array_equal(arrays.get("images", []), images.numpy())

@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 from rampart.attacks import pgd
 from rampart.models import Classifier
 from rampart.training.criterion import Criterion, Outputs
-from rampart.training.methods.base import Attacker, Training
+from rampart.training.methods.base import Attacker, in_training
 from rampart.training.recipe import Recipe
 
 
@@ -19,7 +19,7 @@ class Normal:
     score_name = "accuracy"
 
     def __init__(self, model: Classifier, recipe: Recipe) -> None:
-        self.model, self.network = model, Training(model, recipe)
+        self.model, self.network = model, in_training(model, recipe)
 
     def batch_loss(self, x: Tensor, y: Tensor, criterion: Criterion, eps: float, generator: Generator | None) -> Tensor:
         return criterion.on_images(self.network, x, y)
@@ -34,7 +34,7 @@ class Adversarial:
     score_name = "robust_accuracy"
 
     def __init__(self, model: Classifier, recipe: Recipe) -> None:
-        self.model, self.network, self.recipe = model, Training(model, recipe), recipe
+        self.model, self.network, self.recipe = model, in_training(model, recipe), recipe
         self.attacker = Attacker(model, recipe)
 
     def batch_loss(self, x: Tensor, y: Tensor, criterion: Criterion, eps: float, generator: Generator | None) -> Tensor:

@@ -32,33 +32,23 @@ class Method(Protocol):
         ...
 
 
-class Training:
-    """A classifier in training: its encoder in the recipe's precision, and compiled inside of `compiling`."""
+class Encoded:
+    """A classifier's head behind another way to its embeddings, which is gone in the recipe's precision."""
 
-    def __init__(self, model: Classifier, recipe: Recipe) -> None:
-        self.head, self.precision = model.head, recipe.precision
-        self.encode = Kernel(model.embed, dynamic=False)
+    def __init__(self, encode: Callable[[Tensor], Tensor], head: nn.Module, recipe: Recipe) -> None:
+        self.encode, self.head, self.lowered = encode, head, recipe.precision == "bf16"
 
     def embed(self, x: Tensor) -> Tensor:
-        with lowered(self.precision, x):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.lowered):
             return self.encode(x).to(x.dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.head(self.embed(x))
 
 
-class Folding:
-    """A classifier under attack: its encoder a chain of constant maps, in the recipe's precision."""
-
-    def __init__(self, encoder: Chain, head: nn.Module, precision: str) -> None:
-        self.encoder, self.head, self.precision = encoder, head, precision
-
-    def embed(self, x: Tensor) -> Tensor:
-        with lowered(self.precision, x):
-            return self.encoder.apply(x).to(x.dtype)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.head(self.embed(x))
+def in_training(model: Classifier, recipe: Recipe) -> Encoded:
+    """The classifier whose passes are compiled inside of `compiling`."""
+    return Encoded(Kernel(model.embed, dynamic=False), model.head, recipe)
 
 
 class Attacker:
@@ -98,12 +88,7 @@ class Attacker:
             if self.encoder is not None:
                 with suppress(UnsupportedLayer), torch.no_grad():
                     chain = self.encoder.resolve(x[:1])
-            yield self.model if chain is None else Folding(chain, self.model.head, self.recipe.precision)
-
-
-def lowered(precision: str, x: Tensor) -> torch.autocast:
-    """Passes of bfloat16 where `precision` says so."""
-    return torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16")
+            yield self.model if chain is None else Encoded(chain.apply, self.model.head, self.recipe)
 
 
 @contextmanager

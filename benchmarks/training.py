@@ -140,7 +140,7 @@ def training_rows(data: Dataset, device: str, workers: int, images: dict[str, in
     }
     rows = []
     for name, recipe in arms.items():
-        part = replace(data, train=data.train[: images[name]], val=data.val[:16])
+        part = replace(data, train=data.train[: images[name]], val=data.val[:1])
         adversarial = name == "adversarial"
         calls: dict[str, Callable[[], object]] = {
             "ours": OurTraining(part, device, recipe),

@@ -138,7 +138,7 @@ def _one_start(
             s, ball = s[~wrong], ball[~wrong]
         if iterate > steps or not len(s.row):
             break
-        aimed = ball.project(s.current + s.size * ball.steepest(s.slope))
+        aimed = ball.ascend(s.current, s.slope, s.size)
         share = MOMENTUM if iterate > 1 else 1.0
         moved = ball.project(s.current + share * (aimed - s.current) + (1 - share) * (s.current - s.before))
         s.before, s.current, old = s.current, moved, s.value

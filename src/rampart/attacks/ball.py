@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rampart.kernels import Kernel
+
 Norm = Literal["linf", "l2"]
 
 
@@ -55,6 +57,15 @@ class Ball:
             return gradient.sign()
         return gradient / _length(gradient).clamp(min=1e-20)
 
+    def ascend(self, point: Tensor, gradient: Tensor, step: float | Tensor) -> Tensor:
+        """The image of the ball that a step of this length (pixels; one for all, or [B, 1, 1, 1]) up the gradient leads
+        to from `point`."""
+        if self.norm == "linf":
+            if not isinstance(step, Tensor):
+                step = torch.full((), step, dtype=point.dtype, device=point.device)
+            return _climb(point, gradient, step, self.lower, self.upper)
+        return self.project(point + step * self.steepest(gradient))
+
     def project(self, point: Tensor) -> Tensor:
         """The nearest image of the ball; of an L2 ball the nearest one on the way to x, cut to [0, 1]."""
         if self.norm == "linf":
@@ -67,7 +78,12 @@ class Ball:
         return self.clip(torch.where(farther, torch.nextafter(near, self.x), near))
 
     def clip(self, point: Tensor) -> Tensor:
-        return torch.maximum(torch.minimum(point, self.upper), self.lower)
+        return point.clamp(self.lower, self.upper)
+
+
+@Kernel
+def _climb(point: Tensor, gradient: Tensor, step: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+    return torch.addcmul(point, step, gradient.sign()).clamp(lower, upper)
 
 
 def gradient(loss: Tensor, point: Tensor) -> Tensor:

@@ -89,7 +89,7 @@ def _one_start(
             break
         slope, stay = gradient(values.sum(), current), ~wrong
         left, ball = left[stay], ball[stay]
-        current = ball.project(current.detach()[stay] + moves[iterate] * ball.steepest(slope[stay]))
+        current = ball.ascend(current.detach()[stay], slope[stay], moves[iterate])
     return Attempt(example, step)
 
 
@@ -117,6 +117,8 @@ def perturb(
     for _ in range(steps):
         current.requires_grad_()
         slope = gradient(loss(current), current)
-        moved = current.detach() + step_size * ball.steepest(slope)
-        current = moved.clamp(0, 1) if wide else ball.project(moved)
+        if wide:
+            current = (current.detach() + step_size * slope.sign()).clamp(0, 1)
+        else:
+            current = ball.ascend(current.detach(), slope, step_size)
     return current.detach()

@@ -1,6 +1,7 @@
-from rampart.models.chain import Chain, Folded, Layout
+from rampart.models.chain import Chain, Layout
 from rampart.models.checkpoints import load_model, save_model, weights_digest
 from rampart.models.classifier import Classifier, Normalize, build_model, interval_init, logits_of, predict
+from rampart.models.folded import Folded
 
 __all__ = [
     "Chain",

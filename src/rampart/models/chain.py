@@ -41,6 +41,10 @@ class Chain:
         """Places of the ReLUs."""
         return [place for place, link in enumerate(self.links) if isinstance(link, ReLU)]
 
+    def readers(self, value: int) -> list[int]:
+        """Places of the links that read `value`."""
+        return [place for place, sources in enumerate(self.sources) if value in sources]
+
     @property
     def last(self) -> int:
         """The output, as a value."""
@@ -53,17 +57,6 @@ class Chain:
             if place in needed:
                 needed.update(self.sources[place])
         return sorted(needed - {-1})
-
-    def apply(self, x: Tensor) -> Tensor:
-        """Images x [B, *in_shape] through the links: the network's output, up to rounding."""
-        values = {-1: x}
-        for place, (link, sources) in enumerate(zip(self.links, self.sources, strict=True)):
-            read = values[sources[0]]
-            if isinstance(link, Affine):
-                values[place] = link.apply(read)
-            else:
-                values[place] = read.relu() if isinstance(link, ReLU) else read + values[sources[1]]
-        return values[self.last]
 
     def then(self, link: Affine) -> Chain:
         """The chain with one more map after its output."""
@@ -175,29 +168,6 @@ class Layout:
             chain.sources.append(sources)
             values[number], places[number] = x, chain.last
         return replace(chain, output=x)
-
-
-class Folded(nn.Module):
-    """A network in eval mode whose BatchNorm is folded into the maps before it, with constant weights: the same outputs
-    up to rounding, and gradients by its input in less time. `x` [B, C, H, W]: images that it takes.
-
-    Raises:
-        UnsupportedLayer: as Layout.
-    """
-
-    def __init__(self, layout: Layout, x: Tensor) -> None:
-        super().__init__()
-        with torch.no_grad():
-            chain = layout.resolve(x[:1])
-        for link in chain.links:  # an unfolded map holds the network's own parameters
-            for name, value in vars(link).items():
-                if isinstance(value, Tensor):
-                    setattr(link, name, value.detach())
-        self.chain = chain
-        self.eval()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.chain.apply(x)
 
 
 ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")

@@ -13,7 +13,7 @@ from torch import Generator, Tensor, nn
 from rampart.attacks import perturb
 from rampart.errors import UnsupportedLayer
 from rampart.kernels import Kernel
-from rampart.models import Chain, Classifier, Layout
+from rampart.models import Classifier, Folded, Layout
 from rampart.training.criterion import Criterion, Network
 from rampart.training.recipe import Recipe
 
@@ -84,11 +84,11 @@ class Attacker:
                 yield self.model
             return
         with evaluating(self.model):
-            chain: Chain | None = None
+            folded: Folded | None = None
             if self.encoder is not None:
-                with suppress(UnsupportedLayer), torch.no_grad():
-                    chain = self.encoder.resolve(x[:1])
-            yield self.model if chain is None else Encoded(chain.apply, self.model.head, self.recipe)
+                with suppress(UnsupportedLayer):
+                    folded = Folded(self.encoder, x)
+            yield self.model if folded is None else Encoded(folded, self.model.head, self.recipe)
 
 
 @contextmanager

@@ -6,27 +6,28 @@ share that each breaks, and seconds. Either library's rows are left out where it
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import Row, show
-from rampart.attacks import apgd, pgd
+from benchmarks.common import Row, options, show
 from rampart.data import load_dataset, stratified_order, to_pixels
-from rampart.models import Folded, Layout, load_model, predict
+from rampart.evaluation import AttackPlan
+from rampart.evaluation.attacked import Attack as OurAttack
+from rampart.models import load_model, predict
+from rampart.settings import parse_eps
 
 Attack = Callable[[nn.Module, Tensor, Tensor, float], Tensor]  # -> whether each image is broken
 
 
-def our_pgd(steps: int, restarts: int) -> Attack:
+def ours(plan: AttackPlan) -> Attack:
     def attack(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Tensor:
-        twin, generator = Folded(Layout(model), x), torch.Generator().manual_seed(0)
-        return pgd(model, x, y, eps, steps, eps / 4, restarts, generator, surrogate=twin).success[0]
+        return OurAttack(model, plan, x)(x, y, (eps,), torch.Generator().manual_seed(0)).success[0]
 
     return attack
 
@@ -41,14 +42,6 @@ def foolbox_pgd(steps: int, restarts: int) -> Attack:
         one = LinfPGD(rel_stepsize=1 / 4, steps=steps, random_start=True)
         found: Tensor = one.repeat(restarts)(wrapped, x.contiguous(), y, epsilons=eps)[2]
         return found
-
-    return attack
-
-
-def our_apgd(steps: int) -> Attack:
-    def attack(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Tensor:
-        twin, generator = Folded(Layout(model), x), torch.Generator().manual_seed(0)
-        return apgd(model, x, y, eps, steps, 1, generator, surrogate=twin).success[0]
 
     return attack
 
@@ -81,22 +74,21 @@ def rows_of(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a look: few images, small budgets")
-    parser.add_argument("--json", action="store_true", help="the last line is one JSON object")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser = options(__doc__, quick="few images, small budgets")
     parser.add_argument("--dataset", default="digits", help="images, as of the other entry points")
     parser.add_argument("--images", type=int, default=300, help="class by class")
-    parser.add_argument("--eps", type=float, default=2 / 255, help="radius in pixels")
+    parser.add_argument("--eps", default="2/255", help="radius in pixels")
     parser.add_argument("--models", nargs="+", required=True, help="files")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     steps, restarts, longer = (10, 2, 20) if given.quick else (50, 10, 100)
+    eps = parse_eps("eps", given.eps, "pixel")
+    plan = AttackPlan(eps=(eps,), steps=steps, rel_step=0.25, restarts=restarts)
     pairs = {}
     if find_spec("foolbox"):
-        pairs[f"PGD {restarts} x {steps}"] = our_pgd(steps, restarts), foolbox_pgd(steps, restarts)
+        pairs[f"PGD {restarts} x {steps}"] = ours(plan), foolbox_pgd(steps, restarts)
     if find_spec("pyautoattack"):
-        pairs[f"APGD {longer}"] = our_apgd(longer), their_apgd(longer)
+        pairs[f"APGD {longer}"] = ours(replace(plan, attack="apgd", steps=longer, restarts=1)), their_apgd(longer)
     test = load_dataset(given.dataset).test
     chosen = test[torch.tensor(stratified_order(test, 0)[: 20 if given.quick else given.images])]
     rows = []
@@ -105,8 +97,8 @@ def main() -> None:
         right = predict(model, x) == chosen.labels
         if not right.any():
             raise SystemExit(f"{file} gets none of the images right: nothing to attack")
-        rows += rows_of(Path(file).stem, model, x[right], chosen.labels[right], given.eps, pairs)
-    show(f"attacks at ε {given.eps:.4g}, {given.threads} threads", rows, given.json)
+        rows += rows_of(Path(file).stem, model, x[right], chosen.labels[right], eps, pairs)
+    show(f"attacks at ε {given.eps}, {given.threads} threads", rows, given.json)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ margins of images of the digits, all inner bounds included.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 from collections.abc import Callable
@@ -18,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.common import Row, in_turn, peak_memory, show
+from benchmarks.common import Row, in_turn, options, peak_memory, show
 from rampart.bounds import margin_bounds
 from rampart.bounds.compat import import_auto_lirpa
 from rampart.bounds.lirpa import plain
@@ -159,10 +158,7 @@ def one_shot_rows(images: int, alpha_images: int, repeats: int, file: str, datas
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a look: fewer images and repeats, one architecture")
-    parser.add_argument("--json", action="store_true", help="the last line is one JSON object")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser = options(__doc__, quick="fewer images and repeats, one architecture")
     parser.add_argument("--rows", nargs="+", choices=("training", "one-shot"), default=["training", "one-shot"])
     parser.add_argument("--images", type=int, default=64, help="of the one-shot rows of CROWN")
     # auto_LiRPA 0.3 optimises slopes on dense maps, minutes for a few images.

@@ -1,7 +1,8 @@
-"""What the benchmarks share: timing in turn, and a table of medians and ratios."""
+"""What the benchmarks share: options, timing in turn, and a table of medians and ratios."""
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import multiprocessing
@@ -23,6 +24,15 @@ class Row:
     ours: float
     baseline: float
     ratio: float
+
+
+def options(description: str | None, quick: str, threads: int = 2) -> argparse.ArgumentParser:
+    """What every benchmark takes; `quick` says how little its --quick does, `threads` is the default."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help=f"a look: {quick}")
+    parser.add_argument("--json", action="store_true", help="the last line is one JSON object")
+    parser.add_argument("--threads", type=int, default=threads, help="CPU threads")
+    return parser
 
 
 def in_turn(contenders: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:

@@ -6,7 +6,6 @@ one run of it an ε. Ours: the loop and the attack that `train` and `evaluate` r
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -21,7 +20,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from torchvision import transforms
 
-from benchmarks.common import Row, in_turn, show
+from benchmarks.common import Row, in_turn, options, show
 from rampart.data import Augmentation, Dataset, Split, load_dataset
 from rampart.evaluation import AttackPlan, evaluate
 from rampart.kernels import compiling
@@ -171,10 +170,7 @@ def evaluation_rows(models: dict[str, Classifier], test: Split, device: str, wor
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a look: few images, one repeat")
-    parser.add_argument("--json", action="store_true", help="the last line is one JSON object")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser = options(__doc__, quick="few images, one repeat")
     parser.add_argument("--workers", type=int, default=4, help="of the conventional pipeline's DataLoader")
     parser.add_argument("--dataset", default="digits", help="images, as of the other entry points")
     parser.add_argument("--models", nargs="*", default=[], help="files of those evaluated (default: a fresh one)")

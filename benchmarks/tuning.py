@@ -6,7 +6,6 @@ epochs trained, and the best accuracy on the validation images.
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import tempfile
@@ -14,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
-from benchmarks.common import Row, show
+from benchmarks.common import Row, options, show
 from rampart.console import configure_logging
 from rampart.study import run_step
 from rampart.tracking.queries import find_runs
@@ -42,12 +41,10 @@ def rows_of(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a look: one seed, eight trials, one pruner")
-    parser.add_argument("--json", action="store_true", help="the last line is one JSON object")
+    parser = options(__doc__, quick="one seed, eight trials, one pruner", threads=1)
     parser.add_argument("--method", default="normal")
     given = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(given.threads)
     configure_logging(quiet=True)
     seeds, trials = (1, 8) if given.quick else (3, 30)
     pruners = ["none", "median"] + ([] if given.quick else ["hyperband"])

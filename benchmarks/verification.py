@@ -7,7 +7,6 @@ image right after our engine, with the same limit, and every pair of verdicts is
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import statistics
@@ -17,7 +16,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from benchmarks.common import Row, show
+from benchmarks.common import Row, options, show
 from rampart.data import Split, load_dataset, to_pixels
 from rampart.models import load_model
 from rampart.settings import parse_eps
@@ -58,15 +57,12 @@ def _speed(found: pd.DataFrame) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, quick="3 images, 5 seconds each")
     parser.add_argument("--models", nargs="+", required=True, help="weights (.npz, .safetensors)")
     parser.add_argument("--dataset", default="digits", help="as for the study, e.g. folder:PATH")
     parser.add_argument("--eps", default="1/255", help="radius in pixels")
     parser.add_argument("--images", type=int, default=20, help="a model")
     parser.add_argument("--timeout", type=float, default=30.0, help="seconds an image")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    parser.add_argument("--quick", action="store_true", help="a look: 3 images, 5 seconds each")
-    parser.add_argument("--json", action="store_true", help="the last line is one JSON object")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     eps = parse_eps("eps", given.eps, "pixel")

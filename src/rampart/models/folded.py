@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rampart.models.chain import Chain, Layout
-from rampart.models.links import Add, Conv, Dense, Flatten, Link, ReLU, Scale
+from rampart.models.links import Add, Conv, Dense, Flatten, ReLU, Scale
 
 
 class Folded(nn.Module):
@@ -49,10 +49,9 @@ def _call(chain: Chain, place: int) -> Callable[..., Tensor]:
         return _conv(link)
     if isinstance(link, Scale):
         # One value for every pixel: three that are broadcast over channels last take seven times as long.
-        shape = 1, *link.in_shape
+        pixels = link.in_shape[1:]
         shift, scale = (
-            value.detach().view(1, -1, *[1] * (len(shape) - 2)).expand(shape).clone(memory_format=_layout(shape))
-            for value in (link.shift, link.scale)
+            value.detach().expand(*pixels, -1).contiguous().movedim(-1, 0) for value in (link.shift, link.scale)
         )
         return lambda x: torch.addcmul(shift, x, scale)
     if isinstance(link, Dense):
@@ -72,13 +71,8 @@ def _call(chain: Chain, place: int) -> Callable[..., Tensor]:
 
 def _pixels_first(chain: Chain, flatten: int) -> bool:
     """Whether all that reads a flattened map can take its channels last, as the map lies in memory."""
-    readers: list[Link] = [chain.links[place] for place in chain.readers(flatten)]
-    return bool(readers) and all(isinstance(reader, Dense) for reader in readers)
-
-
-def _layout(shape: Sequence[int]) -> torch.memory_format:
-    """How a value of this shape [B, …] lies in memory."""
-    return torch.channels_last if len(shape) == 4 else torch.contiguous_format
+    readers = chain.readers(flatten)
+    return bool(readers) and all(isinstance(chain.links[place], Dense) for place in readers)
 
 
 def _conv(link: Conv) -> Callable[[Tensor], Tensor]:

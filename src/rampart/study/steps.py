@@ -80,16 +80,17 @@ def _train(run: Run, settings: Settings, given: Mapping[str, str]) -> None:
     log.info("%s s%d: trained, logged as %s", arm.name, settings.seed, uri)
 
 
-def _open_model(run: Run, settings: ModelSettings) -> tuple[Classifier, str, str | None]:
-    """(model on its device, what it is called, the run that trained it); names and tags `run` accordingly."""
+def _open_model(run: Run, settings: ModelSettings) -> tuple[Classifier, str, str | None, str]:
+    """(model on its device, its name, the run that trained it, its weights' digest); names and tags `run` so."""
     source = source_run(settings.model)
     model = fetch_model(settings.model).to(prepare(settings))
     known = run_tags(source) if source else {}
     label = f"{known['arm']} s{known['seed']}" if "arm" in known else Path(settings.model).stem
     run.name(f"{run.step} {label}")
     run.tags({name: known[name] for name in ARM_TAGS if name in known})
-    run.tags({"model_run": source or "", "model": settings.model, "weights": weights_digest(model)})
-    return model, label, source
+    weights = weights_digest(model)
+    run.tags({"model_run": source or "", "model": settings.model, "weights": weights})
+    return model, label, source, weights
 
 
 def _finish(run: Run, settings: EvaluateSettings | VerifySettings | EmbedSettings, data: Dataset) -> None:
@@ -98,13 +99,12 @@ def _finish(run: Run, settings: EvaluateSettings | VerifySettings | EmbedSetting
 
 def _evaluate(run: Run, settings: Settings, given: Mapping[str, str]) -> None:
     assert isinstance(settings, EvaluateSettings)
-    model, label, _ = _open_model(run, settings)
+    model, label, _, weights = _open_model(run, settings)
     data = open_data(run, settings)
     test = data.test.to(prepare(settings))
     plan: AttackPlan = settings
     if settings.certify != "none":  # the other end of the bracket in which the robust accuracy lies
         plan = replace(settings, eps=tuple({*settings.eps, *settings.certify_eps}))
-    weights = weights_digest(model)
     before = interrupted(run, identity(run.step, settings, data.digest, weights))
     finished = before[1] if before else None
     if finished is not None:
@@ -176,10 +176,10 @@ def _adversarial(
 
 def _verify(run: Run, settings: Settings, given: Mapping[str, str]) -> None:
     assert isinstance(settings, VerifySettings)
-    model, label, _ = _open_model(run, settings)
+    model, label, _, weights = _open_model(run, settings)
     data = open_data(run, settings)
     test = data.test.to(prepare(settings))
-    progress = _progress(run, settings, data, weights_digest(model))
+    progress = _progress(run, settings, data, weights)
     progress.keep = Paced(lambda known: _keep(run, known.ledger, known.examples))
     try:
         ledger, examples = verify_split(model, test, settings, progress)
@@ -237,7 +237,7 @@ SAID = ("safe-incomplete", "safe", "unsafe", "timeout", "unknown", "error", "mis
 
 def _embed(run: Run, settings: Settings, given: Mapping[str, str]) -> None:
     assert isinstance(settings, EmbedSettings)
-    model, label, source = _open_model(run, settings)
+    model, label, source, _ = _open_model(run, settings)
     data = open_data(run, settings)
     chosen = stratified_order(data.test, settings.seed)[: settings.points]
     points = embed(model, data.test.to(prepare(settings)), chosen, settings, settings.seed)

@@ -12,7 +12,7 @@ from rampart.bounds import METHODS, margin_bounds
 from rampart.bounds.margins import PROVED
 from rampart.data import Split, to_pixels
 from rampart.errors import SettingsError
-from rampart.evaluation import CertificationPlan, certify
+from rampart.evaluation import CertificationPlan, certified, certify
 from rampart.ledger import attack_rates, contradiction, eps_key, evaluation_ledger
 from rampart.models import Classifier
 from tests.nets import small_classifier, undecided_classifier
@@ -121,6 +121,38 @@ def test_a_search_settles_what_bounds_leave_open(model: Classifier, split: Split
         assert rates[f"certified_accuracy/{eps_key(eps)}"] == rates[f"attacked_accuracy/{eps_key(eps)}"]
     assert refuted > 0
     assert contradiction({"one": searched, "other": bounded}) is None
+
+
+@pytest.mark.parametrize("certify_by", ["crown", "branch-and-bound"])
+@pytest.mark.parametrize("batches", [1, 4, 6])
+def test_an_interrupted_certification_goes_on_where_it_stopped(
+    certify_by: str, batches: int, model: Classifier, split: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    none = torch.zeros(len(EPS), len(split), dtype=torch.bool)
+    given = ledger_of(model, split, none, EPS)
+    plan = CertificationPlan(certify=certify_by, certify_eps=EPS, certify_batch=10, certify_timeout=60)
+    tried: list[tuple[int, float]] = []
+    prove = certified._Certification.prove
+
+    def counted(self: certified._Certification, images: Tensor, eps: float) -> None:
+        tried.extend((image, eps) for image in images.tolist())
+        prove(self, images, eps)
+
+    monkeypatch.setattr(certified._Certification, "prove", counted)
+    whole = certify(model, split, given, plan)
+    uninterrupted, kept = sorted(tried), []
+
+    def keep(ledger: pd.DataFrame) -> None:
+        kept.append(ledger.copy())
+        if len(kept) == batches:
+            raise KeyboardInterrupt
+
+    tried.clear()
+    with pytest.raises(KeyboardInterrupt):
+        certify(model, split, given, plan, keep)
+    assert 0 < len(tried) < len(uninterrupted)
+    pd.testing.assert_frame_equal(certify(model, split, kept[-1], plan), whole)
+    assert sorted(tried) == uninterrupted
 
 
 def test_none_leaves_the_ledger_as_it_is(model: Classifier, split: Split) -> None:

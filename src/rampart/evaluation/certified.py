@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -52,27 +53,36 @@ class CertificationPlan:
             require(getattr(self, name) >= 1, f"{name} must be 1 or more, not {getattr(self, name)}")
 
 
-def certify(model: nn.Module, split: Split, ledger: pd.DataFrame, plan: CertificationPlan) -> pd.DataFrame:
+def certify(
+    model: nn.Module,
+    split: Split,
+    ledger: pd.DataFrame,
+    plan: CertificationPlan,
+    keep: Callable[[pd.DataFrame], None] = lambda _: None,
+) -> pd.DataFrame:
     """The ledger of `evaluate` with a column certified/<ε> for every ε of the plan: true, false, or missing where the
     image is none of those to be proved.
 
     An image proved at one ε is proved at the smaller ones; one that an attack broke at one ε cannot be proved there or
     beyond: neither is bounded again.
+
+    Args:
+        ledger: that of an interrupted certification by the same plan may be given, too: what it has settled is not
+            bounded again.
+        keep: called after each batch with the ledger so far, in which the columns miss what is not yet settled.
     """
     if plan.certify == "none":
         return ledger
     work = _Certification(model, split, ledger.copy(), plan)
-    columns = {}
     for eps in sorted(set(plan.certify_eps), reverse=True):
         images = work.open(eps)
         for part in tqdm(
             images.split(plan.certify_batch), desc=f"certify {eps_key(eps)}", unit="batch", disable=None, leave=False
         ):
             work.prove(part, eps)
-        columns[eps] = pd.array(work.proved.numpy(), dtype="boolean", copy=True)
-    for eps in sorted(columns):
-        work.ledger[f"certified/{eps_key(eps)}"] = columns[eps]
-        work.ledger.loc[~work.chosen.numpy(), f"certified/{eps_key(eps)}"] = pd.NA
+            work.settle(part, eps)
+            keep(work.ledger)
+        work.settle(work.chosen.nonzero().squeeze(1), eps)
     return work.ledger
 
 
@@ -85,12 +95,21 @@ class _Certification:
         self.proved = torch.zeros(len(split), dtype=torch.bool)
         self.chosen = torch.zeros(len(split), dtype=torch.bool)
         self.chosen[stratified_order(split, 0)[: plan.certify_images or None]] = True
+        for eps in sorted(set(plan.certify_eps)):
+            if _column(eps) not in ledger:
+                ledger[_column(eps)] = pd.array([pd.NA] * len(ledger), dtype="boolean")
 
     def open(self, eps: float) -> Tensor:
         """Images of which it is not known whether they are robust at `eps`."""
-        correct = torch.from_numpy(self.ledger["correct"].to_numpy().copy())
-        broken = torch.from_numpy(attacked_by(self.ledger, eps).to_numpy().copy())
-        return (correct & self.chosen & ~self.proved & ~broken).nonzero().squeeze(1)
+        column = self.ledger[_column(eps)]
+        self.proved |= _mask(column.fillna(False))
+        known = self.proved | _mask(column.notna() | attacked_by(self.ledger, eps))
+        return (_mask(self.ledger["correct"]) & self.chosen & ~known).nonzero().squeeze(1)
+
+    def settle(self, images: Tensor, eps: float) -> None:
+        """Enters what has been found of these images."""
+        rows = self.ledger.index[images.numpy()]
+        self.ledger.loc[rows, _column(eps)] = self.proved[images].numpy()
 
     def prove(self, images: Tensor, eps: float) -> None:
         """Tries the plan's bounds on the images, the weakest first, and branch and bound where it is asked for."""
@@ -119,3 +138,11 @@ class _Certification:
         self.proved[index] = found.status in PROVED_VERDICTS
         if found.status == "unsafe":
             mark_attacked(self.ledger, index, eps)
+
+
+def _column(eps: float) -> str:
+    return f"certified/{eps_key(eps)}"
+
+
+def _mask(column: pd.Series) -> Tensor:
+    return torch.tensor(column.to_numpy(dtype=bool))

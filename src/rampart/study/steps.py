@@ -114,9 +114,8 @@ def _evaluate(run: Run, settings: Settings, given: Mapping[str, str]) -> None:
     )
     run.table(ledger, LEDGER)
     found = _trust(run, settings, model, test, ledger, data.digest, weights) if settings.trust_images else None
-    ledger = certify(
-        model, test, withstand(model, test, ledger, settings, settings.seed, settings.batch_size), settings
-    )
+    ledger = withstand(model, test, ledger, settings, settings.seed, settings.batch_size)
+    ledger = certify(model, test, ledger, settings, Paced(lambda so_far: run.table(so_far, LEDGER)))
     rates = attack_rates(ledger)
     run.table(ledger, LEDGER)
     run.metrics({**rates, **corruption_rates(ledger)})

@@ -35,10 +35,10 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The MLflow UI on the store that runs go to. The search makes the store ready first: a server that creates it would
-# give the default experiment a location that only servers can write to.
+# The MLflow UI on the store that runs go to. It is made ready first: a server that creates it would give the default
+# experiment a location that only servers can write to.
 ui: setup
-	$(BIN)/mlflow experiments search > /dev/null
+	$(BIN)/python -m rampart.tracking.ui
 	$(BIN)/mlflow ui --no-serve-artifacts --port $${PORT:-5000}
 
 # Optuna's own view of the studies that tune keeps.

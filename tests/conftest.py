@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import os
+import shutil
+import socket
+import sqlite3
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 from filelock import FileLock
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from torch import Tensor
 
 from rampart.data import Dataset, Split, load_dataset
@@ -71,9 +78,21 @@ def sealed_digits(few_digits: Dataset) -> Dataset:
     return replace(few_digits, test=SealedSplit(Sealed(), Sealed()))
 
 
+@pytest.fixture(scope="session")
+def fresh_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tracking store's database as MLflow makes it, in seconds, to be copied."""
+    folder = tmp_path_factory.mktemp("fresh")
+    store = SqlAlchemyStore(f"sqlite:///{folder}/mlflow.db", str(folder / "mlruns"))
+    store.engine.dispose()
+    return folder / "mlflow.db"
+
+
 @pytest.fixture(autouse=True)
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def store(tmp_path: Path, fresh_store: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Every test works in a folder of its own, with a tracking store and a cache of its own."""
+    shutil.copy(fresh_store, tmp_path / "mlflow.db")
+    with closing(sqlite3.connect(tmp_path / "mlflow.db")) as database, database:
+        database.execute("UPDATE experiments SET artifact_location = ?", (f"{tmp_path}/mlruns/0",))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
@@ -106,11 +125,13 @@ TINY_STUDY = {
 }
 
 
-def run_rampart(step: str, settings: dict[str, str], folder: Path) -> subprocess.CompletedProcess[str]:
-    """`python -m rampart step --name value …` as a user's process, its store in `folder`."""
+def run_rampart(
+    step: str, settings: dict[str, str], folder: Path, store: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    """`python -m rampart step --name value …` as a user's process; its store is in `folder` where no other is given."""
     words = [word for name, value in settings.items() for word in (f"--{name}", value)]
     env = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
-    env |= {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
+    env |= {"MLFLOW_TRACKING_URI": store or f"sqlite:///{folder}/mlflow.db"}
     env |= {"PYTHONPATH": str(Path(__file__).parents[1] / "src")}
     command = [sys.executable, "-m", "rampart", step, *words]
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
@@ -145,3 +166,32 @@ def study(finished_study: Study, store: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.chdir(finished_study.folder)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{finished_study.folder}/mlflow.db")
     return finished_study
+
+
+@pytest.fixture
+def postgres() -> Iterator[str]:
+    """A PostgreSQL server of its own; its URL."""
+    found = shutil.which("pg_ctl") or next(iter(map(str, Path("/usr/lib/postgresql").glob("*/bin/pg_ctl"))), None)
+    if found is None:
+        pytest.skip("PostgreSQL's server (pg_ctl) is not installed")
+    binaries = Path(found).resolve().parent
+    folder = tempfile.mkdtemp(prefix="rampart-pg-", dir="/tmp")
+    # It refuses to run as root.
+    user = "nobody" if os.getuid() == 0 else None
+    if user:
+        shutil.chown(folder, user)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def run(*words: str) -> None:
+        subprocess.run(words, user=user, check=True, capture_output=True, cwd=folder)
+
+    run(str(binaries / "initdb"), "-D", f"{folder}/data", "-U", "rampart", "-A", "trust", "-N")
+    options = f"-p {port} -k {folder} -c listen_addresses=127.0.0.1"
+    run(str(binaries / "pg_ctl"), "-D", f"{folder}/data", "-w", "-l", f"{folder}/log", "-o", options, "start")
+    try:
+        yield f"postgresql://rampart@127.0.0.1:{port}/postgres"
+    finally:
+        run(str(binaries / "pg_ctl"), "-D", f"{folder}/data", "-m", "immediate", "stop")
+        shutil.rmtree(folder, ignore_errors=True)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import html
+import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -17,6 +20,7 @@ import pytest
 from mlflow import MlflowClient
 
 from rampart.tracking.queries import find_runs
+from rampart.tracking.ui import address
 from tests.conftest import Study
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -24,30 +28,61 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (Debian: apt-get install chromium)")
 
 
-def browse(address: str, folder: Path, *flags: str) -> str:
-    """The page's DOM after its scripts have run."""
+def browse(address: str, folder: Path, *flags: str) -> tuple[str, str]:
+    """(the page's DOM after its scripts have run, what it wrote to the console); no host but this machine is found."""
     assert CHROMIUM is not None
     quiet = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
     quiet += ["--disable-background-networking", "--disable-component-update", f"--user-data-dir={folder}/chromium"]
-    command = [CHROMIUM, *quiet, *flags, "--dump-dom", address]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    quiet += ["--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1", "--enable-logging=stderr", "--log-level=0"]
+    command = [CHROMIUM, *quiet, "--virtual-time-budget=60000", *flags, "--dump-dom", address]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout, "\n".join(line for line in done.stderr.splitlines() if ":CONSOLE" in line)
 
 
-def test_the_report_is_one_page_that_needs_nothing_else(study: Study, tmp_path: Path) -> None:
+# Run in the page when all is drawn; its answer becomes the title.
+PROBE = """
+<script>
+const asked = performance.getEntriesByType("resource").filter(entry => !entry.name.startsWith("data:")).length;
+setTimeout(() => {
+  const [table] = document.querySelectorAll("#robust_accuracy table");
+  const column = () => [...table.tBodies[0].rows].map(row => row.cells[3].textContent);
+  table.tHead.rows[0].cells[3].click();
+  const up = column();
+  table.tHead.rows[0].cells[3].click();
+  const panels = [...document.querySelectorAll(".panel")];
+  document.title = JSON.stringify({
+    asked, up, down: column(), panels: panels.length,
+    drawn: panels.filter(panel => panel.querySelector("svg")?.getBoundingClientRect().width > 100).length,
+    pictures: [...document.images].filter(image => image.naturalWidth > 100).length,
+    figures: document.querySelectorAll("[data-figure]").length,
+    overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
+  });
+}, 20000);
+</script>
+"""
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_the_report_is_one_page_that_needs_nothing_else(study: Study, tmp_path: Path, width: int) -> None:
     compare = find_runs("0", {"step": "compare"})["run_id"].iloc[-1]
     page = Path(MlflowClient().download_artifacts(compare, "report.html"))
-    source = page.read_text()
-    assert "http://" not in source
-    assert "https://" not in source
-    # The page counts its own pictures, as the browser has drawn them.
-    count = "[...document.images].filter(i => i.naturalWidth > 100).length"
-    probe = f"<script>onload = () => document.title = {count}</script>"
     copy = tmp_path / "report.html"
-    copy.write_text(source.replace("</body>", probe + "</body>"))
-    drawn = browse(copy.as_uri(), tmp_path)
-    assert "<title>4</title>" in drawn
-    for text in ("Robust accuracy", "Verdicts", "certified", compare[:8]):
-        assert text in drawn
+    before, end, after = page.read_text().rpartition("</body>")
+    copy.write_text(before + PROBE + end + after)
+    dom, console = browse(copy.as_uri(), tmp_path, f"--window-size={width},1000")
+    found = re.search(r"<title>(.*?)</title>", dom)
+    assert found is not None
+    seen = json.loads(html.unescape(found[1]))
+    assert console == ""
+    assert seen["asked"] == 0, "the page has fetched something"
+    assert seen["panels"] == seen["drawn"] >= seen["figures"] >= 9
+    assert seen["pictures"] == 1  # the images most often broken
+    assert seen["overflow"] <= 0, "the page is wider than the window: a table or figure does not scroll by itself"
+    numbers = [float(text.split()[0]) for text in seen["up"]]
+    assert numbers == sorted(numbers)
+    assert seen["down"] == seen["up"][::-1]
+    for text in ("Robust accuracy", "Verdicts", "What may be claimed", compare[:8]):
+        assert text in dom
 
 
 @pytest.fixture
@@ -81,5 +116,14 @@ def server(study: Study) -> Iterator[str]:
 
 
 def test_the_mlflow_ui_shows_the_studys_runs(server: str, tmp_path: Path) -> None:
-    page = browse(f"{server}/#/experiments/0/runs", tmp_path, "--virtual-time-budget=60000")
+    page, _ = browse(f"{server}/#/experiments/0/runs", tmp_path)
     assert "study quick" in page
+
+
+def test_the_mlflow_ui_compares_the_arms(server: str, tmp_path: Path) -> None:
+    """At the address that `make ui` prints."""
+    path = address().partition("/#/")[2]
+    page, _ = browse(f"{server}/#/{path}", tmp_path, "--window-size=1600,1400")
+    assert "Comparing 4 Runs" in page
+    for arm in ("normal", "certified", "normal+supcon-double", "certified+supcon-double"):
+        assert f"evaluate {arm} s0" in page

@@ -132,10 +132,12 @@ class CompareSettings:
     Args:
         profile: only runs of this profile.
         study: only the runs of this study (its run id); empty: the newest finished run of every arm and seed.
+        baseline: JSON file with published figures that are shown beside ours.
     """
 
     profile: str = DEFAULT_PROFILE
     study: str = ""
+    baseline: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from sklearn.metrics import silhouette_samples
 
 from rampart.data import Dataset, stratified_order
 from rampart.errors import SettingsError
-from rampart.evaluation import EmbeddingPlan, embed
+from rampart.evaluation import EmbeddingPlan, embed, geometry
 from rampart.models import build_model
 
 
@@ -33,3 +34,29 @@ def test_umap_puts_images_of_one_class_together(digits: Dataset) -> None:
     labels = torch.tensor(points["label"].to_numpy())
     # A random linear map of digits keeps classes apart far better than chance (one in ten).
     assert (labels[nearest] == labels).double().mean() > 0.3
+
+
+def test_distances_are_those_of_the_silhouette(digits: Dataset) -> None:
+    """(between - within) / max(between, within) is scikit-learn's, image by image."""
+    model = build_model(width=0.125).eval()
+    found = geometry(model, digits.test)
+    with torch.no_grad():
+        x = digits.test.images.float() / 255
+        z, logits = torch.nn.functional.normalize(model.embed(x), dim=1), model(x)
+    ours = (found["between"] - found["within"]) / found[["between", "within"]].max(axis=1)
+    theirs = silhouette_samples(z.double().numpy(), digits.test.labels.numpy())
+    assert torch.allclose(torch.tensor(ours.to_numpy()).double(), torch.tensor(theirs).double(), atol=2e-3)
+    rows = torch.arange(len(logits))
+    own = logits[rows, digits.test.labels]
+    others = logits.index_put((rows, digits.test.labels), torch.tensor(-torch.inf)).amax(1)
+    assert torch.allclose(torch.tensor(found["margin"].to_numpy()), own - others, atol=1e-5)
+    assert ((found["margin"] > 0) == (found["prediction"] == found["label"])).all()
+
+
+def test_an_image_alone_in_its_class_has_no_distance_to_it(digits: Dataset) -> None:
+    """Of one 0 and three 1s: the 0 is within nothing; classes that have no image at all are not the nearest."""
+    zeros, ones = ((digits.test.labels == label).nonzero().squeeze(1) for label in (0, 1))
+    found = geometry(build_model(width=0.125).eval(), digits.test[torch.cat([zeros[:1], ones[:3]])])
+    assert found["within"].isna().tolist() == [True, False, False, False]
+    assert found["between"].notna().all()
+    assert geometry(build_model(width=0.125).eval(), digits.test[ones[:3]])["between"].isna().all()

@@ -16,7 +16,7 @@ from mlflow import MlflowClient
 from rampart.data import Dataset
 from rampart.errors import ModelError, RampartError
 from rampart.models import build_model
-from rampart.tracking import fetch_model, initialise, open_run, source_run
+from rampart.tracking import fetch_model, initialise, open_run, source_of
 from rampart.tracking.queries import find_runs, read_table, run_tags
 from rampart.tracking.store import sweep
 
@@ -47,16 +47,17 @@ def test_models_come_back_equal_by_run_and_by_registered_name() -> None:
     model = build_model(width=0.25).eval()
     x = torch.rand(4, 3, 32, 32)
     with open_run("train") as run:
-        uri = run.model(model, x[:2])
+        model_id = run.model(model, x[:2])
         last = run.checkpoint(model)
     with torch.no_grad():
         expected = model(x)
+        uri = f"runs:/{run.id}/model"
         for source in (uri, last):
             assert torch.equal(fetch_model(source)(x), expected)
     version = mlflow.register_model(uri, "arm")
     MlflowClient().set_registered_model_alias("arm", "best", version.version)
     for source in ("models:/arm/1", "models:/arm@best"):
-        assert source_run(source) == run.id
+        assert (source_of(source).run, source_of(source).model_id) == (run.id, model_id)
         with torch.no_grad():
             assert torch.equal(fetch_model(source)(x), expected)
     # MLflow's own flavour, an exported graph, gives the same numbers, for any batch size.
@@ -67,6 +68,8 @@ def test_models_come_back_equal_by_run_and_by_registered_name() -> None:
 def test_models_that_are_not_there_are_named() -> None:
     initialise()
     for uri in ("runs:/0123456789abcdef0123456789abcdef/model", "models:/nothing/3", "models:/nothing@best"):
+        with pytest.raises(ModelError, match="no model at"):
+            source_of(uri)
         with pytest.raises(ModelError, match="no model at") as error:
             fetch_model(uri)
         assert uri in str(error.value)

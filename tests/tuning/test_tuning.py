@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import shutil
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -320,35 +317,6 @@ def test_a_killed_tuning_is_gone_on_with(store: Path) -> None:
     assert set(runs[runs["tags.rampart.step"] == "tune"]["tags.rampart.tuning"]) == {home}
     killed = nested[nested["status"] == "FAILED"].iloc[0]
     assert "its worker ended" in killed["tags.rampart.error"]
-
-
-@pytest.fixture
-def postgres() -> Iterator[str]:
-    """A PostgreSQL server of its own; its URL."""
-    found = shutil.which("pg_ctl") or next(iter(map(str, Path("/usr/lib/postgresql").glob("*/bin/pg_ctl"))), None)
-    if found is None:
-        pytest.skip("PostgreSQL's server (pg_ctl) is not installed")
-    binaries = Path(found).resolve().parent
-    folder = tempfile.mkdtemp(prefix="rampart-pg-", dir="/tmp")
-    # It refuses to run as root.
-    user = "nobody" if os.getuid() == 0 else None
-    if user:
-        shutil.chown(folder, user)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-
-    def run(*words: str) -> None:
-        subprocess.run(words, user=user, check=True, capture_output=True, cwd=folder)
-
-    run(str(binaries / "initdb"), "-D", f"{folder}/data", "-U", "rampart", "-A", "trust", "-N")
-    options = f"-p {port} -k {folder} -c listen_addresses=127.0.0.1"
-    run(str(binaries / "pg_ctl"), "-D", f"{folder}/data", "-w", "-l", f"{folder}/log", "-o", options, "start")
-    try:
-        yield f"postgresql://rampart@127.0.0.1:{port}/postgres"
-    finally:
-        run(str(binaries / "pg_ctl"), "-D", f"{folder}/data", "-m", "immediate", "stop")
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.mark.slow

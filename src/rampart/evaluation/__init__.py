@@ -1,7 +1,7 @@
 from rampart.evaluation.attacked import AttackPlan, evaluate
 from rampart.evaluation.certified import CertificationPlan, certify
 from rampart.evaluation.corrupted import CorruptionPlan, withstand
-from rampart.evaluation.embedding import EmbeddingPlan, embed
+from rampart.evaluation.embedding import EmbeddingPlan, embed, geometry
 from rampart.evaluation.trust import Trust, TrustPlan, sample, trust, trust_eps
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "certify",
     "embed",
     "evaluate",
+    "geometry",
     "sample",
     "trust",
     "trust_eps",

@@ -1,4 +1,4 @@
-"""UMAP of the encoder's embeddings (the study's Figure 1; McInnes et al. 2018)."""
+"""How the encoder places images: UMAP (the study's Figure 1; McInnes et al. 2018) and distances."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from rampart.data import Split, batches
 from rampart.errors import require
@@ -39,23 +40,44 @@ def embed(model: Classifier, split: Split, chosen: list[int], plan: EmbeddingPla
     from umap import UMAP
 
     part = split[torch.tensor(chosen, device=split.labels.device)]
-    embeddings, predictions = [], []
-    with torch.no_grad():
-        for x, _ in batches(part, 256):
-            z = model.embed(x)
-            embeddings.append(F.normalize(z, dim=1).cpu())
-            predictions.append(model.head(z).argmax(1).cpu())
+    embeddings, logits = _forward(model, part)
     with warnings.catch_warnings():
         # A fixed seed makes UMAP single-threaded, and it says so each time.
         warnings.simplefilter("ignore")
         reducer = UMAP(n_neighbors=min(plan.neighbors, len(part) - 1), min_dist=plan.min_dist, random_state=seed)
-        points = reducer.fit_transform(torch.cat(embeddings).numpy())
-    return pd.DataFrame(
-        {
-            "image": chosen,
-            "label": part.labels.cpu(),
-            "prediction": torch.cat(predictions),
-            "x": points[:, 0],
-            "y": points[:, 1],
-        }
-    )
+        points = reducer.fit_transform(embeddings.cpu().numpy())
+    known = {"image": chosen, "label": part.labels.cpu(), "prediction": logits.argmax(1).cpu()}
+    return pd.DataFrame({**known, "x": points[:, 0], "y": points[:, 1]})
+
+
+def geometry(model: Classifier, split: Split) -> pd.DataFrame:
+    """Where every image of the split lies among the others, by the Euclidean distances of unit-length embeddings.
+
+    Columns image, label, prediction; within, the mean distance to the other images of its class; between, that to the
+    images of the nearest other class (a and b of the silhouette: Rousseeuw 1987); margin, the logit of its label less
+    the largest other one. NaN where there is no such image.
+    """
+    z, logits = _forward(model, split)
+    labels = split.labels
+    members = F.one_hot(labels, logits.shape[1]).to(z.dtype)
+    sums = torch.zeros_like(members)  # of distances, over each class
+    # A block of rows at a time: all distances at once may be more than there is room for.
+    for rows in torch.arange(len(z), device=z.device).split(1024):
+        # To itself it is 0, which rounding in a matrix product would miss.
+        sums[rows] = torch.cdist(z[rows], z).scatter_(1, rows[:, None], 0.0) @ members
+    own = members.bool()
+    within = sums[own] / (members.sum(0)[labels] - 1).clamp(min=0)
+    others = (members.sum(0) > 0) & ~own
+    between = (sums / members.sum(0)).masked_fill(~others, torch.inf).amin(1)
+    margin = logits[own] - logits.masked_fill(own, -torch.inf).amax(1)
+    found = {"within": within, "between": between.masked_fill(between.isinf(), torch.nan), "margin": margin}
+    known = {"image": range(len(split)), "label": labels.cpu(), "prediction": logits.argmax(1).cpu()}
+    return pd.DataFrame({**known, **{name: value.cpu() for name, value in found.items()}})
+
+
+def _forward(model: Classifier, split: Split) -> tuple[Tensor, Tensor]:
+    """(unit-length embeddings [N, D], logits [N, K])."""
+    with torch.no_grad():
+        found = [(z, model.head(z)) for x, _ in batches(split, 256) for z in (model.embed(x),)]
+    embeddings, logits = zip(*found, strict=True)
+    return F.normalize(torch.cat(embeddings), dim=1), torch.cat(logits)

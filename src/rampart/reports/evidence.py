@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import get_args
+from typing import TypeVar, get_args
 
+import numpy as np
 import pandas as pd
 
-from rampart.errors import Contradiction, RampartError
-from rampart.ledger import VERDICTS, contradiction
-from rampart.settings import CompareSettings
-from rampart.tracking.queries import find_runs, read_table, run_tags
+from rampart.errors import RampartError
+from rampart.ledger import VERDICTS
+from rampart.reports.checks import Note, differences, ledgers, unfinished
+from rampart.settings import CompareSettings, parse_eps
+from rampart.tracking.queries import find_runs, metric_history, read_arrays, read_table, run_tags, runs_by_id
 from rampart.training.recipe import MethodName
 
-log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 KEYS = ["augment", "method", "contrastive", "arm", "engine"]
 METHOD_ORDER = get_args(MethodName)
@@ -27,20 +29,37 @@ class Evidence:
     """What a comparison rests on; a row's `engine` is that of a verification, `native` for all else.
 
     Args:
+        runs: one row a run (KEYS, seed, step, run_id, start_time, end_time, params.*, tags.*, metrics.*), those that
+            trained the compared models among them.
+        ledgers: of evaluations and verifications, by run.
         values: one row a number (KEYS, seed, step, metric, eps, value, run, and whether it is suspect: it comes from an
             attack that has failed a check).
-        radii: one row an image whose radius was looked for (KEYS, run, radius; NaN where it is misclassified).
         points: UMAP coordinates by arm.
+        places: distances of the embeddings by arm.
+        examples: adversarial examples by arm, as evaluations keep them.
+        curves: of trainings (KEYS, seed, stage, metric, epoch, value).
         dataset: name, digest and split.
-        notes: what was left out.
+        notes: what was left out, and how runs differ.
     """
 
+    runs: pd.DataFrame
+    ledgers: dict[str, pd.DataFrame]
     values: pd.DataFrame
-    radii: pd.DataFrame
     points: dict[str, pd.DataFrame]
+    places: dict[str, pd.DataFrame]
+    examples: dict[str, dict[str, np.ndarray]]
+    curves: pd.DataFrame
     classes: tuple[str, ...]
     dataset: str
-    notes: list[str]
+    notes: list[Note]
+
+    def of(self, *steps: str) -> pd.DataFrame:
+        """The runs of these steps, in the order of the tables."""
+        return self.runs[self.runs["step"].isin(steps)]
+
+    def first(self, step: str) -> pd.DataFrame:
+        """Of each arm the run of its first seed."""
+        return self.of(step).drop_duplicates(["arm", "engine"])
 
 
 def collect(experiment: str, settings: CompareSettings) -> Evidence:
@@ -48,68 +67,86 @@ def collect(experiment: str, settings: CompareSettings) -> Evidence:
 
     Raises:
         RampartError: there is no finished evaluation or verification to compare. Contradiction: an image of a model was
-            proved and broken.
+            proved and broken, or a run's metrics are not those of its ledger.
     """
-    notes: list[str] = []
+    notes: list[Note] = []
     parts = []
     members = _members(settings.study) if settings.study else None
     for step in ("evaluate", "verify", "embed"):
         found = _of_linf(find_runs(experiment, {"step": step, "profile": settings.profile}), step, notes)
         parts.append(_newest(found, members, step, notes))
     runs = pd.concat([part for part in parts if len(part)] or [pd.DataFrame()], ignore_index=True)
+    of_study = {"study": settings.study} if settings.study else {}
+    broken_off = find_runs(experiment, {"profile": settings.profile, **of_study}, status="!FINISHED")
+    notes += unfinished(runs, broken_off)
     if runs.empty or not runs["step"].isin(["evaluate", "verify"]).any():
-        where = f"study {settings.study}" if settings.study else f"experiment {experiment}"
-        raise RampartError(
-            f"nothing to compare: {where} has no finished evaluation of profile '{settings.profile}'; "
-            "run main, or train and evaluate, first"
-        )
-    runs = _one_dataset(runs, notes)
-    _same_attack(runs, notes)
-    ledgers = _ledgers(runs)
+        raise _nothing(experiment, settings, notes)
+    runs = _ordered(_one_dataset(runs, notes))
+    tables = ledgers(runs, notes)
+    runs = runs[runs["run_id"].isin(tables) | (runs["step"] == "embed")]
+    if not tables:
+        raise _nothing(experiment, settings, notes)
+    trained = _trained(experiment, runs)
+    notes += differences(pd.concat([runs, trained], ignore_index=True))
     values = pd.concat([_numbers(row) for _, row in runs.iterrows() if row["step"] != "embed"], ignore_index=True)
-    points, classes = _points(runs[runs["step"] == "embed"])
     first = runs.iloc[0]
-    dataset = f"{first['tags.rampart.dataset']} (digest {first['digest']}, split {first['tags.rampart.split']})"
-    return Evidence(values, _found_radii(runs, ledgers), points, classes, dataset, notes)
+    embedded, evaluated = (runs[runs["step"] == step].drop_duplicates("arm") for step in ("embed", "evaluate"))
+    homes = embedded["model_run"].where(embedded["model_run"] != "", embedded["run_id"])
+    return Evidence(
+        runs=pd.concat([trained, runs], ignore_index=True),
+        ledgers=tables,
+        values=values,
+        points=_read(embedded["arm"], homes, lambda run: read_table(run, "umap.parquet")),
+        places=_read(embedded["arm"], embedded["run_id"], lambda run: read_table(run, "geometry.parquet")),
+        examples=_read(evaluated["arm"], evaluated["run_id"], lambda run: read_arrays(run, "adversarial.npz")),
+        curves=_curves(trained),
+        classes=tuple(str(first["tags.rampart.class_names"]).split(",")),
+        dataset=f"{first['tags.rampart.dataset']} (digest {first['digest']}, split {first['tags.rampart.split']})",
+        notes=notes,
+    )
 
 
-def _of_linf(found: pd.DataFrame, step: str, notes: list[str]) -> pd.DataFrame:
+def _read(arms: pd.Series, runs: pd.Series, read: Callable[[str], T | None]) -> dict[str, T]:
+    """What each arm's run has of an artifact, by arm."""
+    found = {arm: read(run) for arm, run in zip(arms, runs, strict=True)}
+    return {arm: artifact for arm, artifact in found.items() if artifact is not None}
+
+
+def _nothing(experiment: str, settings: CompareSettings, notes: list[Note]) -> RampartError:
+    where = f"study {settings.study}" if settings.study else f"experiment {experiment}"
+    known = f" ({notes[0].text})" if notes else ""
+    return RampartError(
+        f"nothing to compare: {where} has no finished evaluation of profile '{settings.profile}'{known}; "
+        "run main, or train and evaluate, first"
+    )
+
+
+def _of_linf(found: pd.DataFrame, step: str, notes: list[Note]) -> pd.DataFrame:
     """Rates at radii of two norms do not belong into one table either: those of L∞ are kept."""
     other = found.get("params.norm", pd.Series("linf", index=found.index)).fillna("linf") != "linf"
     if other.any():
-        notes.append(f"{step}: {int(other.sum())} run(s) in another norm than L∞ left out")
+        notes.append(Note(step, f"{int(other.sum())} run(s) in another norm than L∞ left out"))
     return found[~other]
 
 
-def _same_attack(runs: pd.DataFrame, notes: list[str]) -> None:
-    """Says so where arms were attacked in different ways, which makes their rates hard to compare."""
-    evaluations = runs[runs["step"] == "evaluate"]
-    for name in ("attack", "steps", "restarts", "loss"):
-        kinds = sorted(evaluations.get(f"params.{name}", pd.Series(dtype=str)).dropna().unique())
-        if len(kinds) > 1:
-            notes.append(f"the evaluations differ in {name}: {', '.join(kinds)}")
+def _trained(experiment: str, runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs that trained the models, one an arm and seed, with their KEYS."""
+    models = runs[runs["model_run"] != ""].drop_duplicates(["arm", "seed"])
+    keys = models[[*KEYS, "seed", "digest", "model_run"]].assign(engine="native", step="train")
+    return keys.merge(runs_by_id(experiment, models["model_run"]), left_on="model_run", right_on="run_id")
 
 
-def _ledgers(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """The ledgers of evaluations and verifications by run, checked against each other model by model."""
-    runs = runs[runs["step"] != "embed"]
-    # Runs of older versions know the name of their model alone.
-    model = runs.get("tags.rampart.weights", runs["tags.rampart.model"]).fillna(runs["tags.rampart.model"])
-    found = {run: table for run in runs["run_id"] if (table := read_table(run, "ledger.parquet")) is not None}
-    for (arm, _), part in runs.groupby(["arm", model], sort=False):
-        wrong = contradiction({run: found[run] for run in part["run_id"] if run in found})
-        if wrong:
-            raise Contradiction(f"{arm}: {wrong}: the bounds or the attack are wrong, nothing of this can be trusted")
-    return found
-
-
-def _found_radii(runs: pd.DataFrame, ledgers: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    parts = [pd.DataFrame(columns=[*KEYS, "run", "radius"])]
-    for _, run in _ordered(runs).iterrows():
-        ledger = ledgers.get(run["run_id"])
-        if ledger is not None and "radius" in ledger and ledger["radius"].notna().any():
-            keys = {key: run[key] for key in KEYS}
-            parts.append(pd.DataFrame({"radius": ledger["radius"].astype(float)}).assign(**keys, run=run["run_id"]))
+def _curves(trained: pd.DataFrame) -> pd.DataFrame:
+    """Loss and validation metrics by epoch."""
+    parts = [pd.DataFrame(columns=[*KEYS, "seed", "stage", "metric", "epoch", "value"])]
+    for _, run in trained.iterrows():
+        names = [
+            name.removeprefix("metrics.") for name in map(str, run.index[run.notna()]) if name.startswith("metrics.")
+        ]
+        history = metric_history(run["run_id"], [n for n in names if n.endswith("/loss") or n.startswith("val/")])
+        split = history["metric"].str.split("/", n=1)
+        found = {"stage": split.str[0], "metric": split.str[1], "epoch": history["step"], "value": history["value"]}
+        parts.append(pd.DataFrame({**{key: run[key] for key in [*KEYS, "seed"]}, **found}))
     return pd.concat(parts[1:] or parts, ignore_index=True)
 
 
@@ -121,7 +158,7 @@ def _members(study: str) -> set[str]:
     return set(table["run"])
 
 
-def _newest(found: pd.DataFrame, members: set[str] | None, step: str, notes: list[str]) -> pd.DataFrame:
+def _newest(found: pd.DataFrame, members: set[str] | None, step: str, notes: list[Note]) -> pd.DataFrame:
     """One run an arm and seed, with its KEYS; `found` is newest first."""
     if members is not None and len(found):
         found = found[found["run_id"].isin(members)]
@@ -138,11 +175,12 @@ def _newest(found: pd.DataFrame, members: set[str] | None, step: str, notes: lis
         augment=tag["augment"].fillna("") == "True",
         contrastive=tag["contrastive"].fillna("none"),
         digest=tag["dataset_digest"],
+        model_run=tag["model_run"].fillna(""),
         engine=_engines(found) if step == "verify" else "native",
     )
     kept = found.drop_duplicates(["arm", "seed", "engine"])
     if members is None and len(kept) < len(found):
-        notes.append(f"{step}: {len(found) - len(kept)} older run(s) of the same arm and seed left out")
+        notes.append(Note(step, f"{len(found) - len(kept)} older run(s) of the same arm and seed left out"))
     return kept
 
 
@@ -151,15 +189,15 @@ def _engines(found: pd.DataFrame) -> pd.Series:
     return found.get("params.engine", pd.Series("native", index=found.index)).fillna("native")
 
 
-_TAGS = ("arm", "seed", "method", "augment", "contrastive", "model", "dataset_digest")
+_TAGS = ("arm", "seed", "method", "augment", "contrastive", "model", "model_run", "dataset_digest")
 
 
-def _one_dataset(runs: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
+def _one_dataset(runs: pd.DataFrame, notes: list[Note]) -> pd.DataFrame:
     """Rates on different images do not belong into one table: the newest run's dataset is kept."""
     digest = runs.sort_values("start_time", ascending=False)["digest"].iloc[0]
     others = runs[runs["digest"] != digest]
     if len(others):
-        notes.append(f"{len(others)} run(s) on another dataset than {digest} left out")
+        notes.append(Note("", f"{len(others)} run(s) on another dataset than {digest} left out"))
     return runs[runs["digest"] == digest]
 
 
@@ -167,8 +205,9 @@ def _numbers(run: pd.Series) -> pd.DataFrame:
     """The run's metrics in long form; eps is NaN where a metric has none."""
     rows = []
     suspect = str(run.get("tags.rampart.trust", "")).startswith("suspect")
-    for column, value in run.items():
-        name = str(column)
+    # The server gives columns in an order of its own.
+    for name in sorted(map(str, run.index)):
+        value = run[name]
         if not name.startswith("metrics.") or pd.isna(value):
             continue
         metric, _, rest = name.removeprefix("metrics.").partition("/")
@@ -198,23 +237,7 @@ _METRICS = {
 
 
 def _verified_eps(run: pd.Series) -> float:
-    from rampart.settings import parse_eps
-
     return parse_eps("eps_pixel", run["params.eps_pixel"], "pixel")
-
-
-def _points(runs: pd.DataFrame) -> tuple[dict[str, pd.DataFrame], tuple[str, ...]]:
-    """UMAP coordinates of each arm's first seed, from the run of its model."""
-    points: dict[str, pd.DataFrame] = {}
-    classes: tuple[str, ...] = ()
-    for _, run in _ordered(runs).iterrows() if len(runs) else []:
-        if run["arm"] in points:
-            continue
-        table = read_table(run.get("tags.rampart.model_run") or run["run_id"], "umap.parquet")
-        if table is not None:
-            points[run["arm"]] = table
-            classes = tuple(str(run["tags.rampart.class_names"]).split(","))
-    return points, classes
 
 
 def _ordered(frame: pd.DataFrame) -> pd.DataFrame:

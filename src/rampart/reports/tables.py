@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pandas as pd
 
 from rampart.data.corruptions import CORRUPTIONS
 from rampart.evaluation.trust import ALLOWED
-from rampart.ledger import VERDICTS
+from rampart.ledger import VERDICTS, eps_key
 from rampart.settings import eps_text
 
 ARM = ["method", "augmentation", "SupCon"]
 # Beside what comes from an attack that has failed a check, and beside that check.
 MARK = "†"
+# Columns of words; all others hold numbers.
+WORDS = {*ARM, "changed", "among", "metric", "finding", "n", "runs", "verifier"}
 # What tells the rows of a table apart.
 ROW = ["arm", "engine"]
 
@@ -81,6 +84,60 @@ def radii(found: pd.DataFrame) -> pd.DataFrame:
     return table.assign(runs=_runs_of(found))
 
 
+def geometry(points: pd.DataFrame) -> pd.DataFrame:
+    """Mean distances of the embeddings and margin by arm, and how they go with the certificates (Spearman's ρ)."""
+    arms = points.drop_duplicates(ROW).reset_index(drop=True)
+    table = _arms(arms)
+    groups = points.groupby(ROW, sort=False)
+    for name in ("within", "between", "margin"):
+        table[name] = [f"{value:.3f}" for value in groups[name].mean()]
+    proved = points[np.isfinite(points["certificate"])].groupby(ROW, sort=False)
+    for name in ("separation", "margin"):
+        found = {
+            key: part[name].corr(part["certificate"], method="spearman") for key, part in proved if len(part) >= FEWEST
+        }
+        rho = [found.get(key, float("nan")) for key in zip(arms["arm"], arms["engine"], strict=True)]
+        table[f"ρ({name}, certificate)"] = ["-" if pd.isna(value) else f"{value:+.2f}" for value in rho]
+    return table.assign(runs=_runs_of(points))
+
+
+# Images below which a correlation says nothing.
+FEWEST = 8
+
+
+def costs(found: pd.DataFrame) -> pd.DataFrame:
+    """Seconds of each step and speed of training by arm, means over seeds."""
+    arms = found.drop_duplicates(ROW).reset_index(drop=True)
+    native = arms["engine"] == "native"
+    table = _arms(arms)
+    for step, name in (("train", "training s"), ("evaluate", "evaluation s"), ("verify", "verification s")):
+        means = found[found["step"] == step].groupby(ROW, sort=False)["seconds"].mean()
+        values = [means.get(key, float("nan")) for key in zip(arms["arm"], arms["engine"], strict=True)]
+        table[name] = ["-" if pd.isna(value) else f"{value:.1f}" for value in values]
+    speeds = found[found["step"] == "train"].groupby("arm")["images_per_second"].mean()
+    table["training images/s"] = [
+        "-" if pd.isna(speeds.get(arm, float("nan"))) or not own else f"{speeds[arm]:.0f}"
+        for arm, own in zip(arms["arm"], native, strict=True)
+    ]
+    return table.assign(runs=_runs_of(found))
+
+
+def beside(summary: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
+    """Ours and what another source has published, in percent, for every number that both have."""
+    ours, theirs = (frame.assign(key=frame["eps"].map(eps_key)) for frame in (summary, published))
+    ours = ours[ours["step"] == "evaluate"]
+    rows = ours.merge(theirs[["arm", "metric", "key", "value"]], on=["arm", "metric", "key"])
+    place = {arm: i for i, arm in enumerate(dict.fromkeys(rows["arm"]))}
+    rows = rows.assign(place=rows["arm"].map(place)).sort_values(["place", "metric", "eps"], ignore_index=True)
+    table = _arms(rows)
+    table["metric"] = rows["metric"].map({"asr": "attack success"}).fillna(rows["metric"].str.replace("_", " "))
+    table["ε"] = ["-" if pd.isna(eps) else eps_text(eps) for eps in rows["eps"]]
+    table["ours %"] = [_percent(row) for _, row in rows.iterrows()]
+    table["published %"] = [f"{100 * value:.2f}" for value in rows["value"]]
+    table["difference"] = [f"{100 * value:+.2f}" for value in rows["mean"] - rows["value"]]
+    return _with_runs(table, rows)
+
+
 def verdicts(summary: pd.DataFrame) -> pd.DataFrame:
     """Images by verdict and arm (the study's Table 1), and the share proved robust."""
     rows = summary[summary["step"] == "verify"]
@@ -101,11 +158,24 @@ def markdown(table: pd.DataFrame) -> str:
 
 def latex(table: pd.DataFrame, caption: str, label: str) -> str:
     """booktabs; needs \\usepackage{booktabs}."""
-    plain = table.map(lambda v: str(v).replace("±", "+-").replace(MARK, "+dag")).rename(
-        columns=lambda c: c.replace("ε", "+eps").replace("≤", "at most")
-    )
-    text = plain.to_latex(index=False, escape=True, caption=caption, label=label)
-    return text.replace("+-", "$\\pm$").replace("+dag", "$\\dagger$").replace("+eps", "$\\varepsilon$")
+    text = table.astype(str).to_latex(index=False, escape=True, caption=caption, label=label)
+    for character, command in SYMBOLS.items():
+        text = text.replace(character, command)
+    return text
+
+
+# What LaTeX's usual input encoding does not know.
+SYMBOLS = {
+    "±": "$\\pm$",
+    MARK: "$\\dagger$",
+    "ε": "$\\varepsilon$",
+    "ρ": "$\\rho$",
+    "≤": "$\\le$",
+    "×": "$\\times$",
+    "–": "--",
+    "…": "\\ldots{}",
+    "−": "$-$",
+}
 
 
 def _radii(rows: pd.DataFrame) -> list[tuple[str, pd.Series]]:
@@ -154,4 +224,6 @@ def _count(row: pd.Series) -> str:
 
 def short_runs(table: pd.DataFrame) -> pd.DataFrame:
     """Run ids cut to eight characters, for the terminal."""
+    if "runs" not in table:
+        return table
     return table.assign(runs=table["runs"].map(lambda ids: " ".join(run[:8] for run in ids.split())))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,23 @@ import torch
 from rampart.arms import Arm
 from rampart.data import Dataset, Split, stratified_order, to_pixels
 from rampart.errors import Contradiction
-from rampart.evaluation import AttackPlan, Trust, certify, embed, evaluate, sample, trust, trust_eps, withstand
+from rampart.evaluation import (
+    AttackPlan,
+    Trust,
+    certify,
+    embed,
+    evaluate,
+    geometry,
+    sample,
+    trust,
+    trust_eps,
+    withstand,
+)
 from rampart.ledger import attack_rates, corruption_rates, verdict_counts
-from rampart.models import Classifier, weights_digest
-from rampart.reports import figures
+from rampart.models import Classifier, predict, weights_digest
+from rampart.reports import charts, describing, pictures
 from rampart.reports.compare import compare
+from rampart.reports.drawing import Drawing, save
 from rampart.settings import (
     Common,
     CompareSettings,
@@ -38,7 +50,7 @@ from rampart.settings import (
 from rampart.study.identity import identity
 from rampart.study.opening import open_data, prepare
 from rampart.study.resuming import LEDGER, Paced, interrupted
-from rampart.tracking import Run, fetch_model, open_run, source_run
+from rampart.tracking import Run, fetch_model, open_run, source_of
 from rampart.tracking.queries import find_runs, read_arrays, run_tags
 from rampart.training import train
 from rampart.verification import Progress, verify_split
@@ -74,23 +86,68 @@ def _train(run: Run, settings: Settings, given: Mapping[str, str]) -> None:
     run.tags({"seed": settings.seed, "train_profile": settings.profile})
     device = prepare(settings)
     data = open_data(run, settings)
-    model = train(settings, data, run, settings, settings.seed, device)
-    uri = run.model(model, to_pixels(data.val.images[:2]))
+    epochs = Epochs(run)
+    model = train(settings, data, epochs, settings, settings.seed, device)
+    run.about(run.model(model, to_pixels(data.val.images[:2])), "val")
+    chosen = epochs.chosen()
+    run.metrics(chosen)
+    run.describe(describing.training(arm, settings, chosen))
     run.tags({"identity": identity("train", settings, data.digest)})
-    log.info("%s s%d: trained, logged as %s", arm.name, settings.seed, uri)
+    log.info("%s s%d: trained, logged as runs:/%s/model", arm.name, settings.seed, run.id)
 
 
-def _open_model(run: Run, settings: ModelSettings) -> tuple[Classifier, str, str | None, str]:
-    """(model on its device, its name, the run that trained it, its weights' digest); names and tags `run` so."""
-    source = source_run(settings.model)
+class Epochs:
+    """A run as the Recorder of a training, which remembers what the kept epoch was like."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.checkpoint = run, run.checkpoint
+        self.seen: dict[int, dict[str, float]] = {}
+        self.best = 0
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        self.run.metrics(values, step)
+        self.seen.setdefault(step, {}).update(values)
+        self.best = next((int(v) for k, v in values.items() if k.endswith("/best_epoch")), self.best)
+
+    def chosen(self) -> dict[str, float]:
+        """kept/<metric> on the validation images of the epoch whose weights the model has."""
+        values = self.seen.get(self.best, {}).items()
+        return {f"kept/{name.removeprefix('val/')}": value for name, value in values if name.startswith("val/")}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model that a step looks at, on its device, and the data that it looks at it with.
+
+    Args:
+        label: what it is called.
+        run: that trained it, if any.
+        weights: their digest.
+    """
+
+    model: Classifier
+    label: str
+    run: str | None
+    weights: str
+    data: Dataset
+    test: Split
+
+
+def _open(run: Run, settings: ModelSettings) -> Subject:
+    """Model and data as inputs of `run`, which is named and tagged after them and whose metrics are about them."""
+    source = source_of(settings.model)
     model = fetch_model(settings.model).to(prepare(settings))
-    known = run_tags(source) if source else {}
+    known = run_tags(source.run) if source.run else {}
     label = f"{known['arm']} s{known['seed']}" if "arm" in known else Path(settings.model).stem
     run.name(f"{run.step} {label}")
     run.tags({name: known[name] for name in ARM_TAGS if name in known})
     weights = weights_digest(model)
-    run.tags({"model_run": source or "", "model": settings.model, "weights": weights})
-    return model, label, source, weights
+    run.tags({"model_run": source.run or "", "model": settings.model, "weights": weights})
+    data = open_data(run, settings)
+    run.about(source.model_id, "test")
+    if source.model_id:
+        run.uses([source.model_id])
+    return Subject(model, label, source.run, weights, data, data.test.to(prepare(settings)))
 
 
 def _finish(run: Run, settings: EvaluateSettings | VerifySettings | EmbedSettings, data: Dataset) -> None:
@@ -99,13 +156,12 @@ def _finish(run: Run, settings: EvaluateSettings | VerifySettings | EmbedSetting
 
 def _evaluate(run: Run, settings: Settings, given: Mapping[str, str]) -> None:
     assert isinstance(settings, EvaluateSettings)
-    model, label, _, weights = _open_model(run, settings)
-    data = open_data(run, settings)
-    test = data.test.to(prepare(settings))
+    subject = _open(run, settings)
+    model, test, label = subject.model, subject.test, subject.label
     plan: AttackPlan = settings
     if settings.certify != "none":  # the other end of the bracket in which the robust accuracy lies
         plan = replace(settings, eps=tuple({*settings.eps, *settings.certify_eps}))
-    before = interrupted(run, identity(run.step, settings, data.digest, weights))
+    before = interrupted(run, identity(run.step, settings, subject.data.digest, subject.weights))
     finished = before[1] if before else None
     if finished is not None:
         run.table(finished, LEDGER)  # lest a second interruption loses it
@@ -113,13 +169,14 @@ def _evaluate(run: Run, settings: Settings, given: Mapping[str, str]) -> None:
         model, test, plan, settings.seed, finished, Paced(lambda parts: run.table(pd.concat(parts), LEDGER))
     )
     run.table(ledger, LEDGER)
-    found = _trust(run, settings, model, test, ledger, data.digest, weights) if settings.trust_images else None
+    found = _trust(run, settings, subject, ledger) if settings.trust_images else None
     ledger = withstand(model, test, ledger, settings, settings.seed, settings.batch_size)
     ledger = certify(model, test, ledger, settings, Paced(lambda so_far: run.table(so_far, LEDGER)))
     rates = attack_rates(ledger)
-    run.table(ledger, LEDGER)
+    run.evidence(ledger, LEDGER)
     run.metrics({**rates, **corruption_rates(ledger)})
-    _finish(run, settings, data)
+    run.describe(describing.evaluation(label, rates, found.verdict if found else ""))
+    _finish(run, settings, subject.data)
     by_name = {key.partition("/")[::2]: rate for key, rate in rates.items()}
     asr = [f"{100 * rate:.2f} % at {eps_text(float(eps))}" for (name, eps), rate in by_name.items() if name == "asr"]
     log.info("%s: accuracy %.2f %%, attack success %s", label, 100 * rates["accuracy"], ", ".join(asr))
@@ -131,40 +188,37 @@ def _evaluate(run: Run, settings: Settings, given: Mapping[str, str]) -> None:
         log.warning("%s: its attack rates are not to be trusted (%s): see trust.csv", label, ", ".join(found.suspect))
 
 
-def _trust(
-    run: Run,
-    settings: EvaluateSettings,
-    model: Classifier,
-    test: Split,
-    ledger: pd.DataFrame,
-    digest: str,
-    weights: str,
-) -> Trust:
+def _trust(run: Run, settings: EvaluateSettings, subject: Subject, ledger: pd.DataFrame) -> Trust:
     """Checks the attack's rates, and leaves adversarial images with which other models' rates can be checked."""
+    model, test = subject.model, subject.test
     images, eps = sample(test, settings), trust_eps(settings)
-    others = _adversarial(run, images, eps, settings.norm, digest, weights)
+    others = _adversarial(run, images, eps, settings.norm, subject)
     found = trust(model, test, ledger, settings, settings, others, settings.seed)
     run.csv(found.checks, "trust.csv")
     values = found.checks.dropna(subset="value")
     run.metrics({f"trust/{check}": value for check, value in zip(values["check"], values["value"], strict=True)})
     run.tags({"trust": found.verdict})
-    kept = {"images": images.numpy(), "adversarial": found.adversarial.cpu().numpy(), "eps": np.array(eps)}
-    kept["norm"] = np.array(settings.norm)
+    kept = {
+        "images": images.numpy(),
+        "clean": test.images[images.to(test.images.device)].cpu().numpy(),
+        "adversarial": found.adversarial.cpu().numpy(),
+        "prediction": predict(model, found.adversarial).cpu().numpy(),
+        "eps": np.array(eps),
+        "norm": np.array(settings.norm),
+    }
     run.arrays(kept, ADVERSARIAL)
     return found
 
 
-def _adversarial(
-    run: Run, images: torch.Tensor, eps: float, norm: str, digest: str, weights: str
-) -> list[torch.Tensor]:
+def _adversarial(run: Run, images: torch.Tensor, eps: float, norm: str, subject: Subject) -> list[torch.Tensor]:
     """Adversarial examples of those images at that radius that other models' newest evaluations have left."""
     found: dict[str, torch.Tensor] = {}
-    others = find_runs(run.experiment, {"step": "evaluate", "dataset_digest": digest}, max_results=SOUGHT)
+    others = find_runs(run.experiment, {"step": "evaluate", "dataset_digest": subject.data.digest}, max_results=SOUGHT)
     for other in others.to_dict("records"):
         name = other.get("tags.rampart.weights")
         if len(found) == SOURCES:
             break
-        if name in (weights, *found) or not isinstance(name, str):
+        if name in (subject.weights, *found) or not isinstance(name, str):
             continue
         arrays = read_arrays(other["run_id"], ADVERSARIAL) or {}
         same = np.array_equal(arrays.get("images", []), images.numpy())
@@ -175,31 +229,40 @@ def _adversarial(
 
 def _verify(run: Run, settings: Settings, given: Mapping[str, str]) -> None:
     assert isinstance(settings, VerifySettings)
-    model, label, _, weights = _open_model(run, settings)
-    data = open_data(run, settings)
-    test = data.test.to(prepare(settings))
-    progress = _progress(run, settings, data, weights)
+    subject = _open(run, settings)
+    data, label = subject.data, subject.label
+    progress = _progress(run, settings, subject)
     progress.keep = Paced(lambda known: _keep(run, known.ledger, known.examples))
     try:
-        ledger, examples = verify_split(model, test, settings, progress)
+        ledger, examples = verify_split(subject.model, subject.test, settings, progress)
     except Contradiction:
         run.tags({"begun": "distrusted"})  # nothing goes on from here
         raise
     counts = verdict_counts(ledger)
     _keep(run, ledger, examples)
+    run.evidence(ledger, LEDGER)
     if examples:
         shown = ledger[ledger["image"].isin(examples)].head(SHOWN)
         chosen = torch.tensor(shown["image"].tolist())
-        pictures = torch.stack([examples[image].cpu() for image in shown["image"]])
-        found = shown["counterexample_prediction"].tolist()
-        figure = figures.counterexamples(
-            to_pixels(data.test.images[chosen]), pictures, shown["label"].tolist(), found, data.classes
+        picture = pictures.twins(
+            to_pixels(data.test.images[chosen]).numpy(),
+            np.stack([examples[image].cpu().numpy() for image in shown["image"]]),
+            [data.classes[label] for label in shown["label"]],
+            [data.classes[int(label)] for label in shown["counterexample_prediction"]],
         )
-        run.figure(figure, "counterexamples.png")
+        _draw(run, "counterexamples", picture)
     run.metrics(counts)
+    pictured = run.shown("counterexamples.png") if examples else ""
+    run.describe(describing.verification(label, as_text(settings, {})["eps"], counts, pictured))
     _finish(run, settings, data)
     said = [f"{int(n)} {k.split('/')[1]}" for k, n in counts.items() if n and k.split("/")[1] in SAID]
     log.info("%s: %d images at ε %s: %s", label, len(ledger), as_text(settings, {})["eps"], ", ".join(said))
+
+
+def _draw(run: Run, name: str, drawing: Drawing, home: str | None = None) -> None:
+    """A figure as NAME.png of a run, of `run` where no other is given."""
+    save({name: drawing}, run.scratch)
+    run.file(run.scratch / f"{name}.png", home)
 
 
 EXAMPLES, ADVERSARIAL = "counterexamples.npz", "adversarial.npz"
@@ -209,9 +272,9 @@ SOURCES, SOUGHT = 3, 50
 SHOWN = 12
 
 
-def _progress(run: Run, settings: VerifySettings, data: Dataset, weights: str) -> Progress:
+def _progress(run: Run, settings: VerifySettings, subject: Subject) -> Progress:
     """What an interrupted verification has left behind."""
-    before = interrupted(run, identity(run.step, settings, data.digest, weights))
+    before = interrupted(run, identity(run.step, settings, subject.data.digest, subject.weights))
     if before is None:
         return Progress()
     old, ledger = before
@@ -236,14 +299,19 @@ SAID = ("safe-incomplete", "safe", "unsafe", "timeout", "unknown", "error", "mis
 
 def _embed(run: Run, settings: Settings, given: Mapping[str, str]) -> None:
     assert isinstance(settings, EmbedSettings)
-    model, label, source, _ = _open_model(run, settings)
-    data = open_data(run, settings)
+    subject = _open(run, settings)
+    data, label = subject.data, subject.label
     chosen = stratified_order(data.test, settings.seed)[: settings.points]
-    points = embed(model, data.test.to(prepare(settings)), chosen, settings, settings.seed)
+    points = embed(subject.model, subject.test, chosen, settings, settings.seed)
     # The picture belongs to the model; a model from a file has no run but this one.
-    home = source or run.id
+    home = subject.run or run.id
     run.table(points, "umap.parquet", home)
-    run.figure(figures.umap_panels({label: points}, data.classes), "umap.png", home)
+    _draw(run, "umap", charts.umap({label: points}, data.classes), home)
+    places = geometry(subject.model, subject.test)
+    run.table(places, "geometry.parquet")
+    means = {name: float(places[name].mean()) for name in ("within", "between", "margin")}
+    run.metrics({f"embedding/{name}": value for name, value in means.items() if np.isfinite(value)})
+    run.describe(describing.embedding(label, means))
     _finish(run, settings, data)
     log.info("%s: UMAP of %d embeddings in run %s (umap.png, umap.parquet)", label, len(points), home)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.types import Schema, TensorSpec
 
+from rampart.arms import Arm
 from rampart.errors import ModelError
 from rampart.models import Classifier, load_model, save_model
 from rampart.tracking import store
@@ -23,8 +26,9 @@ from rampart.tracking import store
 WEIGHTS = "model.safetensors"
 
 
-def log_model(model: Classifier, example: torch.Tensor, scratch: Path) -> None:
-    """Logs `model` to the active run under the name `model`; `example` is float [2, C, H, W] in [0, 1]."""
+def log_model(model: Classifier, example: torch.Tensor, scratch: Path) -> str:
+    """Logs `model` to the active run under the name `model` and returns its model_id; `example` is float [2, C, H, W]
+    in [0, 1]."""
     import mlflow.pytorch
 
     weights = scratch / WEIGHTS
@@ -37,7 +41,7 @@ def log_model(model: Classifier, example: torch.Tensor, scratch: Path) -> None:
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        mlflow.pytorch.log_model(
+        logged = mlflow.pytorch.log_model(
             model,
             name="model",
             signature=signature,
@@ -46,16 +50,25 @@ def log_model(model: Classifier, example: torch.Tensor, scratch: Path) -> None:
             pip_requirements=[f"torch=={version('torch')}", f"mlflow=={version('mlflow')}"],
             extra_files=[str(weights)],
         )
+    return str(logged.model_id)
 
 
-def register(run_id: str, name: str, alias: str) -> None:
-    """The run's model as a version of the registered model `name`, which `alias` then points to."""
+def registered_name(arm: Arm) -> str:
+    """What an arm's models are called in the Model Registry."""
+    return f"rampart-{arm.slug}"
+
+
+def register(run_id: str, name: str, alias: str, reasons: Mapping[str, str] | None = None) -> None:
+    """The run's model as a version of the registered model `name`, which `alias` then points to; the `reasons` become
+    the version's tags rampart.<alias>.<name>."""
     client = MlflowClient()
     with contextlib.suppress(MlflowException):  # it is there already
         client.create_registered_model(name)
     known = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
     version = known[0] if known else client.create_model_version(name, f"runs:/{run_id}/model", run_id)
     client.set_registered_model_alias(name, alias, str(version.version))
+    for key, text in (reasons or {}).items():
+        client.set_model_version_tag(name, str(version.version), f"rampart.{alias}.{key}", text)
 
 
 def fetch_model(uri: str) -> Classifier:
@@ -75,20 +88,41 @@ def fetch_model(uri: str) -> Classifier:
         try:
             path = mlflow.artifacts.download_artifacts(source, dst_path=folder)
         except (MlflowException, OSError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ModelError(
-                f"no model at '{uri}' ({reason}): give model=runs:/<run id>/model of a finished train run"
-            ) from error
+            raise _no_model(uri, error) from error
         return load_model(path)
 
 
-def source_run(uri: str) -> str | None:
-    """The id of the run that the model at `uri` came from; None for a file."""
-    if uri.startswith("runs:/"):
-        return uri.removeprefix("runs:/").split("/")[0]
-    if uri.startswith("models:/"):
-        try:
-            return mlflow.models.get_model_info(uri).run_id
-        except MlflowException as error:
-            raise ModelError(f"no model at '{uri}': {' '.join(str(error).split())[:200]}") from error
-    return None
+@dataclass(frozen=True)
+class Source:
+    """Where a model came from.
+
+    Args:
+        run: the run that trained it; None for a file.
+        model_id: of the logged model; None for a file, or for the weights that a training left on its way.
+    """
+
+    run: str | None = None
+    model_id: str | None = None
+
+
+def source_of(uri: str) -> Source:
+    """Where the model at `uri`, as fetch_model takes it, came from.
+
+    Raises:
+        ModelError: there is none.
+    """
+    if not uri.startswith(("runs:/", "models:/")):
+        return Source()
+    if uri.endswith((".safetensors", ".npz")):
+        return Source(run=uri.removeprefix("runs:/").split("/")[0])
+    store.initialise()
+    try:
+        found = mlflow.models.get_model_info(uri)
+    except (MlflowException, OSError) as error:
+        raise _no_model(uri, error) from error
+    return Source(found.run_id, found.model_id)
+
+
+def _no_model(uri: str, error: Exception) -> ModelError:
+    reason = " ".join(str(error).split())[:200]
+    return ModelError(f"no model at '{uri}' ({reason}): give model=runs:/<run id>/model of a finished train run")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -19,7 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import LoggedModelInput, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
 from rampart import __version__
@@ -42,6 +43,8 @@ class Run:
     def __init__(self, run_id: str, experiment: str, step: str) -> None:
         self.id, self.experiment, self.step = run_id, experiment, step
         self.client = MlflowClient()
+        self.subject: dict[str, str] = {}
+        self.splits: dict[str, dict[str, str]] = {}
         self.scratch = Path(tempfile.mkdtemp(prefix="rampart-"))
 
     def close(self) -> None:
@@ -60,7 +63,29 @@ class Run:
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         now = int(pd.Timestamp.now().timestamp() * 1000)
-        self.client.log_batch(self.id, metrics=[Metric(k, float(v), now, step) for k, v in values.items()])
+        found = [Metric(k, float(v), now, step, **self.subject) for k, v in values.items()]
+        self.client.log_batch(self.id, metrics=found)
+
+    def about(self, model_id: str | None, split: str) -> None:
+        """From now on this run's metrics are those of a logged model (None: of one from a file) on a split of its
+        dataset: MLflow ties them to both."""
+        self.subject = self.splits[split] | ({"model_id": model_id} if model_id else {})
+
+    def uses(self, model_ids: Iterable[str]) -> None:
+        """Logged models as inputs of this run."""
+        inputs = self.client.get_run(self.id).inputs
+        known = {entry.model_id for entry in inputs.model_inputs} if inputs else set()
+        models = [LoggedModelInput(model_id) for model_id in dict.fromkeys(model_ids) if model_id not in known]
+        if models:
+            self.client.log_inputs(self.id, models=models)
+
+    def describe(self, text: str) -> None:
+        """What the run's page says of it, in Markdown."""
+        self.client.set_tag(self.id, "mlflow.note.content", text)
+
+    def shown(self, name: str) -> str:
+        """A picture among the run's artifacts, for `describe`."""
+        return f"![{name}](get-artifact?path={name}&run_uuid={self.id})"
 
     def checkpoint(self, model: Classifier) -> str:
         path = self.scratch / Path(LAST_CHECKPOINT).name
@@ -68,14 +93,21 @@ class Run:
         self.client.log_artifact(self.id, str(path), str(Path(LAST_CHECKPOINT).parent))
         return f"runs:/{self.id}/{LAST_CHECKPOINT}"
 
-    def file(self, path: Path, folder: str | None = None) -> None:
-        self.client.log_artifact(self.id, str(path), folder)
+    def file(self, path: Path, run_id: str | None = None) -> None:
+        """A file as an artifact of this run, or of another."""
+        self.client.log_artifact(run_id or self.id, str(path))
 
     def table(self, frame: pd.DataFrame, name: str, run_id: str | None = None) -> None:
         """A table as a Parquet artifact of this run, or of another."""
         path = self.scratch / name
         frame.to_parquet(path, index=False)
         self.client.log_artifact(run_id or self.id, str(path))
+
+    def evidence(self, frame: pd.DataFrame, name: str) -> None:
+        """A finished table that this run's metrics can be computed from: its digest is kept with them, so that a table
+        that takes its place is noticed."""
+        self.table(frame, name)
+        self.tags({"ledger_digest": hashlib.sha256((self.scratch / name).read_bytes()).hexdigest()})
 
     def csv(self, frame: pd.DataFrame, name: str) -> None:
         """A table as a CSV artifact, for people."""
@@ -91,8 +123,8 @@ class Run:
         np.savez(path, **arrays)  # type: ignore[arg-type]
         self.client.log_artifact(self.id, str(path))
 
-    def figure(self, figure: Figure, name: str, run_id: str | None = None) -> None:
-        self.client.log_figure(run_id or self.id, figure, name, save_kwargs={"dpi": 150, "bbox_inches": "tight"})
+    def figure(self, figure: Figure, name: str) -> None:
+        self.client.log_figure(self.id, figure, name, save_kwargs={"dpi": 150, "bbox_inches": "tight"})
 
     def dataset(self, data: Dataset, source: str, val_fraction: float, split_seed: int) -> None:
         """The data as inputs of this run, one a split, with digest, sizes and how train was split."""
@@ -111,6 +143,7 @@ class Run:
                 name=f"{data.name}-{context}",  # MLflow keeps one dataset for each name and digest
                 digest=data.digest,
             )
+            self.splits[context] = {"dataset_name": described.name, "dataset_digest": described.digest}
             for attempt in (1, 2, 3):
                 try:
                     mlflow.log_input(described, context=context)
@@ -123,11 +156,11 @@ class Run:
         self.tags({"split": f"{len(data.train)}/{len(data.val)}/{len(data.test)} by {val_fraction:g}, {split_seed}"})
 
     def model(self, model: Classifier, example: torch.Tensor) -> str:
-        """The model as `runs:/<id>/model`: exported graph, signature, and safetensors among its extra files."""
+        """Logs the model, to be had at `runs:/<id>/model` (exported graph, signature, and safetensors among its extra
+        files), and returns its model_id."""
         from rampart.tracking.models import log_model
 
-        log_model(model, example, self.scratch)
-        return f"runs:/{self.id}/model"
+        return log_model(model, example, self.scratch)
 
 
 @contextmanager
@@ -137,14 +170,16 @@ def open_run(step: str, parent: str | None = None) -> Iterator[Run]:
     An error ends it FAILED, an interrupt KILLED; both leave their message in the tag rampart.error.
     """
     initialise()
+    measured = step == "train"
     # Taken out: it is this run's alone, not that of runs nested in it or of child processes.
     resumed = os.environ.pop("MLFLOW_RUN_ID", None)
     if resumed:
         experiment = MlflowClient().get_run(resumed).info.experiment_id
-        active = mlflow.start_run(resumed)
+        active = mlflow.start_run(resumed, log_system_metrics=measured)
     else:
-        experiment = experiment_id()
-        active = mlflow.start_run(experiment_id=experiment, run_name=step, nested=True)
+        # A comparison has nothing to look for in an experiment that it would have to create.
+        experiment = experiment_id(create=step != "compare")
+        active = mlflow.start_run(experiment_id=experiment, run_name=step, nested=True, log_system_metrics=measured)
         if parent:  # MLflow would take the active run or none, but a trial's belongs to the run that began its study
             MlflowClient().set_tag(active.info.run_id, "mlflow.parentRunId", parent)
     run = Run(active.info.run_id, experiment, step)

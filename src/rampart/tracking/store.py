@@ -6,7 +6,8 @@ import logging
 import os
 import socket
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 
 import mlflow
@@ -18,6 +19,10 @@ from mlflow.exceptions import MlflowException
 from rampart.errors import RampartError
 
 log = logging.getLogger(__name__)
+
+# A server that is down or answers 500 is asked again for a quarter of a minute; MLflow's own patience is minutes.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "4")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
 
 
 def initialise() -> None:
@@ -35,8 +40,8 @@ def initialise() -> None:
 @lru_cache
 def _make_ready(uri: str) -> None:
     last: Exception | None = None
-    # A server that somebody has just started, too, may need a moment.
-    for pause in (0.0, 1.0, 3.0):
+    # A database that somebody has just started, too, may need a moment.
+    for pause in (0.0,) if uri.startswith("http") else (0.0, 1.0, 3.0):
         time.sleep(pause)
         try:
             mlflow.search_experiments(max_results=1)
@@ -52,15 +57,38 @@ def _unanswered(uri: str, error: Exception) -> RampartError:
     return RampartError(f"the tracking store {uri} does not answer ({reason}): check MLFLOW_TRACKING_URI")
 
 
-def experiment_id() -> str:
-    """Of the experiment that runs go to: `mlflow run`'s, MLFLOW_EXPERIMENT_NAME's, or the default."""
+@contextmanager
+def asking(missing: str = "") -> Iterator[None]:
+    """Around calls of the server: its errors become ours.
+
+    Raises:
+        RampartError: `missing`, where there is no such thing as was asked for; else that the store does not answer.
+    """
+    try:
+        yield
+    except MlflowException as error:
+        # An id of the wrong form is an invalid value.
+        if missing and error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise RampartError(missing) from error
+        raise _unanswered(mlflow.get_tracking_uri(), error) from error
+
+
+def experiment_id(create: bool = True) -> str:
+    """Of the experiment that runs go to: `mlflow run`'s, MLFLOW_EXPERIMENT_NAME's, or the default.
+
+    Raises:
+        RampartError: there is none of that id, or of that name and none is to be created.
+    """
     given = os.environ.get("MLFLOW_EXPERIMENT_ID")
     if given:
-        return given
+        with asking(f"no experiment with id '{given}' in {mlflow.get_tracking_uri()}: check MLFLOW_EXPERIMENT_ID"):
+            return mlflow.get_experiment(given).experiment_id
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "Default")
     found = mlflow.get_experiment_by_name(name)
     if found:
         return found.experiment_id
+    if not create:
+        raise RampartError(f"no experiment '{name}' in {mlflow.get_tracking_uri()}: check MLFLOW_EXPERIMENT_NAME")
     try:
         return mlflow.create_experiment(name)
     except MlflowException:  # another process was faster

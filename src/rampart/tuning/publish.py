@@ -18,7 +18,7 @@ from rampart.arms import Arm
 from rampart.errors import RampartError
 from rampart.settings import EPS_NAMES, PIXELS, SECTIONS, TrainSettings, TuneSettings, load_profile, parse_eps, resolve
 from rampart.tracking import Run
-from rampart.tracking.models import register
+from rampart.tracking.models import register, registered_name
 from rampart.tracking.queries import run_tags
 from rampart.tracking.runs import exists
 from rampart.tuning.space import said, texts
@@ -53,7 +53,7 @@ def publish(
     home.tags({"best_trial": best.number, "best_run": best.user_attrs[RUN]})
     home.tags({f"best.{name}": text for name, text in texts(best.params).items()})
     arm = Arm(settings.method, settings.augment, settings.contrastive)
-    name = f"rampart-{arm.slug}"
+    name = registered_name(arm)
     _plots(home, study, objective, len(complete))
     scores = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
     log.info("best of %d trials: %s (trial %d: %s)", len(study.trials), scores, best.number, said(best.params))

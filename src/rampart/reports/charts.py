@@ -1,0 +1,432 @@
+"""The interactive figures. All take tidy frames with the columns of `evidence.KEYS`, in the order of the tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import altair as alt
+import pandas as pd
+
+from rampart.ledger import VERDICTS
+from rampart.reports.drawing import Panels
+from rampart.reports.style import (
+    CLASS_SCHEMES,
+    DASHES,
+    METHOD_COLOURS,
+    SHAPES,
+    STATUS_COLOURS,
+    STATUS_SHAPES,
+    VERDICT_COLOURS,
+)
+from rampart.settings import eps_text
+
+WIDTH, HEIGHT = 300, 240
+SMALL = 165
+ALL = [0, 100]
+
+
+def accuracy(summary: pd.DataFrame) -> Panels:
+    """Clean accuracy by arm, a panel each for training without and with augmentation (Figure 3); a stroke where another
+    source has published one."""
+    rows = _percent(summary[(summary["metric"] == "accuracy") & summary["step"].isin(["evaluate", "published"])])
+
+    def panel(part: pd.DataFrame) -> alt.LayerChart:
+        ours, published = part[part["step"] == "evaluate"], part[part["step"] == "published"]
+        x = alt.X("label:N", sort=None, title=None, axis=alt.Axis(labelAngle=-30, labelLimit=160))
+        y = alt.Y("percent:Q", title="test accuracy (%)", scale=alt.Scale(domain=ALL))
+        base = alt.Chart(ours).encode(x=x)
+        layers = [
+            base.mark_bar(stroke="black").encode(
+                y=y,
+                color=_colours(ours, legend=False),
+                opacity=_lighter(ours),
+                tooltip=["arm", _number("percent", "accuracy %"), _number("spread", "±"), "seeds"],
+            ),
+            base.mark_rule().encode(y="low:Q", y2="high:Q"),
+            base.mark_text(dy=-6, baseline="bottom").encode(y="high:Q", text=alt.Text("percent:Q", format=".1f")),
+        ]
+        if len(published):
+            stroke = alt.Chart(published).mark_tick(color="black", thickness=2, width=26)
+            layers.append(stroke.encode(x=x, y=y, tooltip=["arm", _number("percent", "published accuracy %")]))
+        return alt.layer(*layers)
+
+    return _by_augmentation(rows, panel)
+
+
+def robust_curves(summary: pd.DataFrame) -> Panels:
+    """Robust accuracy by arm over ε, 0 being clean accuracy (Figure 4), with the bracket from certified accuracy up to
+    what no attack has broken, where there is one; dotted where another source has published it."""
+    chosen = summary[
+        summary["metric"].isin(["robust_accuracy", "accuracy"]) & summary["step"].isin(["evaluate", "published"])
+    ]
+    rows = _percent(chosen.fillna({"eps": 0.0}))
+    brackets = _brackets(summary)
+    radii = sorted({*rows["eps"], *brackets["eps"]})
+    x = _radius_axis(radii)
+
+    def panel(part: pd.DataFrame) -> alt.LayerChart:
+        ours = part[part["step"] == "evaluate"].assign(place=lambda f: f["eps"].map(radii.index))
+        published = part[part["step"] == "published"].assign(place=lambda f: f["eps"].map(radii.index))
+        y = alt.Y("percent:Q", title="robust accuracy (%)", scale=alt.Scale(domain=ALL))
+        keyed = {"x": x, "color": _colours(ours), "detail": "arm:N"}
+        tip = ["arm", "ε", _number("percent", "robust accuracy %"), _number("spread", "±"), "seeds"]
+        base = alt.Chart(ours).encode(**keyed)
+        layers: list[Any] = [
+            base.mark_line().encode(y=y, strokeDash=_dashes(ours)),
+            base.mark_point(filled=True, size=40).encode(y=y, shape=_shapes(ours), tooltip=tip),
+            base.mark_rule().encode(y="low:Q", y2="high:Q"),
+        ]
+        if len(published):
+            dotted = alt.Chart(published).encode(**keyed, y=y)
+            tip = ["arm", "ε", _number("percent", "published %")]
+            layers += [
+                dotted.mark_line(strokeDash=[1, 3], opacity=0.7),
+                dotted.mark_point(size=20, opacity=0.7).encode(tooltip=tip),
+            ]
+        known = brackets[brackets["augment"].isin(part["augment"])]
+        if len(known):
+            order = {arm: i for i, arm in enumerate(dict.fromkeys(known["arm"]))}
+            shift = known["arm"].map(order) - (len(order) - 1) / 2
+            known = known.assign(place=known["eps"].map(radii.index) + 0.5 * shift / max(len(order), 4))
+            bars = alt.Chart(known).mark_bar(width=3, opacity=0.55).encode(
+                x=x, y="certified:Q", y2="attacked:Q", color=_colours(known), detail="arm:N",
+                tooltip=["arm", "ε", _number("certified", "proved %"), _number("attacked", "not broken %")],
+            )  # fmt: skip
+            layers.insert(0, bars)
+        return alt.layer(*layers)
+
+    return _by_augmentation(rows, panel)
+
+
+def pareto(summary: pd.DataFrame) -> Panels:
+    """Accuracy against certified accuracy, one panel for each ε at which images were to be proved; the line joins the
+    arms that none beats in both."""
+    accuracy = summary[(summary["metric"] == "accuracy") & (summary["step"] == "evaluate")]
+    proved = summary[(summary["metric"] == "certified_accuracy") & (summary["step"] == "evaluate")]
+    clean = accuracy.set_index("arm")["mean"]
+    rows = proved[proved["arm"].isin(clean.index)]
+    rows = _percent(rows.assign(accuracy=100 * rows["arm"].map(clean)))
+
+    def panel(part: pd.DataFrame) -> alt.LayerChart:
+        x = alt.X("accuracy:Q", title="test accuracy (%)", scale=alt.Scale(zero=False, padding=12))
+        y = alt.Y("percent:Q", title="certified accuracy (%)", scale=alt.Scale(padding=12))
+        tip = ["arm", _number("accuracy", "accuracy %"), _number("percent", "certified %"), "seeds"]
+        points = alt.Chart(part).encode(x=x, y=y)
+        front = alt.Chart(part[_undominated(part)]).mark_line(color="#888888", strokeDash=[4, 3])
+        return alt.layer(
+            front.encode(x=x, y=y),
+            points.mark_point(filled=True, size=90, opacity=1).encode(
+                color=_colours(part), shape=_shapes(part), tooltip=tip
+            ),
+            points.mark_text(align="left", dx=8, fontSize=9).encode(
+                text=alt.condition(alt.datum.augment, alt.value("aug"), alt.value(""))
+            ),
+        ).properties(width=WIDTH, height=HEIGHT, title=f"at ε {part['ε'].iloc[0]}")
+
+    return Panels([panel(part) for _, part in rows.groupby("eps")])
+
+
+def verdicts(summary: pd.DataFrame) -> Panels:
+    """Verdicts by arm as stacked bars (Table 1)."""
+    rows = summary[summary["step"].eq("verify") & summary["metric"].isin([*VERDICTS, "misclassified"])]
+    rows = rows.assign(
+        count=rows["mean"],
+        order=rows["metric"].map([*VERDICTS, "misclassified"].index),
+        verdict=rows["metric"],
+        row=_row_names(rows),
+        ε=rows["eps"].map(eps_text),
+    )
+    rows = rows[rows["count"] > 0].sort_values("order", kind="stable")
+    # Where each bar begins and ends, for its number to stand in its middle.
+    rows["end"] = rows.groupby("row", sort=False)["count"].cumsum()
+    rows["middle"] = rows["end"] - rows["count"] / 2
+    order = list(dict.fromkeys(summary.loc[summary["step"] == "verify"].pipe(_row_names)))
+    y = alt.Y("row:N", sort=order, title=None, axis=alt.Axis(labelLimit=260))
+    used = [name for name in (*VERDICTS, "misclassified") if name in set(rows["verdict"])]
+    colour = alt.Color(
+        "verdict:N", scale=alt.Scale(domain=used, range=[VERDICT_COLOURS[name] for name in used]), title=None
+    )
+    base = alt.Chart(rows).encode(y=y)
+    bars = base.mark_bar(stroke="white").encode(
+        x=alt.X("count:Q", title="images", axis=alt.Axis(tickMinStep=1), scale=alt.Scale(nice=False)),
+        color=colour,
+        order="order:Q",
+        tooltip=["row", "verdict", alt.Tooltip("count:Q", format=".3g"), "ε", "seeds"],
+    )
+    wide = 0.05 * rows["end"].max()  # enough for a number
+    text = (
+        base.transform_filter(alt.datum["count"] >= wide)
+        .mark_text(fontSize=9)
+        .encode(
+            x="middle:Q",
+            text=alt.Text("count:Q", format=".3~g"),
+            color=alt.condition("datum.verdict == 'error'", alt.value("white"), alt.value("black")),
+        )
+    )
+    return Panels([alt.layer(bars, text).properties(width=460, height=alt.Step(20))], 1)
+
+
+def verification_times(settled: pd.DataFrame) -> Panels:
+    """Share of the images that is settled (proved or refuted) within so many seconds each; `settled` has a row an image
+    and its seconds, NaN where it was not settled."""
+    rows = []
+    for (arm, engine), part in settled.groupby(["arm", "engine"], sort=False):
+        found = part["seconds"].dropna().clip(lower=1e-3).sort_values()
+        share = [100 * (i + 1) / len(part) for i in range(len(found))]
+        keys = {**part.iloc[0][["augment", "method", "contrastive"]].to_dict(), "arm": arm, "engine": engine}
+        # Each curve rises from the axis and goes on to the right.
+        rises = [(found.min(), 0.0)] if share else []
+        end = (settled["seconds"].max(), share[-1] if share else 0.0)
+        for seconds, percent in [*rises, *zip(found, share, strict=True), end]:
+            rows.append({**keys, "seconds": seconds, "percent": percent})
+
+    def panel(part: pd.DataFrame) -> alt.Chart:
+        return (
+            alt.Chart(part)
+            .mark_line(interpolate="step-after")
+            .encode(
+                x=alt.X("seconds:Q", scale=alt.Scale(type="log"), title="seconds an image", axis=alt.Axis(format="~g")),
+                y=alt.Y("percent:Q", title="images settled (%)", scale=alt.Scale(domain=ALL)),
+                color=_colours(part),
+                strokeDash=_dashes(part),
+                detail=["arm:N", "engine:N"],
+                tooltip=["arm", "engine", _number("percent", "settled %"), alt.Tooltip("seconds:Q", format=".3g")],
+            )
+        )
+
+    return _by_augmentation(pd.DataFrame(rows), panel)
+
+
+def radius_curves(radii: pd.DataFrame) -> Panels:
+    """Share of the images that are proved robust at ε, by arm: certified-radius curves."""
+    rows = []
+    for arm, part in radii.groupby("arm", sort=False):
+        found = part["radius"].dropna().sort_values()
+        keys = {**part.iloc[0][["augment", "method", "contrastive"]].to_dict(), "arm": arm}
+        # Proved at ε are the images whose radius is ε or more.
+        rows.append({**keys, "radius": 0.0, "percent": 100 * len(found) / len(part)})
+        for i, radius in enumerate(found):
+            rows.append({**keys, "radius": 255 * radius, "percent": 100 * (len(found) - i - 1) / len(part)})
+
+    def panel(part: pd.DataFrame) -> alt.Chart:
+        return (
+            alt.Chart(part)
+            .mark_line(interpolate="step-after")
+            .encode(
+                x=alt.X("radius:Q", title="ε × 255 (pixels in [0, 1])"),
+                y=alt.Y("percent:Q", title="proved robust (% of images)", scale=alt.Scale(domain=ALL)),
+                color=_colours(part),
+                strokeDash=_dashes(part),
+                detail="arm:N",
+                tooltip=["arm", alt.Tooltip("radius:Q", format=".3f", title="ε × 255"), _number("percent", "proved %")],
+            )
+        )
+
+    return _by_augmentation(pd.DataFrame(rows), panel)
+
+
+def confusion(counts: pd.DataFrame) -> Panels:
+    """Which class is taken for which: a panel an arm; `counts` has arm, class, taken for, and the share of the class in
+    percent."""
+    kinds = list(dict.fromkeys(counts["class"]))
+
+    def panel(arm: str, part: pd.DataFrame) -> alt.Chart:
+        return (
+            alt.Chart(part)
+            .mark_rect()
+            .encode(
+                x=alt.X("taken for:N", sort=kinds, axis=alt.Axis(labelAngle=-45, labelFontSize=8)),
+                y=alt.Y("class:N", sort=kinds, axis=alt.Axis(labelFontSize=8)),
+                color=alt.Color("percent:Q", scale=alt.Scale(scheme="blues", domain=ALL), legend=None),
+                tooltip=["class", "taken for", alt.Tooltip("percent:Q", format=".1f")],
+            )
+            .properties(width=SMALL, height=SMALL, title=arm)
+        )
+
+    return Panels([panel(str(arm), part) for arm, part in counts.groupby("arm", sort=False)], 4)
+
+
+def umap(points: Mapping[str, pd.DataFrame], classes: Sequence[str]) -> Panels:
+    """UMAP of embeddings, one panel an arm, coloured by class; wrong predictions are crosses (Figure 1)."""
+    colour = alt.Color(
+        "class:N",
+        sort=list(classes),
+        scale=alt.Scale(domain=list(classes), scheme=CLASS_SCHEMES[len(classes) <= 10]),
+        legend=alt.Legend(columns=5, title=None, symbolType="circle"),
+    )
+    named = {
+        arm: frame.assign(
+            **{"class": [classes[i] for i in frame["label"]]}, right=frame["label"] == frame["prediction"]
+        )
+        for arm, frame in points.items()
+    }
+    shape = alt.Shape("right:N", scale=alt.Scale(domain=[True, False], range=["circle", "cross"]), legend=None)
+    return Panels([_scatter(arm, frame, colour, shape, ["class"]) for arm, frame in named.items()], 4)
+
+
+def umap_status(points: Mapping[str, pd.DataFrame]) -> Panels:
+    """The same, coloured by `status`: what is known of the image at one ε."""
+    return Panels([_scatter(arm, f, _status_colour(), _status_shape(), ["status"]) for arm, f in points.items()], 4)
+
+
+def geometry(points: pd.DataFrame) -> Panels:
+    """How far an image's embedding is from other classes beyond its own, against what could be proved of it: a panel an
+    arm; `points` has arm, separation, certificate, status."""
+    title = points["kind"].iloc[0]
+
+    def panel(arm: str, part: pd.DataFrame) -> alt.Chart:
+        return (
+            alt.Chart(part[["image", "separation", "certificate", "status"]])
+            .mark_point(filled=True, size=35, opacity=0.8)
+            .encode(
+                x=alt.X("separation:Q", title="between − within"),
+                y=alt.Y("certificate:Q", title=title),
+                color=_status_colour(),
+                shape=_status_shape(),
+                tooltip=["image", "status", alt.Tooltip("separation:Q", format=".3f"),
+                         alt.Tooltip("certificate:Q", format=".4g")],
+            )
+            .properties(width=SMALL, height=SMALL, title=arm)
+        )  # fmt: skip
+
+    return Panels([panel(str(arm), part) for arm, part in points.groupby("arm", sort=False)], 4)
+
+
+def training_curves(curves: pd.DataFrame) -> Panels:
+    """Loss and validation accuracy by epoch; `curves` has KEYS, stage, metric, epoch, and value (mean over seeds)."""
+    charts = []
+    for augment, part in curves.groupby("augment"):
+        for metric, lines in part.groupby("metric", sort=False):
+            percent = metric != "loss"
+            scale = alt.Scale(domain=ALL) if percent else alt.Scale(zero=False)
+            charts.append(
+                alt.Chart(lines)
+                .mark_line()
+                .encode(
+                    x=alt.X("epoch:Q", title="epoch", axis=alt.Axis(tickMinStep=1)),
+                    y=alt.Y("value:Q", title=f"{metric} (%)" if percent else str(metric), scale=scale),
+                    color=_colours(lines),
+                    strokeDash=_dashes(lines),
+                    detail=["arm:N", "stage:N"],
+                    tooltip=["arm", "stage", "epoch", alt.Tooltip("value:Q", format=".4g")],
+                )
+                .properties(width=WIDTH, height=180, title=_augmented(bool(augment)))
+            )
+    return Panels(charts, 3)
+
+
+def _by_augmentation(rows: pd.DataFrame, panel: Any) -> Panels:
+    """One panel for each value of `augment` that occurs, side by side on one scale."""
+    rows = rows.assign(label=_labels(rows))
+    charts = [
+        panel(part).properties(width=WIDTH, height=HEIGHT, title=_augmented(bool(augment)))
+        for augment, part in rows.groupby("augment")
+    ]
+    return Panels(charts)
+
+
+def _augmented(augment: bool) -> str:
+    return "with augmentation" if augment else "without augmentation"
+
+
+def _labels(rows: pd.DataFrame) -> list[str]:
+    names = rows["arm"].where(rows["method"] == "other", rows["method"])
+    pairs = zip(names, rows["contrastive"], strict=True)
+    return [name if kind == "none" else f"{name} + SupCon {kind}" for name, kind in pairs]
+
+
+def _row_names(rows: pd.DataFrame) -> list[str]:
+    pairs = zip(rows["arm"], rows["engine"], strict=True)
+    return [arm if engine == "native" else f"{arm} ({engine})" for arm, engine in pairs]
+
+
+def _percent(summary: pd.DataFrame) -> pd.DataFrame:
+    """Shares as percentages with the ends of their spread over seeds, and ε as text."""
+    spread = 100 * summary["std"].fillna(0)
+    percent = 100 * summary["mean"]
+    return summary.drop(columns="runs").assign(
+        percent=percent,
+        spread=spread,
+        low=percent - spread,
+        high=percent + spread,
+        ε=["" if pd.isna(eps) else eps_text(eps) for eps in summary["eps"]],
+    )
+
+
+def _brackets(summary: pd.DataFrame) -> pd.DataFrame:
+    """A row an arm and ε with what is proved and what is not broken, in percent."""
+    rows = summary[(summary["step"] == "evaluate") & summary["eps"].notna()]
+    keys = ["augment", "method", "contrastive", "arm", "eps"]
+    ends = [
+        rows[rows["metric"] == metric].set_index(keys)["mean"].mul(100).rename(name)
+        for metric, name in (("certified_accuracy", "certified"), ("attacked_accuracy", "attacked"))
+    ]
+    found = pd.concat(ends, axis=1, join="inner").reset_index()
+    return found.assign(ε=[eps_text(eps) for eps in found["eps"]])
+
+
+def _undominated(rows: pd.DataFrame) -> list[bool]:
+    """Which rows no other one beats in both accuracy and percent."""
+    pairs = list(zip(rows["accuracy"], rows["percent"], strict=True))
+    return [not any(o != p and o[0] >= p[0] and o[1] >= p[1] for o in pairs) for p in pairs]
+
+
+def _radius_axis(radii: Sequence[float]) -> alt.X:
+    """Places 0, 1, … that are labelled with the radii: they grow by factors, and 0 is among them."""
+    texts = [eps_text(eps) for eps in radii]
+    axis = alt.Axis(values=list(range(len(radii))), labelExpr=f"{texts}[datum.value]", labelAngle=-30)
+    scale = alt.Scale(domain=[-0.3, len(radii) - 0.7], nice=False)
+    return alt.X("place:Q", title="radius ε of the attack (pixels in [0, 1])", axis=axis, scale=scale)
+
+
+def _scatter(title: str, frame: pd.DataFrame, colour: alt.Color, shape: alt.Shape, tips: list[str]) -> alt.Chart:
+    bare = {"axis": None, "scale": alt.Scale(zero=False)}
+    columns = ["image", "x", "y", *tips, *(["right"] if "right" in frame else [])]
+    points = alt.Chart(frame[columns].round({"x": 3, "y": 3})).mark_point(filled=True, size=22, opacity=0.85)
+    x, y = alt.X("x:Q", **bare), alt.Y("y:Q", **bare)
+    encoded = points.encode(x=x, y=y, color=colour, shape=shape, tooltip=["image", *tips])
+    return encoded.properties(width=SMALL, height=SMALL, title=title)
+
+
+def _status_colour() -> alt.Color:
+    return alt.Color(
+        "status:N", scale=alt.Scale(domain=list(STATUS_COLOURS), range=list(STATUS_COLOURS.values())), title=None
+    )
+
+
+def _status_shape() -> alt.Shape:
+    return alt.Shape(
+        "status:N", scale=alt.Scale(domain=list(STATUS_SHAPES), range=list(STATUS_SHAPES.values())), title=None
+    )
+
+
+def _colours(rows: pd.DataFrame, legend: bool = True) -> alt.Color:
+    used = [name for name in METHOD_COLOURS if name in set(rows["method"])]
+    scale = alt.Scale(domain=used, range=[METHOD_COLOURS[name] for name in used])
+    return alt.Color("method:N", scale=scale, title=None, **({} if legend else {"legend": None}))
+
+
+_SUPCON = alt.Legend(title=None, labelExpr="datum.label == 'none' ? 'no SupCon' : 'SupCon ' + datum.label")
+
+
+def _dashes(rows: pd.DataFrame) -> alt.StrokeDash:
+    used = [name for name in DASHES if name in set(rows["contrastive"])]
+    scale = alt.Scale(domain=used, range=[DASHES[name] for name in used])
+    return alt.StrokeDash("contrastive:N", scale=scale, legend=_SUPCON)
+
+
+def _shapes(rows: pd.DataFrame) -> alt.Shape:
+    used = [name for name in SHAPES if name in set(rows["contrastive"])]
+    scale = alt.Scale(domain=used, range=[SHAPES[name] for name in used])
+    return alt.Shape("contrastive:N", scale=scale, legend=_SUPCON)
+
+
+def _lighter(rows: pd.DataFrame) -> alt.Opacity:
+    used = [name for name in DASHES if name in set(rows["contrastive"])]
+    scale = alt.Scale(domain=used, range=[1.0 if name == "none" else 0.55 for name in used])
+    return alt.Opacity("contrastive:O", sort=used, scale=scale, legend=None)
+
+
+def _number(column: str, title: str) -> alt.Tooltip:
+    return alt.Tooltip(f"{column}:Q", title=title, format=".2f")

@@ -1,0 +1,133 @@
+"""Whether runs belong into one table, and whether what they say of themselves is so."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from rampart.errors import Contradiction
+from rampart.ledger import attack_rates, contradiction, corruption_rates, verdict_counts
+from rampart.tracking.queries import read_evidence
+
+LEDGER = "ledger.parquet"
+# Settings that two evaluations, or two verifications, have to share for their rates to be of one kind.
+SHARED = {
+    "evaluate": (
+        *("eps_space", "attack", "norm", "steps", "rel_step", "step_schedule", "restarts", "loss"),
+        *("certify", "certify_images", "certify_eps_pixel", "trust_images", "corruptions"),
+    ),
+    "verify": (
+        *("eps_space", "eps_pixel", "images", "selection", "survive_eps_pixel", "selection_seed"),
+        *("attack_first", "timeout", "complete", "branching", "radius_pixel"),
+    ),
+}
+
+
+class Note(NamedTuple):
+    """What a reader of a table has to know; `step` is that of the table's runs, empty for all tables."""
+
+    step: str
+    text: str
+
+
+def differences(runs: pd.DataFrame) -> list[Note]:
+    """In what the compared runs differ that makes their numbers hard to compare."""
+    notes = []
+    for step, names in SHARED.items():
+        part = runs[(runs["step"] == step) & (runs["engine"] == "native")]
+        for name in names:
+            if f"params.{name}" in part:
+                notes += _kinds(part, part[f"params.{name}"], name, step)
+    return [*notes, *_kinds(runs, runs["tags.rampart.split"], "split (train/val/test by val_fraction, split_seed)", "")]
+
+
+def _kinds(runs: pd.DataFrame, values: pd.Series, name: str, step: str) -> list[Note]:
+    """A note where the values are not all the same: who has which, the rarer ones by run."""
+    counts = values.dropna().value_counts()
+    if len(counts) < 2:
+        return []
+    rarer = [
+        f"{value} in {', '.join(_named(run) for run in runs[values == value].to_dict('records'))}"
+        for value in counts.index[1:]
+    ]
+    return [Note(step, f"runs differ in {name}: {counts.index[0]} in most, {'; '.join(rarer)}")]
+
+
+def unfinished(runs: pd.DataFrame, others: pd.DataFrame) -> list[Note]:
+    """Runs of the compared arms that have not finished, where no later one has; `others` are all that have not."""
+    notes = []
+    newest = runs.groupby(["step", "arm", "seed"])["start_time"].max().to_dict() if len(runs) else {}
+    for run in others.to_dict("records"):
+        step, arm, seed = (str(run.get(f"tags.rampart.{name}")) for name in ("step", "arm", "seed"))
+        known = newest.get((step, arm, seed))
+        if arm in ("None", "nan") or (known is not None and known > run["start_time"]):
+            continue
+        left = "left out" if known is None else "the finished one before it is shown"
+        notes.append(Note("", f"{step} {arm} s{seed}: run {run['run_id']} is {run['status']}: {left}"))
+    return notes
+
+
+def ledgers(runs: pd.DataFrame, notes: list[Note]) -> dict[str, pd.DataFrame]:
+    """The ledgers of evaluations and verifications by run. Runs that lack one, or a part of it, are not among them.
+
+    Raises:
+        Contradiction: a ledger is not the one that its run has logged, or does not give its run's metrics, or two
+            ledgers of one model say that an image was proved and broken.
+    """
+    found = {}
+    for _, run in runs[runs["step"].isin(["evaluate", "verify"])].iterrows():
+        kept = read_evidence(run["run_id"], LEDGER)
+        missing = "it has no ledger" if kept is None else _incomplete(run, kept[0])
+        if kept is None or missing:
+            notes.append(
+                Note(str(run["step"]), f"{_named(run.to_dict())} is left out, for it is half finished: {missing}")
+            )
+            continue
+        _agree(run, *kept)
+        found[str(run["run_id"])] = kept[0]
+    # Runs of older versions know the name of their model alone.
+    model = runs.get("tags.rampart.weights", runs["tags.rampart.model"]).fillna(runs["tags.rampart.model"])
+    for (arm, _), part in runs.groupby(["arm", model], sort=False):
+        wrong = contradiction({run: found[run] for run in part["run_id"] if run in found})
+        if wrong:
+            raise Contradiction(f"{arm}: {wrong}: the bounds or the attack are wrong, nothing of this can be trusted")
+    return found
+
+
+def _incomplete(run: pd.Series, ledger: pd.DataFrame) -> str:
+    """What a finished evaluation's ledger lacks; empty where nothing."""
+    expected = str(run["tags.rampart.split"]).split(" ")[0].split("/")[-1]
+    if run["step"] == "evaluate" and expected.isdigit() and len(ledger) != int(expected):
+        return f"its ledger has {len(ledger)} of {expected} images"
+    return ""
+
+
+def _agree(run: pd.Series, ledger: pd.DataFrame, digest: str) -> None:
+    name = _named(run.to_dict())
+    logged = run.get("tags.rampart.ledger_digest")
+    if isinstance(logged, str) and logged != digest:
+        raise Contradiction(f"{name}: {LEDGER} is not the ledger that the run has logged: it was changed or swapped")
+    verified = run["step"] == "verify"
+    said = verdict_counts(ledger) if verified else {**attack_rates(ledger), **corruption_rates(ledger)}
+    for column, value in run.items():
+        metric = str(column).removeprefix("metrics.")
+        if metric == column or pd.isna(value) or not _of_ledger(metric, verified):
+            continue
+        if metric not in said or not math.isclose(float(value), said[metric], rel_tol=1e-9, abs_tol=1e-9):
+            truth = f"its ledger says {said[metric]:.6g}" if metric in said else "its ledger knows nothing of that"
+            raise Contradiction(f"{name}: metric {metric} is {float(value):.6g}, but {truth}: one of them was changed")
+
+
+def _of_ledger(metric: str, verified: bool) -> bool:
+    kind = metric.partition("/")[0]
+    return kind == "verdicts" if verified else kind in _RATES
+
+
+_RATES = {"accuracy", "asr", "afr", "robust_accuracy", "certified_accuracy", "attacked_accuracy", "corrupted"}
+
+
+def _named(run: Mapping[Any, Any]) -> str:
+    return f"{run['step']} {run['arm']} s{run['seed']} (run {run['run_id']})"

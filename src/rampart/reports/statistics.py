@@ -1,0 +1,203 @@
+"""What the study claims, as rows: arms that differ in one thing, by how much, and how sure that is.
+
+A difference is judged twice. Over seeds: would training again show it, too? A paired t-test and its confidence interval
+(Student 1908), from three common seeds on. Over images: do these very models differ on other images of the same kind?
+McNemar's exact test (1947) of the first common seed, and a bootstrap interval (Efron 1979) of the mean over the common
+seeds. p-values are Holm's (1979), corrected for the number of claims in the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.weightstats import DescrStatsW
+
+from rampart.ledger import PROVED, attacked_by, eps_key
+from rampart.reports.evidence import Evidence
+from rampart.settings import eps_text
+
+LEVEL = 0.05
+ENOUGH = 3  # seeds
+RESAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class Claim:
+    """That `arm` differs from `other`, which it shares all but `factor` with, in a metric.
+
+    Args:
+        factor: SupCon, augmentation or method.
+        change: what `arm` has in place of what `other` has.
+        among: what they share.
+    """
+
+    factor: str
+    change: str
+    among: str
+    arm: str
+    other: str
+
+
+def claims(evidence: Evidence, eps: float | None) -> pd.DataFrame:
+    """A row a claim and metric: the Claim's fields; metric, eps; difference (of shares: arm less other, the mean over
+    common seeds, or of the first seeds where there is none in common); seeds, seed_low, seed_high, seed_p; images,
+    image_low, image_high, image_p (NaN where it cannot be said); and finding."""
+    outcomes = {name: _outcomes(evidence, name, eps) for name in METRICS}
+    rows = []
+    for claim, (metric, by_arm) in product(_pairs(evidence), outcomes.items()):
+        if claim.arm in by_arm and claim.other in by_arm:
+            ours, theirs = by_arm[claim.arm], by_arm[claim.other]
+            radius = float("nan") if metric == "accuracy" or eps is None else eps
+            rows.append({**claim.__dict__, "metric": metric, "eps": radius, **_compared(ours, theirs)})
+    table = pd.DataFrame(rows)
+    if table.empty:
+        return table
+    for kind in ("seed_p", "image_p"):
+        known = table[kind].notna()
+        if known.any():
+            table.loc[known, kind] = multipletests(table.loc[known, kind], LEVEL, "holm")[1]
+    return table.assign(finding=[_finding(row) for row in table.to_dict("records")])
+
+
+def _pairs(evidence: Evidence) -> Iterator[Claim]:
+    """All pairs of arms that differ in one thing, SupCon first: it is what the study asks about."""
+    arms = evidence.of("evaluate", "verify").drop_duplicates("arm")
+    arms = arms[arms["method"] != "other"]
+    have = {(row["method"], row["augment"], row["contrastive"]): row["arm"] for row in arms.to_dict("records")}
+    for (method, augment, kind), arm in have.items():
+        if kind != "none" and (method, augment, "none") in have:
+            among = f"{method}, {_augmented(augment)}"
+            yield Claim("SupCon", f"SupCon {kind}, not none", among, arm, have[method, augment, "none"])
+    for (method, augment, kind), arm in have.items():
+        if augment and (method, False, kind) in have:
+            yield Claim("augmentation", "augmented, not plain", _named(method, kind), arm, have[method, False, kind])
+    for (method, augment, kind), arm in have.items():
+        if method != "normal" and ("normal", augment, kind) in have:
+            among = f"{_augmented(augment)}{'' if kind == 'none' else f', SupCon {kind}'}"
+            yield Claim("method", f"{method}, not normal", among, arm, have["normal", augment, kind])
+
+
+def _augmented(augment: bool) -> str:
+    return "augmented" if augment else "plain"
+
+
+def _named(method: str, kind: str) -> str:
+    return method if kind == "none" else f"{method}, SupCon {kind}"
+
+
+METRICS = ("accuracy", "robust accuracy", "certified accuracy")
+
+
+def _outcomes(evidence: Evidence, metric: str, eps: float | None) -> dict[str, dict[str, pd.Series]]:
+    """Whether the metric counts an image, by image, seed and arm."""
+    found: dict[str, dict[str, pd.Series]] = {}
+    # A certification of the test set says more than a verification of some images.
+    for step in ("evaluate", "verify") if metric == "certified accuracy" else ("evaluate",):
+        runs = evidence.of(step)
+        for run in runs[runs["engine"] == "native"].to_dict("records"):
+            outcome = _outcome(evidence.ledgers[run["run_id"]].set_index("image"), metric, eps)
+            if outcome is not None:
+                found.setdefault(run["arm"], {}).setdefault(run["seed"], outcome)
+    return found
+
+
+def _outcome(ledger: pd.DataFrame, metric: str, eps: float | None) -> pd.Series | None:
+    right: pd.Series = ledger["correct"]
+    if metric == "accuracy":
+        return right
+    if eps is None:
+        return None
+    if metric == "robust accuracy":
+        return right & ~attacked_by(ledger, eps) if f"attacked/{eps_key(eps)}" in ledger else None
+    if "verdict" in ledger:
+        same = ledger["eps"].map(eps_key).eq(eps_key(eps)).all()
+        return ledger["verdict"].isin(PROVED) if same else None
+    column = f"certified/{eps_key(eps)}"
+    return (right & ledger[column].astype("boolean"))[ledger[column].notna()].astype(bool) if column in ledger else None
+
+
+def _compared(ours: dict[str, pd.Series], theirs: dict[str, pd.Series]) -> dict[str, Any]:
+    seeds = sorted(ours.keys() & theirs.keys())
+    pairs = [(ours[seed], theirs[seed]) for seed in seeds] or [(next(iter(ours.values())), next(iter(theirs.values())))]
+    by_seed = np.array([a.mean() - b.mean() for a, b in pairs])
+    images = pairs[0][0].index.intersection(pairs[0][1].index)
+    for a, b in pairs:
+        images = images.intersection(a.index).intersection(b.index)
+    found: dict[str, Any] = {"difference": by_seed.mean(), "seeds": len(seeds), "images": len(images)}
+    found |= dict.fromkeys(("seed_low", "seed_high", "seed_p", "image_low", "image_high", "image_p"), float("nan"))
+    if len(seeds) >= ENOUGH:
+        if np.ptp(by_seed) > 0:
+            sample = DescrStatsW(by_seed)
+            low, high = sample.tconfint_mean(LEVEL)
+            found |= {"seed_low": low, "seed_high": high, "seed_p": sample.ttest_mean(0)[1]}
+        else:  # no spread at all, as between arms that never err
+            found |= {"seed_low": by_seed[0], "seed_high": by_seed[0], "seed_p": float(by_seed[0] == 0)}
+    if len(images):
+        one, two = (side.loc[images].to_numpy(dtype=bool) for side in pairs[0])
+        table = [[(one & two).sum(), (one & ~two).sum()], [(~one & two).sum(), (~one & ~two).sum()]]
+        per_image = np.mean([x.loc[images].to_numpy(float) - y.loc[images].to_numpy(float) for x, y in pairs], axis=0)
+        low, high = bootstrap(per_image)
+        found |= {"image_low": low, "image_high": high, "image_p": float(mcnemar(table, exact=True).pvalue)}
+    return found
+
+
+def bootstrap(values: np.ndarray) -> tuple[float, float]:
+    """Percentile interval of the mean. Images have few distinct values, so that a resample is a multinomial draw of how
+    often each occurs."""
+    distinct, counts = np.unique(values, return_counts=True)
+    draws = np.random.default_rng(0).multinomial(len(values), counts / len(values), size=RESAMPLES)
+    low, high = np.quantile(draws @ distinct / len(values), [LEVEL / 2, 1 - LEVEL / 2])
+    return float(low), float(high)
+
+
+def _finding(row: Mapping[Any, Any]) -> str:
+    """Over seeds where there are enough; else what these models alone show."""
+    direction = "higher" if row["difference"] > 0 else "lower"
+    if pd.notna(row["seed_p"]):
+        return direction if row["seed_p"] < LEVEL else "no difference shown"
+    alone = direction if pd.notna(row["image_p"]) and row["image_p"] < LEVEL else "no difference shown"
+    return f"not enough seeds; these models: {alone}"
+
+
+def claim_table(found: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
+    """`claims` in readable form, in points of percent; with the published difference where there is one."""
+    known = published.assign(key=published["eps"].map(eps_key)).set_index(["arm", "metric", "key"])["value"].to_dict()
+
+    def points(value: float) -> str:
+        return "-" if pd.isna(value) else f"{100 * value:+.2f}"
+
+    def interval(low: float, high: float) -> str:
+        return "-" if pd.isna(low) else f"{points(low)} … {points(high)}"
+
+    def theirs(row: Mapping[Any, Any]) -> str:
+        name, key = str(row["metric"]).replace(" ", "_"), eps_key(row["eps"])
+        pair = [known.get((row[side], name, key)) for side in ("arm", "other")]
+        ours, others = pair
+        return "-" if ours is None or others is None else points(ours - others)
+
+    rows = []
+    for row in found.to_dict("records"):
+        at = "" if pd.isna(row["eps"]) else f" at ε {eps_text(row['eps'])}"
+        rows.append(
+            {
+                "changed": row["change"],
+                "among": row["among"],
+                "metric": row["metric"] + at,
+                "difference": points(row["difference"]),
+                "finding": row["finding"],
+                "95 % over seeds": interval(row["seed_low"], row["seed_high"]),
+                "p (seeds)": "-" if pd.isna(row["seed_p"]) else f"{row['seed_p']:.2g}",
+                "95 % over images": interval(row["image_low"], row["image_high"]),
+                "p (McNemar)": "-" if pd.isna(row["image_p"]) else f"{row['image_p']:.2g}",
+                "n": f"{row['seeds']} seeds, {row['images']} images",
+                **({"published": theirs(row)} if len(published) else {}),
+            }
+        )
+    return pd.DataFrame(rows)

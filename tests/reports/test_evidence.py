@@ -1,0 +1,158 @@
+"""Which runs a comparison takes, and what it finds wrong with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from mlflow import MlflowClient
+
+from rampart.errors import Contradiction, RampartError
+from rampart.reports.evidence import Evidence, collect
+from rampart.settings import CompareSettings
+from rampart.tracking.queries import find_runs
+from tests.conftest import Study
+from tests.reports.made import evaluation, finished, verification
+
+
+def collected(**settings: str) -> Evidence:
+    return collect("0", CompareSettings(**settings))
+
+
+def said(evidence: Evidence) -> str:
+    return "\n".join(note.text for note in evidence.notes)
+
+
+def test_the_newest_finished_run_of_an_arm_and_seed_counts() -> None:
+    finished("evaluate", evaluation("1000"))
+    newest = finished("evaluate", evaluation("1110"))
+    other = finished("evaluate", evaluation("1111"), seed=1)
+    evidence = collected()
+    assert set(evidence.values["run"]) == {newest.id, other.id}
+    assert "1 older run(s) of the same arm and seed left out" in said(evidence)
+
+
+def test_runs_on_another_dataset_or_in_another_norm_are_left_out_and_said() -> None:
+    finished("evaluate", evaluation("1100"), dataset_digest="old")
+    kept = finished("evaluate", evaluation("1110"), seed=1)
+    evidence = collected()
+    assert set(evidence.values["run"]) == {kept.id}
+    assert "another dataset" in said(evidence)
+
+
+def test_half_finished_runs_are_named() -> None:
+    done = finished("evaluate", evaluation("1110", "0100"))
+    without = finished("evaluate", None, arm="certified", method="certified", split="3/1/4 by 0.2, 42")
+    short = finished("evaluate", evaluation("11"), arm="sabr", method="sabr", split="3/1/4 by 0.2, 42")
+    failed = finished("evaluate", evaluation("1110"), arm="trades", method="trades")
+    MlflowClient().set_terminated(failed.id, "FAILED")
+    later = finished("evaluate", evaluation("1110"))
+    MlflowClient().set_terminated(later.id, "KILLED")
+    evidence = collected()
+    assert set(evidence.values["run"]) == {done.id}
+    notes = said(evidence)
+    assert f"(run {without.id}) is left out, for it is half finished: it has no ledger" in notes
+    assert f"(run {short.id}) is left out, for it is half finished: its ledger has 2 of 4 images" in notes
+    assert f"evaluate trades s0: run {failed.id} is FAILED: left out" in notes
+    assert f"run {later.id} is KILLED: the finished one before it is shown" in notes
+
+
+def test_an_older_failure_is_no_news() -> None:
+    failed = finished("evaluate", evaluation("1110"))
+    MlflowClient().set_terminated(failed.id, "FAILED")
+    finished("evaluate", evaluation("1110"))
+    assert failed.id not in said(collected())
+
+
+def test_a_run_of_another_split_is_named() -> None:
+    for seed in (0, 1):
+        finished("evaluate", evaluation("1110"), seed=seed)
+    odd = finished("evaluate", evaluation("1110"), seed=2, split="2/2/4 by 0.5, 7")
+    note = next(text for _, text in collected().notes if "split" in text)
+    assert odd.id in note
+    assert "2/2/4 by 0.5, 7" in note
+
+
+def test_other_settings_of_the_attack_are_named() -> None:
+    for arm, steps in (("normal", "10"), ("trades", "10"), ("sabr", "40")):
+        run = finished("evaluate", evaluation("1110"), arm=arm, method=arm)
+        run.params({"steps": steps, "attack": "pgd"})
+    (note,) = collected().notes
+    assert note.step == "evaluate"
+    assert note.text == f"runs differ in steps: 10 in most, 40 in evaluate sabr s0 (run {run.id})"
+
+
+def test_swapped_ledgers_are_found() -> None:
+    """Even where both give the same rates."""
+    one = finished("evaluate", evaluation("1110", "0100"))
+    two = finished("evaluate", evaluation("1101", "0100"), arm="certified", method="certified")
+    collected()
+    for run, ledger in ((one, "1101"), (two, "1110")):
+        evaluation(ledger, "0100").to_parquet("ledger.parquet", index=False)
+        run.file(Path("ledger.parquet"))
+    with pytest.raises(Contradiction, match=f"run {one.id}.*is not the ledger that the run has logged") as error:
+        collected()
+    assert "evaluate normal s0" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("step", "metric", "truth"),
+    [
+        ("evaluate", "accuracy", "0.75"),
+        ("evaluate", "asr/0.1", "0.333333"),
+        ("evaluate", "robust_accuracy/0.2", "knows nothing"),
+        ("verify", "verdicts/safe", "1"),
+    ],
+)
+def test_an_edited_metric_is_found(step: str, metric: str, truth: str) -> None:
+    ledger = evaluation("1110", "0100") if step == "evaluate" else verification({0: "safe", 1: "unknown"})
+    run = finished(step, ledger)
+    collected()
+    run.metrics({metric: 0.9})
+    with pytest.raises(Contradiction, match=f"metric {metric} is 0.9, but its ledger.*{truth}") as error:
+        collected()
+    assert run.id in str(error.value)
+
+
+def test_a_model_that_is_proved_and_broken_stops_the_comparison() -> None:
+    """Whichever runs say so: here an evaluation and a verification."""
+    finished("evaluate", evaluation("1111", "0001"))
+    proved = finished("verify", verification({3: "safe"}))
+    with pytest.raises(Contradiction, match=f"image 3 was proved robust at ε 0.1 .run {proved.id}. and broken"):
+        collected()
+
+
+def test_a_run_that_is_no_study_is_refused() -> None:
+    run = finished("evaluate", evaluation("11"))
+    with pytest.raises(RampartError, match="no study"):
+        collected(study=run.id)
+
+
+def test_nothing_to_compare_says_what_there_is() -> None:
+    failed = finished("evaluate", evaluation("1110"))
+    MlflowClient().set_terminated(failed.id, "FAILED")
+    with pytest.raises(RampartError, match=f"nothing to compare: .*profile 'quick'.*{failed.id} is FAILED.*run main"):
+        collected()
+    with pytest.raises(RampartError, match="profile 'best'"):
+        collected(profile="best")
+
+
+def test_a_studys_evidence_has_all_that_the_report_draws(study: Study) -> None:
+    main = find_runs("0", {"step": "main"})["run_id"].iloc[-1]
+    evidence = collected(study=main)
+    arms = {"normal", "certified", "normal+supcon-double", "certified+supcon-double"}
+    for known in (evidence.points, evidence.places, evidence.examples):
+        assert set(known) == arms
+    assert evidence.classes == tuple("0123456789")
+    assert all(len(points) == 30 for points in evidence.points.values())
+    assert set(evidence.of("train")["arm"]) == arms
+    curves = evidence.curves[(evidence.curves["arm"] == "normal") & (evidence.curves["metric"] == "loss")]
+    assert curves["epoch"].tolist() == [1, 2]
+    assert evidence.notes == []
+    assert len(evidence.ledgers) == 8
+
+
+def test_values_are_in_the_same_order_whenever_they_are_collected(study: Study) -> None:
+    one, two = (collected().values for _ in range(2))
+    pd.testing.assert_frame_equal(one, two)

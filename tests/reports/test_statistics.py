@@ -1,0 +1,163 @@
+"""Claims: what differs, by how much, and what may be said of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from rampart.errors import SettingsError
+from rampart.reports.baseline import read_baseline
+from rampart.reports.evidence import Evidence, collect
+from rampart.reports.statistics import bootstrap, claim_table, claims
+from rampart.settings import CompareSettings
+from tests.conftest import SHARED
+from tests.reports.made import evaluation, finished, verification
+
+ARMS = {
+    "normal": {"arm": "normal", "method": "normal", "contrastive": "none"},
+    "supcon": {"arm": "normal+supcon-double", "method": "normal", "contrastive": "double"},
+    "certified": {"arm": "certified", "method": "certified", "contrastive": "none"},
+    "augmented": {"arm": "normal+aug", "method": "normal", "contrastive": "none", "augment": True},
+}
+
+
+def ledger(rng: np.random.Generator, accuracy: float, robust: float, size: int = 300) -> pd.DataFrame:
+    right, held = rng.random(size) < accuracy, rng.random(size) < robust
+    return evaluation("".join("01"[int(r)] for r in right), "".join("10"[int(h)] for h in held))
+
+
+def evidence(seeds: int, **accuracies: float) -> Evidence:
+    rng = np.random.default_rng(0)
+    for seed in range(seeds):
+        for arm, accuracy in accuracies.items():
+            finished("evaluate", ledger(rng, accuracy, 0.5), seed=seed, **ARMS[arm])
+    return collect("0", CompareSettings())
+
+
+def test_every_pair_that_differs_in_one_thing_is_a_claim() -> None:
+    found = claims(evidence(1, normal=0.8, supcon=0.7, certified=0.6, augmented=0.8), 0.1)
+    pairs = set(found[["factor", "arm", "other"]].itertuples(index=False, name=None))
+    assert pairs == {
+        ("SupCon", "normal+supcon-double", "normal"),
+        ("augmentation", "normal+aug", "normal"),
+        ("method", "certified", "normal"),
+    }
+    assert set(found["metric"]) == {"accuracy", "robust accuracy"}
+
+
+def test_intervals_and_tests_are_those_of_the_textbooks() -> None:
+    given = evidence(4, normal=0.8, supcon=0.7)
+    found = claims(given, 0.1)
+    row = found[found["metric"] == "accuracy"].iloc[0]
+    runs = given.of("evaluate").set_index(["arm", "seed"])["run_id"]
+    correct = {
+        (arm, seed): given.ledgers[runs[arm, str(seed)]]["correct"].to_numpy()
+        for arm in ("normal", "normal+supcon-double")
+        for seed in range(4)
+    }
+    ours = np.array([correct["normal+supcon-double", s].mean() for s in range(4)])
+    theirs = np.array([correct["normal", s].mean() for s in range(4)])
+    assert row["difference"] == pytest.approx((ours - theirs).mean())
+    test = stats.ttest_rel(ours, theirs)
+    interval = test.confidence_interval(0.95)
+    assert (row["seed_low"], row["seed_high"]) == pytest.approx((interval.low, interval.high))
+    # Holm, of two claims: the smaller p-value twice, the larger one as it is, never below the smaller.
+    robust = found[found["metric"] == "robust accuracy"].iloc[0]
+    held = {key: mask & ~given.ledgers[runs[key[0], str(key[1])]]["attacked/0.1"] for key, mask in correct.items()}
+    raw = [
+        stats.ttest_rel(
+            *([counted[arm, s].mean() for s in range(4)] for arm in ("normal+supcon-double", "normal"))
+        ).pvalue
+        for counted in (correct, held)
+    ]
+    small, large = sorted(raw)
+    assert sorted([row["seed_p"], robust["seed_p"]]) == pytest.approx([min(2 * small, 1), max(2 * small, large)])
+    # McNemar's exact test is a binomial one on the images that only one of the two gets right.
+    one, two = correct["normal+supcon-double", 0], correct["normal", 0]
+    discordant = stats.binomtest(int((one & ~two).sum()), int((one != two).sum()))
+    others = [robust["image_p"], row["image_p"]]
+    assert any(p == pytest.approx(min(k * discordant.pvalue, 1)) for p in others for k in (1, 2))
+
+
+def test_the_bootstrap_is_scipys() -> None:
+    values = np.random.default_rng(1).choice([-1.0, 0.0, 0.5, 1.0], size=200, p=[0.1, 0.5, 0.2, 0.2])
+    theirs = stats.bootstrap((values,), np.mean, method="percentile", n_resamples=10_000, rng=2).confidence_interval
+    assert bootstrap(values) == pytest.approx((theirs.low, theirs.high), abs=0.01)
+
+
+def test_too_few_seeds_are_said() -> None:
+    found = claims(evidence(2, normal=0.9, supcon=0.4), 0.1)
+    row = found[found["metric"] == "accuracy"].iloc[0]
+    assert np.isnan(row["seed_p"])
+    assert row["finding"] == "not enough seeds; these models: lower"
+    text = claim_table(found, pd.DataFrame(columns=["arm", "metric", "eps", "value"])).iloc[0]
+    assert text["95 % over seeds"] == "-"
+    assert text["n"] == "2 seeds, 300 images"
+    assert "published" not in text
+
+
+def test_a_clear_difference_is_found_and_none_is_not() -> None:
+    found = claims(evidence(5, normal=0.9, supcon=0.5, augmented=0.9), 0.1).query("metric == 'accuracy'")
+    finding = dict(zip(found["factor"], found["finding"], strict=True))
+    assert finding == {"SupCon": "lower", "augmentation": "no difference shown"}
+
+
+def test_certified_accuracy_is_compared_on_the_images_that_both_have() -> None:
+    for arm, verdicts in (("normal", {0: "unknown", 1: "safe", 2: "safe"}), ("supcon", {1: "safe", 2: "unknown"})):
+        finished("verify", verification(verdicts), **ARMS[arm])
+    (row,) = claims(collect("0", CompareSettings()), 0.1).to_dict("records")
+    assert row["metric"] == "certified accuracy"
+    assert row["images"] == 2
+    assert row["difference"] == pytest.approx(1 / 2 - 2 / 3)
+
+
+def test_a_published_difference_stands_beside_ours(tmp_path: Path) -> None:
+    file = tmp_path / "b.json"
+    models = {"plain/normal": {"test_accuracy": 70.0}, "plain/normal-contrastive": {"test_accuracy": 67.5}}
+    file.write_text(json.dumps({"models": models}))
+    published, _ = read_baseline(str(file))
+    table = claim_table(claims(evidence(1, normal=0.8, supcon=0.7), 0.1), published)
+    assert table["published"].tolist() == ["-2.50", "-"]
+
+
+def test_the_studys_figures_can_be_read() -> None:
+    file = SHARED / "data" / "paper-results.json"
+    if not file.exists():
+        pytest.skip("the study's published figures are not beside this checkout (../shared/data)")
+    published, notes = read_baseline(str(file))
+    assert "half is meant in pixels" in notes[0].text
+    assert published["arm"].nunique() == 12
+    row = published[(published["arm"] == "normal+aug") & (published["metric"] == "asr")].sort_values("eps").iloc[0]
+    assert row["eps"] == pytest.approx(1 / 510, rel=1e-5)  # its 1/255 is on [-1, 1]
+    assert row["value"] == pytest.approx(0.1623)
+    # With augmentation 79.7 % x (1 - 16.23 %): the number that its figure got wrong.
+    robust = published[(published["arm"] == "normal+aug") & (published["metric"] == "robust_accuracy")]
+    assert robust.sort_values("eps")["value"].iloc[0] == pytest.approx(0.797 * (1 - 0.1623))
+    verdicts = published[(published["arm"] == "normal+aug") & (published["step"] == "verify")]
+    assert verdicts.set_index("metric").loc["timeout", "value"] == 8
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "cannot be read"),
+        ("[]", "must be a JSON object with 'models'"),
+        ('{"models": {"augmented/norml": {}}}', "did you mean 'augmented/normal'"),
+        ('{"models": {"plain/normal": {"test_accuracy": 123}}}', "123 is no percentage"),
+        ('{"models": {"plain/normal": {"pgd_asr": {"x/255": 3}}}}', "pgd_asr must be a number or a fraction"),
+        ('{"models": {"plain/normal": {"abcrown_20_images": {"save": 3}}}}', "has verdicts other than"),
+        ('{"models": {"plain/normal": 3}}', "arm 'plain/normal'"),
+        ('{"eps_space": "pixels", "models": {}}', "did you mean 'pixel'"),
+        ('{"models": {}}', "has no figures"),
+    ],
+)
+def test_a_baseline_that_is_wrong_is_said(text: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "b.json"
+    file.write_text(text)
+    with pytest.raises(SettingsError, match=message):
+        read_baseline(str(file))

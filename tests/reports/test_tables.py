@@ -1,0 +1,132 @@
+"""Tables from hand-made evidence."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from rampart.reports import tables
+from rampart.reports.evidence import summarise
+from tests.reports.made import radii, values
+
+
+def test_seeds_become_mean_and_deviation_and_keep_their_runs() -> None:
+    table = tables.accuracy(summarise(values()))
+    assert list(table["method"]) == ["normal", "certified"]
+    assert list(table["accuracy %"]) == ["81.00 ± 1.41", "51.00 ± 1.41"]
+    assert set(table["runs"][0].split()) == {"normal-0", "normal-1"}
+
+
+def test_radii_are_columns_in_ascending_order() -> None:
+    table = tables.by_eps(summarise(values()), "asr")
+    assert list(table.columns) == ["method", "augmentation", "SupCon", "ε 2/255", "ε 8/255", "runs"]
+    assert table["ε 8/255"][0] == "3.14 ± 0.00"
+
+
+def test_rates_of_an_attack_that_failed_a_check_are_marked() -> None:
+    found = values()
+    found["suspect"] = (found["run"] == "normal-1") & found["metric"].isin(["asr", "robust_accuracy"])
+    summary = summarise(found)
+    assert tables.by_eps(summary, "asr")["ε 8/255"].tolist() == ["3.14 ± 0.00 †", "3.14 ± 0.00"]
+    assert "†" not in " ".join(tables.accuracy(summary)["accuracy %"])
+    latex = tables.latex(tables.by_eps(summary, "asr").drop(columns="runs"), "c", "l")
+    assert "$\\dagger$" in latex
+    assert "†" not in latex
+
+
+def named(metric: str, value: float) -> dict[str, object]:
+    key = {"augment": False, "method": "normal", "contrastive": "none", "arm": "normal", "engine": "native"}
+    return {**key, "seed": "0", "step": "evaluate", "metric": metric, "eps": float("nan"), "value": value, "run": "r"}
+
+
+def test_checks_that_failed_are_marked_and_missing_ones_are_a_stroke() -> None:
+    rows = [named("trust/zero_gradients", 0.5), named("trust/noise", 0.0), named("corrupted/jpeg", 0.25)]
+    table = tables.trust(summarise(pd.DataFrame(rows).assign(suspect=False)))
+    assert table["zero gradients (≤ 5)"].tolist() == ["50.0 †"]
+    assert table["noise (≤ 2)"].tolist() == ["0.0"]
+    assert table["transfer (≤ 3)"].tolist() == ["-"]
+
+
+def test_corruptions_have_their_columns_and_their_mean() -> None:
+    rows = [named("corrupted/jpeg", 0.25), named("corrupted/gaussian_noise", 0.75), named("corrupted_accuracy", 0.5)]
+    table = tables.corruptions(summarise(pd.DataFrame(rows).assign(suspect=False)))
+    assert table[["gaussian noise", "jpeg", "contrast", "mean"]].iloc[0].tolist() == ["75.00", "25.00", "-", "50.00"]
+
+
+def test_verdicts_keep_every_word() -> None:
+    table = tables.verdicts(summarise(values()))
+    assert list(table.columns[4:-1]) == [
+        "safe-incomplete", "safe", "unsafe", "timeout", "unknown", "error", "misclassified", "images", "certified %",
+    ]  # fmt: skip
+    assert table["unknown"][0] == "2.0 ± 0.0"
+    assert table["certified %"][0] == "60.00 ± 0.00"
+    assert table["ε"][0] == "2/255"
+
+
+def test_another_verifier_has_rows_of_its_own() -> None:
+    ours = values()
+    theirs = ours[ours["step"] == "verify"].assign(engine="abcrown", run="other")
+    theirs.loc[theirs["metric"] == "unknown", "value"] = 4
+    summary = summarise(pd.concat([ours, theirs]))
+    table = tables.verdicts(summary)
+    assert sorted(zip(table["method"], table["verifier"], table["unknown"], strict=True)) == sorted(
+        (method, engine, f"{count:.1f} ± 0.0")
+        for method in ("normal", "certified")
+        for engine, count in (("native", 2), ("abcrown", 4))
+    )
+
+
+def test_verified_accuracy_is_a_bracket() -> None:
+    found = values()
+    part = found[found["metric"] == "robust_accuracy"]
+    lower, upper = (part.assign(metric=name, value=part["value"] - shift) for name, shift in BRACKET)
+    table = tables.brackets(summarise(pd.concat([found, lower, upper])))
+    base = 100 * (0.8 - 2 / 255)
+    assert table["ε 2/255"][0] == f"{base - 30:.2f} ± 0.00 – {base - 10:.2f} ± 0.00"
+    # Runs of older versions know the lower end alone.
+    mixed = tables.brackets(summarise(pd.concat([found, lower, upper[upper["method"] == "certified"]])))
+    assert ["–" in text for text in mixed["ε 2/255"]] == [method == "certified" for method in mixed["method"]]
+    assert tables.brackets(summarise(pd.concat([found, lower])))["ε 2/255"][0] == f"{base - 30:.2f} ± 0.00"
+
+
+BRACKET = (("certified_accuracy", 0.3), ("attacked_accuracy", 0.1))
+
+
+def test_radii_have_quartiles_and_a_curve() -> None:
+    table = tables.radii(radii())
+    assert table["images"].tolist() == [4, 3]
+    assert table["misclassified"].tolist() == [1, 0]
+    assert table["median × 255"].tolist() == [f"{0.002 * 255:.3f}", f"{0.01 * 255:.3f}"]
+    assert table["runs"].tolist() == ["run of normal", "run of certified"]
+
+
+def test_latex_is_booktabs_and_escaped() -> None:
+    text = tables.latex(tables.accuracy(summarise(values())).drop(columns="runs"), "A_b", "tab:x")
+    assert "\\toprule" in text
+    assert "$\\pm$" in text
+    assert "accuracy \\%" in text
+
+
+def test_geometry_is_set_against_certificates() -> None:
+    arm = {"augment": False, "contrastive": "none", "engine": "native", "method": "normal", "arm": "normal"}
+    places = pd.DataFrame({"within": 0.25, "between": [0.5 + i / 100 for i in range(9)], "margin": range(9)})
+    places = places.assign(separation=places["between"] - places["within"], certificate=range(9, 0, -1), run="r")
+    table = tables.geometry(places.assign(**arm))
+    assert table[["within", "between", "margin"]].iloc[0].tolist() == ["0.250", "0.540", "4.000"]
+    assert table["ρ(separation, certificate)"].tolist() == ["-1.00"]
+    # Of few images, or of infinite bounds, a correlation says nothing.
+    few = places.assign(certificate=[*range(7), float("inf"), float("nan")])
+    assert tables.geometry(few.assign(**arm))["ρ(margin, certificate)"].tolist() == ["-"]
+
+
+def test_costs_are_means_over_seeds() -> None:
+    arm = {"augment": False, "contrastive": "none", "engine": "native", "method": "normal", "arm": "normal"}
+    rows = [
+        {**arm, "seed": seed, "step": step, "run": f"{step}{seed}", "seconds": seconds, "images_per_second": speed}
+        for seed, step, seconds, speed in (
+            ("0", "train", 10.0, 500.0), ("1", "train", 20.0, 700.0), ("0", "evaluate", 4.0, float("nan")),
+        )
+    ]  # fmt: skip
+    (row,) = tables.costs(pd.DataFrame(rows)).to_dict("records")
+    assert (row["training s"], row["evaluation s"], row["verification s"]) == ("15.0", "4.0", "-")
+    assert row["training images/s"] == "600"
+    assert row["runs"] == "train0 train1 evaluate0"

@@ -64,16 +64,12 @@ def verification(verdicts: Mapping[int, str], eps: float = 0.1) -> pd.DataFrame:
 
 
 def finished(step: str, ledger: pd.DataFrame | None, **tags: object) -> Run:
-    """A run that has finished a step with that ledger."""
+    """A run that has finished a step with that ledger; a tag that is None it does not have."""
     with open_run(step) as run:
-        known = {
-            **ARM,
-            "dataset_digest": "d",
-            "dataset": "made",
-            "class_names": ",".join(CLASSES),
-            "model": "runs:/x/model",
-        }
-        run.tags({**known, "split": f"3/1/{0 if ledger is None else len(ledger)} by 0.2, 42", "weights": "w", **tags})
+        known: dict[str, object] = {**ARM, "dataset_digest": "d", "dataset": "made", "class_names": ",".join(CLASSES)}
+        known |= {"split": f"3/1/{0 if ledger is None else len(ledger)} by 0.2, 42", "model": "runs:/x/model"}
+        known |= {"weights": "w", **tags}
+        run.tags({name: value for name, value in known.items() if value is not None})
         if ledger is not None and step == "verify":
             run.params({"eps_pixel": "0.1"})
             run.metrics(verdict_counts(ledger))

@@ -21,9 +21,11 @@ import mlflow
 import pandas as pd
 import psutil
 import pytest
+import torch
 from mlflow import MlflowClient
 
 from rampart.__main__ import main
+from rampart.models import build_model
 from rampart.reports.evidence import collect
 from rampart.settings import CompareSettings
 from rampart.study.steps import run_step
@@ -124,11 +126,14 @@ def test_every_run_says_what_it_is(study: Study) -> None:
 def test_the_best_of_each_arm_is_in_the_registry(study: Study) -> None:
     found = find_runs("0", {"step": "evaluate"}).set_index("tags.rampart.arm")
     for arm in ("certified", "certified+supcon-double"):
-        name = f"models:/rampart-{arm.replace('+', '-')}@best-certified"
-        assert source_of(name).run == found.loc[arm, "tags.rampart.model_run"]
-        assert fetch_model(name)
-        version = MlflowClient().get_model_version_by_alias(f"rampart-{arm.replace('+', '-')}", "best-certified")
-        assert version.tags["rampart.best-certified.metric"] == "certified_accuracy/0.0156863"
+        name = f"rampart-{arm.replace('+', '-')}"
+        for alias, metric in (("best-certified", "certified_accuracy"), ("best-robust", "robust_accuracy")):
+            assert source_of(f"models:/{name}@{alias}").run == found.loc[arm, "tags.rampart.model_run"]
+            assert fetch_model(f"models:/{name}@{alias}")
+            tags = MlflowClient().get_model_version_by_alias(name, alias).tags
+            assert tags[f"rampart.{alias}.metric"] == f"{metric}/0.0156863"
+            assert tags[f"rampart.{alias}.run"] == found.loc[arm, "run_id"]
+            assert float(tags[f"rampart.{alias}.value"]) == pytest.approx(found.loc[arm, f"metrics.{metric}/0.0156863"])
 
 
 def test_published_figures_stand_beside_ours(own: Path) -> None:
@@ -176,6 +181,7 @@ def test_a_profile_paper_has_its_alias(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rampart.reports.registry.register", lambda *given: said.append(given))
     with open_run("train") as trained:
         trained.tags({"arm": "normal"})
+        trained.model(build_model(width=0.125).eval(), torch.rand(2, 3, 32, 32))
     finished("evaluate", evaluation("1110", "0100"), profile="paper", model_run=trained.id)
     finished("evaluate", evaluation("1111", "0100"), profile="paper", model_run=trained.id, seed=1)
     run_step("compare", {"profile": "paper"})

@@ -58,6 +58,17 @@ def test_half_finished_runs_are_named() -> None:
     assert f"run {later.id} is KILLED: the finished one before it is shown" in notes
 
 
+def test_a_training_that_failed_and_was_repeated_is_no_news() -> None:
+    failed = finished("train", None)
+    MlflowClient().set_terminated(failed.id, "FAILED")
+    tuned = finished("tune", None)
+    MlflowClient().set_terminated(tuned.id, "FAILED")
+    finished("evaluate", evaluation("1110"))
+    lost = finished("train", None, arm="sabr", method="sabr")
+    MlflowClient().set_terminated(lost.id, "FAILED")
+    assert said(collected()) == f"train sabr s0: run {lost.id} is FAILED: left out"
+
+
 def test_an_older_failure_is_no_news() -> None:
     failed = finished("evaluate", evaluation("1110"))
     MlflowClient().set_terminated(failed.id, "FAILED")
@@ -81,6 +92,35 @@ def test_other_settings_of_the_attack_are_named() -> None:
     (note,) = collected().notes
     assert note.step == "evaluate"
     assert note.text == f"runs differ in steps: 10 in most, 40 in evaluate sabr s0 (run {run.id})"
+
+
+def test_all_steps_of_an_arm_and_seed_look_at_one_model() -> None:
+    """An arm that was trained anew and evaluated, but only verified by another tool since: what the old model's
+    verification says is not the new one's. An older run of the right model counts."""
+    right = finished("verify", verification({0: "safe"}), weights="new")
+    wrong = finished("verify", verification({0: "unknown"}), weights="old")
+    new = finished("evaluate", evaluation("1110", "0100"), weights="new")
+    evidence = collected()
+    assert set(evidence.values["run"]) == {new.id, right.id}
+    assert f"other models than the newest evaluation of their arm and seed: verify normal s0 (run {wrong.id})" in said(
+        evidence
+    )
+
+
+def test_checkpoints_and_models_without_an_arm_are_no_arms() -> None:
+    def evaluated(right: str, model: str, weights: str, **tags: object) -> str:
+        return finished("evaluate", evaluation(right), model=model, weights=weights * 32, **tags).id
+
+    none = {"arm": None, "contrastive": None}
+    arm = evaluated("1110", "runs:/a/model", "1")
+    checkpoint = evaluated("1100", "runs:/a/checkpoints/last.safetensors", "2")
+    # A tuning's trial has a method, but is no arm; files may be called like one, and like each other.
+    tuned = evaluated("1000", "models:/rampart-x@tuned", "3", **none)
+    files = [evaluated("1111", f"{name}/normal.npz", weights, **none, method=None) for name, weights in ("a4", "b5")]
+    values = collected().values.query("metric == 'accuracy'").set_index("run")
+    names = ["normal", "normal (checkpoint)", "rampart-x@tuned", "normal (44444444)", "normal (55555555)"]
+    assert values.loc[[arm, checkpoint, tuned, *files], "arm"].tolist() == names
+    assert values["method"].value_counts().to_dict() == {"other": 4, "normal": 1}
 
 
 def test_swapped_ledgers_are_found() -> None:

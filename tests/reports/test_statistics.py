@@ -95,7 +95,7 @@ def test_too_few_seeds_are_said() -> None:
     row = found[found["metric"] == "accuracy"].iloc[0]
     assert np.isnan(row["seed_p"])
     assert row["finding"] == "not enough seeds; these models: lower"
-    text = claim_table(found, pd.DataFrame(columns=["arm", "metric", "eps", "value"])).iloc[0]
+    text = claim_table(found, pd.DataFrame(columns=["arm", "step", "metric", "eps", "value"])).iloc[0]
     assert text["95 % over seeds"] == "-"
     assert text["n"] == "2 seeds, 300 images"
     assert "published" not in text
@@ -110,10 +110,28 @@ def test_a_clear_difference_is_found_and_none_is_not() -> None:
 def test_certified_accuracy_is_compared_on_the_images_that_both_have() -> None:
     for arm, verdicts in (("normal", {0: "unknown", 1: "safe", 2: "safe"}), ("supcon", {1: "safe", 2: "unknown"})):
         finished("verify", verification(verdicts), **ARMS[arm])
+    finished("verify", verification({7: "safe"}), **ARMS["certified"])  # on no image of theirs
     (row,) = claims(collect("0", CompareSettings()), 0.1).to_dict("records")
-    assert row["metric"] == "certified accuracy"
+    assert (row["arm"], row["metric"]) == ("normal+supcon-double", "certified accuracy")
     assert row["images"] == 2
-    assert row["difference"] == pytest.approx(1 / 2 - 2 / 3)
+    assert row["difference"] == pytest.approx(1 / 2 - 1)
+
+
+def test_images_that_each_arm_has_survived_are_not_compared() -> None:
+    for arm in ("normal", "supcon"):
+        run = finished("verify", verification({1: "safe"}), **ARMS[arm])
+        run.params({"selection": "survivors"})
+    assert claims(collect("0", CompareSettings()), 0.1).empty
+
+
+def test_a_difference_without_any_spread_is_not_tested_over_seeds() -> None:
+    for seed in range(3):
+        for arm, right in (("normal", "1" * 20), ("supcon", "1" * 19 + "0")):
+            finished("evaluate", evaluation(right), seed=seed, **ARMS[arm])
+    row = claims(collect("0", CompareSettings()), None).iloc[0]
+    assert row["difference"] == pytest.approx(-0.05)
+    assert np.isnan(row["seed_p"])
+    assert row["finding"] == "the same in every seed; these models: no difference shown"
 
 
 def test_a_published_difference_stands_beside_ours(tmp_path: Path) -> None:
@@ -154,6 +172,7 @@ def test_the_studys_figures_can_be_read() -> None:
         ('{"models": {"plain/normal": 3}}', "arm 'plain/normal'"),
         ('{"eps_space": "pixels", "models": {}}', "did you mean 'pixel'"),
         ('{"models": {}}', "has no figures"),
+        ('{"models": {"plain/normal": {"abcrown_20_images": {}, "abcrown_100_images": {}}}}', "more than one set"),
     ],
 )
 def test_a_baseline_that_is_wrong_is_said(text: str, message: str, tmp_path: Path) -> None:

@@ -130,3 +130,21 @@ def test_costs_are_means_over_seeds() -> None:
     assert (row["training s"], row["evaluation s"], row["verification s"]) == ("15.0", "4.0", "-")
     assert row["training images/s"] == "600"
     assert row["runs"] == "train0 train1 evaluate0"
+
+
+def test_seeds_that_were_verified_at_different_radii_have_rows_of_their_own() -> None:
+    found = values()
+    other = (found["step"] == "verify") & (found["seed"] == "1")
+    found.loc[other, "eps"] = 4 / 255
+    table = tables.verdicts(summarise(found))
+    assert table[["method", "ε", "images", "runs"]].to_numpy().tolist() == [
+        [method, eps, "5", f"v-{method}-{seed}"]
+        for method in ("normal", "certified")
+        for eps, seed in (("2/255", 0), ("4/255", 1))
+    ]
+
+
+def test_a_row_names_all_runs_of_its_numbers() -> None:
+    found = values()
+    table = tables.by_eps(summarise(found[(found["seed"] == "0") | (found["eps"] != 2 / 255)]), "asr")
+    assert set(table["runs"][0].split()) == {"normal-0", "normal-1"}

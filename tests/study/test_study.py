@@ -40,6 +40,7 @@ def test_curves_settings_and_pictures_are_in_the_runs(study: Study) -> None:
             history = client.get_metric_history(run["run_id"], f"{stage}/{curve}")
             assert len(history) == (1 if stage == "head" else 2), curve
         assert run["params.width"] == "0.125"
+        assert f"metrics.{stage}/best_epoch" in run.dropna().index
         files = {file.path for file in client.list_artifacts(run["run_id"])}
         assert {"umap.png", "umap.parquet", "checkpoints"} <= files
 

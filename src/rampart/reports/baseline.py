@@ -81,7 +81,9 @@ def _numbers(figures: dict[str, Any], space: str) -> list[dict[str, Any]]:
     for name, counts in figures.items():
         if not re.fullmatch(r"abcrown_\d+_images", name):
             continue
-        eps = parse_eps(name, "2/255", space)
+        if rows and any(row["step"] == "verify" for row in rows):
+            raise ValueError("more than one set of verdicts")
+        eps = float(eps_key(parse_eps(name, "2/255", space)))
         found = {verdict.replace("_", "-"): int(count) for verdict, count in counts.items()}
         if not found.keys() <= set(VERDICTS):
             raise ValueError(f"{name} has verdicts other than {', '.join(VERDICTS)}")

@@ -141,7 +141,7 @@ def verdicts(summary: pd.DataFrame) -> Panels:
     # Where each bar begins and ends, for its number to stand in its middle.
     rows["end"] = rows.groupby("row", sort=False)["count"].cumsum()
     rows["middle"] = rows["end"] - rows["count"] / 2
-    order = list(dict.fromkeys(summary.loc[summary["step"] == "verify"].pipe(_row_names)))
+    order = list(dict.fromkeys(_row_names(summary[summary["step"] == "verify"])))
     y = alt.Y("row:N", sort=order, title=None, axis=alt.Axis(labelLimit=260))
     used = [name for name in (*VERDICTS, "misclassified") if name in set(rows["verdict"])]
     colour = alt.Color(
@@ -337,8 +337,13 @@ def _labels(rows: pd.DataFrame) -> list[str]:
 
 
 def _row_names(rows: pd.DataFrame) -> list[str]:
-    pairs = zip(rows["arm"], rows["engine"], strict=True)
-    return [arm if engine == "native" else f"{arm} ({engine})" for arm, engine in pairs]
+    """Arms with the verifier, where it is not ours, and ε, where there are several."""
+    several = rows["eps"].nunique() > 1
+    triples = zip(rows["arm"], rows["engine"], rows["eps"], strict=True)
+    return [
+        f"{arm}{'' if engine == 'native' else f' ({engine})'}{f' at ε {eps_text(eps)}' if several else ''}"
+        for arm, engine, eps in triples
+    ]
 
 
 def _percent(summary: pd.DataFrame) -> pd.DataFrame:

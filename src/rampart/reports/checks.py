@@ -41,7 +41,8 @@ def differences(runs: pd.DataFrame) -> list[Note]:
         for name in names:
             if f"params.{name}" in part:
                 notes += _kinds(part, part[f"params.{name}"], name, step)
-    return [*notes, *_kinds(runs, runs["tags.rampart.split"], "split (train/val/test by val_fraction, split_seed)", "")]
+    notes += _kinds(runs, runs["tags.rampart.split"], "split (train/val/test by val_fraction, split_seed)", "")
+    return notes
 
 
 def _kinds(runs: pd.DataFrame, values: pd.Series, name: str, step: str) -> list[Note]:
@@ -50,7 +51,7 @@ def _kinds(runs: pd.DataFrame, values: pd.Series, name: str, step: str) -> list[
     if len(counts) < 2:
         return []
     rarer = [
-        f"{value} in {', '.join(_named(run) for run in runs[values == value].to_dict('records'))}"
+        f"{value} in {', '.join(named(run) for run in runs[values == value].to_dict('records'))}"
         for value in counts.index[1:]
     ]
     return [Note(step, f"runs differ in {name}: {counts.index[0]} in most, {'; '.join(rarer)}")]
@@ -59,11 +60,18 @@ def _kinds(runs: pd.DataFrame, values: pd.Series, name: str, step: str) -> list[
 def unfinished(runs: pd.DataFrame, others: pd.DataFrame) -> list[Note]:
     """Runs of the compared arms that have not finished, where no later one has; `others` are all that have not."""
     notes = []
-    newest = runs.groupby(["step", "arm", "seed"])["start_time"].max().to_dict() if len(runs) else {}
+    keys = ["arm", "seed", "step", "engine"]
+    newest = {
+        size: runs.groupby(keys[:size])["start_time"].max().to_dict() if len(runs) else {} for size in (2, len(keys))
+    }
     for run in others.to_dict("records"):
         step, arm, seed = (str(run.get(f"tags.rampart.{name}")) for name in ("step", "arm", "seed"))
-        known = newest.get((step, arm, seed))
-        if arm in ("None", "nan") or (known is not None and known > run["start_time"]):
+        engine = str(run.get("params.engine")) if step == "verify" else "native"
+        if arm in ("None", "nan") or step not in ("train", *SHARED, "embed"):
+            continue
+        # A training is repaired by whatever was done with its arm later.
+        known = newest[2].get((arm, seed)) if step == "train" else newest[4].get((arm, seed, step, engine))
+        if known is not None and known > run["start_time"]:
             continue
         left = "left out" if known is None else "the finished one before it is shown"
         notes.append(Note("", f"{step} {arm} s{seed}: run {run['run_id']} is {run['status']}: {left}"))
@@ -83,14 +91,12 @@ def ledgers(runs: pd.DataFrame, notes: list[Note]) -> dict[str, pd.DataFrame]:
         missing = "it has no ledger" if kept is None else _incomplete(run, kept[0])
         if kept is None or missing:
             notes.append(
-                Note(str(run["step"]), f"{_named(run.to_dict())} is left out, for it is half finished: {missing}")
+                Note(str(run["step"]), f"{named(run.to_dict())} is left out, for it is half finished: {missing}")
             )
             continue
         _agree(run, *kept)
         found[str(run["run_id"])] = kept[0]
-    # Runs of older versions know the name of their model alone.
-    model = runs.get("tags.rampart.weights", runs["tags.rampart.model"]).fillna(runs["tags.rampart.model"])
-    for (arm, _), part in runs.groupby(["arm", model], sort=False):
+    for (arm, _), part in runs.groupby(["arm", "weights"], sort=False):
         wrong = contradiction({run: found[run] for run in part["run_id"] if run in found})
         if wrong:
             raise Contradiction(f"{arm}: {wrong}: the bounds or the attack are wrong, nothing of this can be trusted")
@@ -106,7 +112,7 @@ def _incomplete(run: pd.Series, ledger: pd.DataFrame) -> str:
 
 
 def _agree(run: pd.Series, ledger: pd.DataFrame, digest: str) -> None:
-    name = _named(run.to_dict())
+    name = named(run.to_dict())
     logged = run.get("tags.rampart.ledger_digest")
     if isinstance(logged, str) and logged != digest:
         raise Contradiction(f"{name}: {LEDGER} is not the ledger that the run has logged: it was changed or swapped")
@@ -129,5 +135,6 @@ def _of_ledger(metric: str, verified: bool) -> bool:
 _RATES = {"accuracy", "asr", "afr", "robust_accuracy", "certified_accuracy", "attacked_accuracy", "corrupted"}
 
 
-def _named(run: Mapping[Any, Any]) -> str:
+def named(run: Mapping[Any, Any]) -> str:
+    """What notes and errors call a run."""
     return f"{run['step']} {run['arm']} s{run['seed']} (run {run['run_id']})"

@@ -60,7 +60,7 @@ def compare(run: Run, settings: CompareSettings) -> None:
             run.file(path)
     models = find_models(run.experiment).set_index("run_id")["model_id"]
     run.uses(models[models.index.isin(evidence.of("train")["run_id"])])
-    name_best(evidence, settings.profile)
+    name_best(evidence, settings.profile, set(models.index))
     run.describe(_description(run, chosen))
     # What `make ui` leads to.
     arms = evidence.first("evaluate" if len(evidence.of("evaluate")) else "verify")
@@ -72,6 +72,7 @@ def page(chosen: list[Section], evidence: Evidence, settings: CompareSettings, r
     """One page that needs no other file and no network; the pictures that it takes in lie in `folder`."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     template = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True).get_template("report.html.j2")
+    tabled = {step for section in chosen if section.table is not None for step in section.steps}
     specs, images = {}, {}
     for section in chosen:
         if isinstance(section.drawing, Panels):
@@ -81,10 +82,12 @@ def page(chosen: list[Section], evidence: Evidence, settings: CompareSettings, r
             images[section.name] = base64.b64encode((folder / f"{section.name}.png").read_bytes()).decode()
     return template.render(
         title=f"Rampart: profile {settings.profile}",
-        about=load_profile(settings.profile)["about"],
+        about=load_profile(settings.profile)["about"] or "",
         dataset=evidence.dataset,
         run=run.id,
-        notes=evidence.notes,
+        # Those of a step stand below its tables; where it has none, with the others.
+        notes=[note for note in evidence.notes if note.step not in tabled],
+        notes_of=lambda section: [note for note in evidence.notes if note.step in section.steps],
         sections=chosen,
         specs=specs,
         images=images,

@@ -45,7 +45,8 @@ def statuses(evidence: Evidence, arm: str, eps: float) -> pd.Series:
         if "verdict" in ledger:
             broken |= (ledger["verdict"] == "unsafe") & (ledger["eps"] <= eps * (1 + ROUNDED))
             proved |= ledger["verdict"].isin(PROVED) & (ledger["eps"] >= eps * (1 - ROUNDED))
-            proved |= ledger["radius"].fillna(0).astype(float) >= eps * (1 - ROUNDED)
+            if "radius" in ledger:
+                proved |= ledger["radius"].fillna(0).astype(float) >= eps * (1 - ROUNDED)
         found["broken"] |= {*ledger.loc[broken, "image"]}
         found["proved"] |= {*ledger.loc[proved, "image"]}
     status = pd.Series("open", index=sorted(found["known"]), dtype=object)
@@ -113,7 +114,8 @@ def geometry(evidence: Evidence, eps: float) -> pd.DataFrame:
         certificate = pd.Series(dtype=float)
         for home in verified.loc[(verified["arm"] == run["arm"]) & (verified["engine"] == "native"), "run_id"]:
             ledger = evidence.ledgers[home].set_index("image")
-            certificate = 255 * ledger["radius"].astype(float) if radii else ledger["lower_bound"].astype(float)
+            column, scale = ("radius", 255) if radii else ("lower_bound", 1)
+            certificate = scale * ledger.get(column, pd.Series(float("nan"), ledger.index)).astype(float)
         frame["certificate"] = frame["image"].map(certificate)
         frame["status"] = frame["image"].map(known).fillna("open")
         parts.append(frame.assign(**{key: run[key] for key in KEYS}))

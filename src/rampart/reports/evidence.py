@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import TypeVar, get_args
@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 
 from rampart.errors import RampartError
-from rampart.ledger import VERDICTS
-from rampart.reports.checks import Note, differences, ledgers, unfinished
+from rampart.ledger import VERDICTS, eps_key
+from rampart.reports.checks import Note, differences, ledgers, named, unfinished
 from rampart.settings import CompareSettings, parse_eps
 from rampart.tracking.queries import find_runs, metric_history, read_arrays, read_table, run_tags, runs_by_id
 from rampart.training.recipe import MethodName
@@ -29,8 +29,8 @@ class Evidence:
     """What a comparison rests on; a row's `engine` is that of a verification, `native` for all else.
 
     Args:
-        runs: one row a run (KEYS, seed, step, run_id, start_time, end_time, params.*, tags.*, metrics.*), those that
-            trained the compared models among them.
+        runs: one row a run (KEYS, seed, step, weights, run_id, start_time, end_time, params.*, tags.*, metrics.*), also
+            for those that trained the compared models.
         ledgers: of evaluations and verifications, by run.
         values: one row a number (KEYS, seed, step, metric, eps, value, run, and whether it is suspect: it comes from an
             attack that has failed a check).
@@ -70,12 +70,12 @@ def collect(experiment: str, settings: CompareSettings) -> Evidence:
             proved and broken, or a run's metrics are not those of its ledger.
     """
     notes: list[Note] = []
-    parts = []
     members = _members(settings.study) if settings.study else None
-    for step in ("evaluate", "verify", "embed"):
-        found = _of_linf(find_runs(experiment, {"step": step, "profile": settings.profile}), step, notes)
-        parts.append(_newest(found, members, step, notes))
-    runs = pd.concat([part for part in parts if len(part)] or [pd.DataFrame()], ignore_index=True)
+    found = {
+        step: _of_linf(find_runs(experiment, {"step": step, "profile": settings.profile}), step, notes)
+        for step in ("evaluate", "verify", "embed")
+    }
+    runs = _newest(_keyed(found, members), notes, said=members is None)
     of_study = {"study": settings.study} if settings.study else {}
     broken_off = find_runs(experiment, {"profile": settings.profile, **of_study}, status="!FINISHED")
     notes += unfinished(runs, broken_off)
@@ -91,12 +91,15 @@ def collect(experiment: str, settings: CompareSettings) -> Evidence:
     values = pd.concat([_numbers(row) for _, row in runs.iterrows() if row["step"] != "embed"], ignore_index=True)
     first = runs.iloc[0]
     embedded, evaluated = (runs[runs["step"] == step].drop_duplicates("arm") for step in ("embed", "evaluate"))
+    # Runs of older versions have left them with the model alone.
     homes = embedded["model_run"].where(embedded["model_run"] != "", embedded["run_id"])
+    points = _read(embedded["arm"], homes, lambda run: read_table(run, "umap.parquet"))
+    points |= _read(embedded["arm"], embedded["run_id"], lambda run: read_table(run, "umap.parquet"))
     return Evidence(
         runs=pd.concat([trained, runs], ignore_index=True),
         ledgers=tables,
         values=values,
-        points=_read(embedded["arm"], homes, lambda run: read_table(run, "umap.parquet")),
+        points=points,
         places=_read(embedded["arm"], embedded["run_id"], lambda run: read_table(run, "geometry.parquet")),
         examples=_read(evaluated["arm"], evaluated["run_id"], lambda run: read_arrays(run, "adversarial.npz")),
         curves=_curves(trained),
@@ -158,38 +161,62 @@ def _members(study: str) -> set[str]:
     return set(table["run"])
 
 
-def _newest(found: pd.DataFrame, members: set[str] | None, step: str, notes: list[Note]) -> pd.DataFrame:
-    """One run an arm and seed, with its KEYS; `found` is newest first."""
-    if members is not None and len(found):
-        found = found[found["run_id"].isin(members)]
-    if found.empty:
-        return pd.DataFrame()
-    tag = {name: found.get(f"tags.rampart.{name}", pd.Series(index=found.index, dtype=object)) for name in _TAGS}
-    # A model from a file has no arm: it goes by its file's name.
-    file = tag["model"].fillna("").map(lambda uri: PurePath(uri).stem)
-    found = found.assign(
-        step=step,
-        arm=tag["arm"].fillna(file),
+def _keyed(found: Mapping[str, pd.DataFrame], members: set[str] | None) -> pd.DataFrame:
+    """The runs of all steps, newest first within each, with their KEYS, seed, step, digest and model."""
+    parts = [runs.assign(step=step, engine=_engines(runs, step)) for step, runs in found.items()]
+    runs = pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)
+    if members is not None:
+        runs = runs[runs["run_id"].isin(members)]
+    tag = {name: runs.get(f"tags.rampart.{name}", pd.Series(index=runs.index, dtype=object)) for name in _TAGS}
+    model = tag["model"].fillna("").astype(str)
+    weights = tag["weights"].fillna(model).astype(str)  # runs of older versions know the name of their model alone
+    # A model from a file, or one that was registered by hand, goes by its name; what training left on its way is not
+    # the arm's model.
+    known = tag["arm"].notna()
+    checkpoint = known & model.str.endswith((".safetensors", ".npz"))
+    stem = model.map(lambda uri: PurePath(uri).stem)
+    shared = stem.isin(tag["arm"].dropna()) | (weights.groupby(stem).transform("nunique") > 1)
+    name = stem.where(~shared, stem + " (" + weights.str[:8] + ")")
+    arm = tag["arm"].astype(object).where(known, name)
+    return runs.assign(
+        arm=arm.where(~checkpoint, arm + " (checkpoint)"),
         seed=tag["seed"].fillna(""),
-        method=tag["method"].fillna("other"),
+        method=tag["method"].astype(object).where(known & ~checkpoint, "other"),
         augment=tag["augment"].fillna("") == "True",
         contrastive=tag["contrastive"].fillna("none"),
         digest=tag["dataset_digest"],
         model_run=tag["model_run"].fillna(""),
-        engine=_engines(found) if step == "verify" else "native",
+        weights=weights,
     )
-    kept = found.drop_duplicates(["arm", "seed", "engine"])
-    if members is None and len(kept) < len(found):
-        notes.append(Note(step, f"{len(found) - len(kept)} older run(s) of the same arm and seed left out"))
+
+
+def _newest(runs: pd.DataFrame, notes: list[Note], said: bool) -> pd.DataFrame:
+    """One run a step, arm and seed, all of one model: that of the newest evaluation of the arm and seed, or of their
+    newest run where they have none."""
+    one = ["arm", "seed"]
+    order = runs.assign(late=runs["step"] != "evaluate").sort_values(["late", "start_time"], ascending=[True, False])
+    model = order.drop_duplicates(one).set_index(one)["weights"]
+    same = runs["weights"].to_numpy() == model.reindex(pd.MultiIndex.from_frame(runs[one])).to_numpy()
+    newest = ~runs.duplicated(["step", *one, "engine"])
+    strangers = [named(run) for run in runs[newest & ~same].to_dict("records")]
+    if strangers:
+        why = "left out, for they looked at other models than the newest evaluation of their arm and seed"
+        notes.append(Note("", f"{why}: {', '.join(strangers)}"))
+    kept = runs[same].drop_duplicates(["step", *one, "engine"])
+    for step, part in runs[same].groupby("step", sort=False):
+        older = len(part) - int((kept["step"] == step).sum())
+        if said and older:
+            notes.append(Note(str(step), f"{older} older run(s) of the same arm and seed left out"))
     return kept
 
 
-def _engines(found: pd.DataFrame) -> pd.Series:
+def _engines(runs: pd.DataFrame, step: str) -> pd.Series:
     """What verified; another tool goes by the file with its results."""
-    return found.get("params.engine", pd.Series("native", index=found.index)).fillna("native")
+    native = pd.Series("native", index=runs.index)
+    return runs.get("params.engine", native).fillna("native") if step == "verify" else native
 
 
-_TAGS = ("arm", "seed", "method", "augment", "contrastive", "model", "model_run", "dataset_digest")
+_TAGS = ("arm", "seed", "method", "augment", "contrastive", "model", "model_run", "weights", "dataset_digest")
 
 
 def _one_dataset(runs: pd.DataFrame, notes: list[Note]) -> pd.DataFrame:
@@ -237,7 +264,8 @@ _METRICS = {
 
 
 def _verified_eps(run: pd.Series) -> float:
-    return parse_eps("eps_pixel", run["params.eps_pixel"], "pixel")
+    # With the digits that metrics' names have, so that both are one number.
+    return float(eps_key(parse_eps("eps_pixel", run["params.eps_pixel"], "pixel")))
 
 
 def _ordered(frame: pd.DataFrame) -> pd.DataFrame:

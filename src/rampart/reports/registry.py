@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 from rampart.arms import Arm
 from rampart.reports.derived import reference_eps
 from rampart.reports.evidence import Evidence
@@ -12,22 +14,28 @@ ALIASES = {"best-robust": "robust_accuracy", "best-certified": "certified_accura
 PAPER = "paper"
 
 
-def name_best(evidence: Evidence, profile: str) -> None:
+def name_best(evidence: Evidence, profile: str, logged: Container[str]) -> None:
     """Registers the compared models and points each arm's aliases to the seed that is best at the reference ε; of
-    profile `paper` the alias `paper`, to the first seed."""
+    profile `paper` the alias `paper`, to the first seed. The newest comparison has the last word.
+
+    Args:
+        logged: the runs that have logged a model.
+    """
     eps = reference_eps(evidence)
-    trained = evidence.of("train").set_index(["arm", "seed"])
+    trained = evidence.of("train")
+    trained = trained[(trained["method"] != "other") & trained["run_id"].map(lambda run: run in logged)]
     values = evidence.values[(evidence.values["engine"] == "native") & (evidence.values["eps"] == eps)]
-    for arm, part in evidence.of("train").groupby("arm", sort=False):
+    # A rate that an attack gave is not to be trusted where the attack has failed a check.
+    values = values[~values["suspect"]].merge(trained[["arm", "seed", "run_id"]], on=["arm", "seed"])
+    for arm, part in trained.groupby("arm", sort=False):
         first = part.iloc[0]
         name = registered_name(Arm(first["method"], bool(first["augment"]), first["contrastive"]))
-        # A rate that an attack gave is not to be trusted where the attack has failed a check.
         for alias, metric in ALIASES.items():
-            found = values[(values["arm"] == arm) & (values["metric"] == metric) & ~values["suspect"]]
-            found = found[[(arm, seed) in trained.index for seed in found["seed"]]]
-            if len(found):
-                best = found.sort_values(["value", "seed"], ascending=[False, True]).iloc[0]
-                said = {"metric": f"{metric}/{eps:.6g}", "value": f"{best['value']:.6g}", "run": str(best["run"])}
-                register(str(trained.loc[(arm, best["seed"]), "run_id"]), name, alias, said)
+            found = values[(values["arm"] == arm) & (values["metric"] == metric)]
+            # What was proved of the test set says more than what was of some images: seeds are compared in one of them.
+            found = found[found["step"] == found["step"].min()].sort_values(["value", "seed"], ascending=[False, True])
+            for best in found.head(1).to_dict("records"):
+                said = {"metric": f"{metric}/{eps:.6g}", "value": f"{best['value']:.6g}", "run": best["run"]}
+                register(best["run_id"], name, alias, said)
         if profile == PAPER:
-            register(str(first["run_id"]), name, PAPER, {"run": str(first["run_id"])})
+            register(first["run_id"], name, PAPER, {"run": first["run_id"]})

@@ -16,10 +16,10 @@ import vl_convert
 def main() -> None:
     if len(sys.argv) == 1:
         # Its type says that an argument is needed; without one the bundle is what a page needs.
-        sys.stdout.write(vl_convert.javascript_bundle())  # type: ignore[call-arg]
+        sys.stdout.buffer.write(vl_convert.javascript_bundle().encode())  # type: ignore[call-arg]
         return
     folder = Path(sys.argv[1])
-    for name, spec in json.load(sys.stdin).items():
+    for name, spec in json.load(sys.stdin.buffer).items():
         (folder / f"{name}.png").write_bytes(vl_convert.vegalite_to_png(spec, scale=2))
         (folder / f"{name}.pdf").write_bytes(vl_convert.vegalite_to_pdf(spec))
 

@@ -22,7 +22,7 @@ class Section:
     """A table, a figure, or both, with what they show.
 
     Args:
-        step: of the runs that it rests on, whose notes are shown with it.
+        steps: of the runs that it rests on, whose notes are shown with it.
         printed: whether the terminal gets its table, too.
     """
 
@@ -31,7 +31,7 @@ class Section:
     text: str
     table: pd.DataFrame | None = None
     drawing: Drawing | None = None
-    step: str = ""
+    steps: tuple[str, ...] = ()
     printed: bool = False
 
 
@@ -69,7 +69,7 @@ def _rates(given: Material) -> Iterator[Section]:
         "lines: the standard deviation over seeds." + (" Strokes: published." if len(given.published) else ""),
         tables.accuracy(summary),
         charts.accuracy(summary),
-        "evaluate",
+        ("evaluate",),
         printed=True,
     )
     yield Section(
@@ -80,7 +80,7 @@ def _rates(given: Material) -> Iterator[Section]:
         "has broken." + (" Dotted: published." if len(given.published) else "") + SUSPECT,
         tables.by_eps(summary, "robust_accuracy"),
         charts.robust_curves(summary),
-        "evaluate",
+        ("evaluate",),
         printed=True,
     )
     yield Section(
@@ -89,7 +89,7 @@ def _rates(given: Material) -> Iterator[Section]:
         "Share of the correctly classified test images that the attack, or a search for a proof, breaks at ε "
         "(pixels in [0, 1])." + SUSPECT,
         tables.by_eps(summary, "asr"),
-        step="evaluate",
+        steps=("evaluate",),
         printed=True,
     )
 
@@ -102,7 +102,7 @@ def _published(given: Material) -> Iterator[Section]:
             "Beside the published figures",
             "Every number that both have, in percent; the difference is ours less the published one, in points.",
             table,
-            step="evaluate",
+            steps=("evaluate",),
         )
 
 
@@ -116,7 +116,7 @@ def _certified(given: Material) -> Iterator[Section]:
             "The figure sets what is proved against accuracy; the line joins the arms that none beats in both.",
             tables.brackets(given.summary),
             charts.pareto(given.summary),
-            "evaluate",
+            ("evaluate",),
             printed=True,
         )
 
@@ -131,9 +131,10 @@ def _claims(given: Material) -> Iterator[Section]:
         "What may be claimed",
         "Arms that differ in one thing: the difference in points of percent, its 95 % confidence interval over seeds "
         "(paired t-test), and over images (bootstrap of the mean over seeds; McNemar's exact test of the first "
-        f"common seed). p-values are Holm's, corrected for the {len(found)} claims here. Fewer than "
-        f"{statistics.ENOUGH} common seeds say nothing of the way of training, only of these models.",
+        "common seed), on the images that both have. p-values are Holm's, corrected for all tests of a kind here. "
+        f"Fewer than {statistics.ENOUGH} common seeds say nothing of the way of training, only of these models.",
         statistics.claim_table(found, given.published),
+        steps=("evaluate", "verify"),
     )
 
 
@@ -149,7 +150,7 @@ def _verdicts(given: Material) -> Iterator[Section]:
         "chosen images that are classified correctly and proved robust.",
         tables.verdicts(given.summary),
         charts.verdicts(given.summary),
-        "verify",
+        ("verify",),
         printed=True,
     )
     seconds = derived.verification_seconds(given.evidence)
@@ -159,7 +160,7 @@ def _verdicts(given: Material) -> Iterator[Section]:
             "Verification time",
             "Share of the verified images that is settled (proved, or refuted) within so many seconds each.",
             drawing=charts.verification_times(seconds),
-            step="verify",
+            steps=("verify",),
         )
     radii = derived.certified_radii(given.evidence)
     if len(radii):
@@ -170,7 +171,7 @@ def _verdicts(given: Material) -> Iterator[Section]:
             "share of the images that are classified correctly and proved robust at ε.",
             tables.radii(radii),
             charts.radius_curves(radii),
-            "verify",
+            ("verify",),
             printed=True,
         )
 
@@ -207,7 +208,7 @@ def _trust(given: Material) -> Iterator[Section]:
             + "; ".join(f"{check.replace('_', ' ')}: {meaning}" for check, meaning in MEANING.items())
             + ".",
             tables.trust(given.summary),
-            step="evaluate",
+            steps=("evaluate",),
             printed=True,
         )
     if given.has("corrupted_accuracy", "evaluate"):
@@ -217,7 +218,7 @@ def _trust(given: Material) -> Iterator[Section]:
             "Share of the test images that are classified correctly, the mean over the five strengths of each "
             "corruption (Hendrycks & Dietterich 2019).",
             tables.corruptions(given.summary),
-            step="evaluate",
+            steps=("evaluate",),
             printed=True,
         )
 
@@ -231,7 +232,7 @@ def _embeddings(given: Material) -> Iterator[Section]:
         "Embeddings with and without SupCon (the study's Figure 1)",
         "UMAP of the encoder's embeddings of test images, coloured by class; crosses are misclassified.",
         drawing=charts.umap(evidence.points, evidence.classes),
-        step="embed",
+        steps=("embed",),
     )
     eps = derived.reference_eps(evidence)
     if eps is None:
@@ -242,7 +243,7 @@ def _embeddings(given: Material) -> Iterator[Section]:
         "proved: robust, by bounds or by branch and bound; broken: by an attack or a search; open: neither, or "
         "not tried.",
         drawing=charts.umap_status(derived.with_status(evidence, eps)),
-        step="embed",
+        steps=("embed",),
     )
     points = derived.geometry(evidence, eps)
     if len(points):
@@ -255,7 +256,7 @@ def _embeddings(given: Material) -> Iterator[Section]:
             f"correlation with the certificate ({points['kind'].iloc[0]}) over the images that were verified.",
             tables.geometry(points),
             charts.geometry(shown) if len(shown) else None,
-            "embed",
+            ("embed",),
         )
 
 

@@ -46,16 +46,18 @@ class Claim:
 
 
 def claims(evidence: Evidence, eps: float | None) -> pd.DataFrame:
-    """A row a claim and metric: the Claim's fields; metric, eps; difference (of shares: arm less other, the mean over
-    common seeds, or of the first seeds where there is none in common); seeds, seed_low, seed_high, seed_p; images,
-    image_low, image_high, image_p (NaN where it cannot be said); and finding."""
+    """A row a claim and metric: the Claim's fields; metric, eps; difference (of shares of the images that both arms
+    have: arm less other, the mean over common seeds, or of the first seeds where there is none in common); seeds,
+    seed_low, seed_high, seed_p (NaN where it cannot be said); images, image_low, image_high, image_p; finding."""
     outcomes = {name: _outcomes(evidence, name, eps) for name in METRICS}
     rows = []
-    for claim, (metric, by_arm) in product(_pairs(evidence), outcomes.items()):
-        if claim.arm in by_arm and claim.other in by_arm:
-            ours, theirs = by_arm[claim.arm], by_arm[claim.other]
+    for claim, (metric, sources) in product(_pairs(evidence), outcomes.items()):
+        # Of one kind for both: a certification of the test set says more than a verification of some images.
+        both = [by_arm for by_arm in sources if claim.arm in by_arm and claim.other in by_arm]
+        found = _compared(both[0][claim.arm], both[0][claim.other]) if both else {}
+        if found:
             radius = float("nan") if metric == "accuracy" or eps is None else eps
-            rows.append({**claim.__dict__, "metric": metric, "eps": radius, **_compared(ours, theirs)})
+            rows.append({**claim.__dict__, "metric": metric, "eps": radius, **found})
     table = pd.DataFrame(rows)
     if table.empty:
         return table
@@ -95,17 +97,25 @@ def _named(method: str, kind: str) -> str:
 METRICS = ("accuracy", "robust accuracy", "certified accuracy")
 
 
-def _outcomes(evidence: Evidence, metric: str, eps: float | None) -> dict[str, dict[str, pd.Series]]:
-    """Whether the metric counts an image, by image, seed and arm."""
-    found: dict[str, dict[str, pd.Series]] = {}
-    # A certification of the test set says more than a verification of some images.
+Outcomes = dict[str, dict[str, pd.Series]]
+
+
+def _outcomes(evidence: Evidence, metric: str, eps: float | None) -> list[Outcomes]:
+    """Whether the metric counts an image, by image, seed and arm: as evaluations say and, of certified accuracy, as
+    verifications do."""
+    sources: list[Outcomes] = []
     for step in ("evaluate", "verify") if metric == "certified accuracy" else ("evaluate",):
+        found: Outcomes = {}
         runs = evidence.of(step)
         for run in runs[runs["engine"] == "native"].to_dict("records"):
+            # Those that an arm has survived are other images for each arm.
+            if run.get("params.selection") == "survivors":
+                continue
             outcome = _outcome(evidence.ledgers[run["run_id"]].set_index("image"), metric, eps)
             if outcome is not None:
-                found.setdefault(run["arm"], {}).setdefault(run["seed"], outcome)
-    return found
+                found.setdefault(run["arm"], {})[run["seed"]] = outcome
+        sources.append(found)
+    return sources
 
 
 def _outcome(ledger: pd.DataFrame, metric: str, eps: float | None) -> pd.Series | None:
@@ -124,28 +134,28 @@ def _outcome(ledger: pd.DataFrame, metric: str, eps: float | None) -> pd.Series 
 
 
 def _compared(ours: dict[str, pd.Series], theirs: dict[str, pd.Series]) -> dict[str, Any]:
+    """On the images that all have; nothing where there is none."""
     seeds = sorted(ours.keys() & theirs.keys())
     pairs = [(ours[seed], theirs[seed]) for seed in seeds] or [(next(iter(ours.values())), next(iter(theirs.values())))]
-    by_seed = np.array([a.mean() - b.mean() for a, b in pairs])
-    images = pairs[0][0].index.intersection(pairs[0][1].index)
-    for a, b in pairs:
-        images = images.intersection(a.index).intersection(b.index)
+    images = pairs[0][0].index
+    for pair in pairs:
+        images = images.intersection(pair[0].index).intersection(pair[1].index)
+    if images.empty:
+        return {}
+    sides = [[side.loc[images].to_numpy(dtype=bool) for side in pair] for pair in pairs]
+    differences = np.array([one.astype(float) - two for one, two in sides])
+    by_seed = differences.mean(1)
     found: dict[str, Any] = {"difference": by_seed.mean(), "seeds": len(seeds), "images": len(images)}
-    found |= dict.fromkeys(("seed_low", "seed_high", "seed_p", "image_low", "image_high", "image_p"), float("nan"))
-    if len(seeds) >= ENOUGH:
-        if np.ptp(by_seed) > 0:
-            sample = DescrStatsW(by_seed)
-            low, high = sample.tconfint_mean(LEVEL)
-            found |= {"seed_low": low, "seed_high": high, "seed_p": sample.ttest_mean(0)[1]}
-        else:  # no spread at all, as between arms that never err
-            found |= {"seed_low": by_seed[0], "seed_high": by_seed[0], "seed_p": float(by_seed[0] == 0)}
-    if len(images):
-        one, two = (side.loc[images].to_numpy(dtype=bool) for side in pairs[0])
-        table = [[(one & two).sum(), (one & ~two).sum()], [(~one & two).sum(), (~one & ~two).sum()]]
-        per_image = np.mean([x.loc[images].to_numpy(float) - y.loc[images].to_numpy(float) for x, y in pairs], axis=0)
-        low, high = bootstrap(per_image)
-        found |= {"image_low": low, "image_high": high, "image_p": float(mcnemar(table, exact=True).pvalue)}
-    return found
+    found |= dict.fromkeys(("seed_low", "seed_high", "seed_p"), float("nan"))
+    # Without any spread the t statistic is not defined.
+    if len(seeds) >= ENOUGH and np.ptp(by_seed) > 1e-9:
+        sample = DescrStatsW(by_seed)
+        low, high = sample.tconfint_mean(LEVEL)
+        found |= {"seed_low": low, "seed_high": high, "seed_p": sample.ttest_mean(0)[1]}
+    one, two = sides[0]
+    table = [[(one & two).sum(), (one & ~two).sum()], [(~one & two).sum(), (~one & ~two).sum()]]
+    low, high = bootstrap(differences.mean(0))
+    return found | {"image_low": low, "image_high": high, "image_p": float(mcnemar(table, exact=True).pvalue)}
 
 
 def bootstrap(values: np.ndarray) -> tuple[float, float]:
@@ -162,12 +172,14 @@ def _finding(row: Mapping[Any, Any]) -> str:
     direction = "higher" if row["difference"] > 0 else "lower"
     if pd.notna(row["seed_p"]):
         return direction if row["seed_p"] < LEVEL else "no difference shown"
-    alone = direction if pd.notna(row["image_p"]) and row["image_p"] < LEVEL else "no difference shown"
-    return f"not enough seeds; these models: {alone}"
+    alone = direction if row["image_p"] < LEVEL else "no difference shown"
+    why = "not enough seeds" if row["seeds"] < ENOUGH else "the same in every seed"
+    return f"{why}; these models: {alone}"
 
 
 def claim_table(found: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
     """`claims` in readable form, in points of percent; with the published difference where there is one."""
+    published = published[published["step"] == "published"]
     known = published.assign(key=published["eps"].map(eps_key)).set_index(["arm", "metric", "key"])["value"].to_dict()
 
     def points(value: float) -> str:
@@ -195,7 +207,7 @@ def claim_table(found: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
                 "95 % over seeds": interval(row["seed_low"], row["seed_high"]),
                 "p (seeds)": "-" if pd.isna(row["seed_p"]) else f"{row['seed_p']:.2g}",
                 "95 % over images": interval(row["image_low"], row["image_high"]),
-                "p (McNemar)": "-" if pd.isna(row["image_p"]) else f"{row['image_p']:.2g}",
+                "p (McNemar)": f"{row['image_p']:.2g}",
                 "n": f"{row['seeds']} seeds, {row['images']} images",
                 **({"published": theirs(row)} if len(published) else {}),
             }

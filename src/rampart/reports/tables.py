@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import pandas as pd
@@ -125,7 +125,7 @@ def costs(found: pd.DataFrame) -> pd.DataFrame:
 def beside(summary: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
     """Ours and what another source has published, in percent, for every number that both have."""
     ours, theirs = (frame.assign(key=frame["eps"].map(eps_key)) for frame in (summary, published))
-    ours = ours[ours["step"] == "evaluate"]
+    ours, theirs = ours[ours["step"] == "evaluate"], theirs[theirs["step"] == "published"]
     rows = ours.merge(theirs[["arm", "metric", "key", "value"]], on=["arm", "metric", "key"])
     place = {arm: i for i, arm in enumerate(dict.fromkeys(rows["arm"]))}
     rows = rows.assign(place=rows["arm"].map(place)).sort_values(["place", "metric", "eps"], ignore_index=True)
@@ -139,13 +139,14 @@ def beside(summary: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
 
 
 def verdicts(summary: pd.DataFrame) -> pd.DataFrame:
-    """Images by verdict and arm (the study's Table 1), and the share proved robust."""
+    """Images by verdict, arm and ε (the study's Table 1), and the share proved robust."""
     rows = summary[summary["step"] == "verify"]
     columns = [(name, rows["metric"] == name) for name in (*VERDICTS, "misclassified", "images")]
-    table = _pivoted(rows, columns, _count)
-    certified = _pivoted(rows, [("certified %", rows["metric"] == "certified_accuracy")], _percent)
+    row = [*ROW, "eps"]
+    table = _pivoted(rows, columns, _count, row)
+    certified = _pivoted(rows, [("certified %", rows["metric"] == "certified_accuracy")], _percent, row)
     table.insert(len(table.columns) - 1, "certified %", certified["certified %"])
-    arms = rows.drop_duplicates(ROW)
+    arms = rows.drop_duplicates(row)
     table.insert(len(ARM), "ε", [eps_text(eps) for eps in arms["eps"]])
     if (arms["engine"] != "native").any():
         table.insert(len(ARM), "verifier", arms["engine"].to_list())
@@ -183,15 +184,25 @@ def _radii(rows: pd.DataFrame) -> list[tuple[str, pd.Series]]:
 
 
 def _pivoted(
-    rows: pd.DataFrame, columns: list[tuple[str, pd.Series]], text: Callable[[pd.Series], str]
+    rows: pd.DataFrame,
+    columns: list[tuple[str, pd.Series]],
+    text: Callable[[pd.Series], str],
+    row: list[str] = ROW,
 ) -> pd.DataFrame:
-    """One row an arm; each column holds the text of the row that its mask picks, '-' where there is none."""
-    arms = rows.drop_duplicates(ROW)
-    table = _arms(arms)
+    """One row an arm, or whatever else `row` tells apart; each column holds the text of the number that its mask picks,
+    '-' where there is none."""
+    first = rows.drop_duplicates(row)
+    keys = [tuple(key) for key in first[row].to_numpy()]
+    table = _arms(first)
     for name, mask in columns:
-        picked = {(row["arm"], row["engine"]): text(row) for _, row in rows[mask].iterrows()}
-        table[name] = [picked.get(key, "-") for key in zip(arms["arm"], arms["engine"], strict=True)]
-    return _with_runs(table, arms)
+        picked = {tuple(number[row]): text(number) for _, number in rows[mask].iterrows()}
+        table[name] = [picked.get(key, "-") for key in keys]
+    return table.assign(runs=[_union(rows[(rows[row] == list(key)).all(axis=1)]["runs"]) for key in keys])
+
+
+def _union(runs: Iterable[str]) -> str:
+    """Of run ids, each once."""
+    return " ".join(dict.fromkeys(run for ids in runs for run in ids.split()))
 
 
 def _arms(rows: pd.DataFrame) -> pd.DataFrame:

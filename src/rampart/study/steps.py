@@ -305,6 +305,7 @@ def _embed(run: Run, settings: Settings, given: Mapping[str, str]) -> None:
     points = embed(subject.model, subject.test, chosen, settings, settings.seed)
     # The picture belongs to the model; a model from a file has no run but this one.
     home = subject.run or run.id
+    run.table(points, "umap.parquet")
     run.table(points, "umap.parquet", home)
     _draw(run, "umap", charts.umap({label: points}, data.classes), home)
     places = geometry(subject.model, subject.test)

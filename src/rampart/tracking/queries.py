@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -206,5 +207,6 @@ def compare_page(experiment: str, run_ids: Iterable[str]) -> str:
 
 def ui() -> str:
     """Where the MLflow UI is to be had."""
-    uri = mlflow.get_tracking_uri().rstrip("/")
+    # A page that is passed on must not tell a password.
+    uri = re.sub(r"(?<=://)[^/@]*@", "", mlflow.get_tracking_uri().rstrip("/"))
     return uri if uri.startswith("http") else f"http://127.0.0.1:{os.environ.get('PORT', '5000')}"

@@ -13,6 +13,8 @@ from rampart.ledger import attack_rates, contradiction, corruption_rates, verdic
 from rampart.tracking.queries import read_evidence
 
 LEDGER = "ledger.parquet"
+# Runs that a note names.
+SHOWN = 6
 # Settings that two evaluations, or two verifications, have to share for their rates to be of one kind.
 SHARED = {
     "evaluate": (
@@ -50,10 +52,11 @@ def _kinds(runs: pd.DataFrame, values: pd.Series, name: str, step: str) -> list[
     counts = values.dropna().value_counts()
     if len(counts) < 2:
         return []
-    rarer = [
-        f"{value} in {', '.join(named(run) for run in runs[values == value].to_dict('records'))}"
-        for value in counts.index[1:]
-    ]
+    rarer = []
+    for value in counts.index[1:]:
+        who = [named(run) for run in runs[values == value].to_dict("records")]
+        more = f" and {len(who) - SHOWN} more" if len(who) > SHOWN else ""
+        rarer.append(f"{value} in {', '.join(who[:SHOWN])}{more}")
     return [Note(step, f"runs differ in {name}: {counts.index[0]} in most, {'; '.join(rarer)}")]
 
 

@@ -115,13 +115,10 @@ def server(study: Study) -> Iterator[str]:
         process.wait()
 
 
-def test_the_mlflow_ui_shows_the_studys_runs(server: str, tmp_path: Path) -> None:
+def test_the_mlflow_ui_shows_the_study_and_compares_its_arms(server: str, tmp_path: Path) -> None:
+    """Side by side at the address that `make ui` prints."""
     page, _ = browse(f"{server}/#/experiments/0/runs", tmp_path)
     assert "study quick" in page
-
-
-def test_the_mlflow_ui_compares_the_arms(server: str, tmp_path: Path) -> None:
-    """At the address that `make ui` prints."""
     path = address().partition("/#/")[2]
     page, _ = browse(f"{server}/#/{path}", tmp_path, "--window-size=1600,1400")
     assert "Comparing 4 Runs" in page

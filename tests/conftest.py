@@ -121,6 +121,7 @@ TINY_STUDY = {
     "images": "6",
     "points": "30",
     "evaluate.eps": "4/255,16/255",
+    "evaluate.certify_images": "40",
     "threads": "1",
 }
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import sqlite3
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import closing
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -138,6 +141,38 @@ def run_rampart(
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
 
 
+@contextmanager
+def mlflow_server(words: list[str], folder: Path, env: Mapping[str, str] | None = None) -> Iterator[str]:
+    """`mlflow …` that serves on a port of its own; its address, once it answers."""
+    port = free_port()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mlflow", *words, "--port", str(port), "--workers", "1"],
+        cwd=folder,
+        env=env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(240):
+            try:
+                urllib.request.urlopen(f"{address}/health")
+                break
+            except OSError:
+                time.sleep(0.5)
+        yield address
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 @dataclass(frozen=True)
 class Study:
     """A finished study: its folder, and what it printed."""
@@ -181,9 +216,7 @@ def postgres() -> Iterator[str]:
     user = "nobody" if os.getuid() == 0 else None
     if user:
         shutil.chown(folder, user)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
 
     def run(*words: str) -> None:
         subprocess.run(words, user=user, check=True, capture_output=True, cwd=folder)

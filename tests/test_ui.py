@@ -7,12 +7,7 @@ import json
 import os
 import re
 import shutil
-import signal
-import socket
 import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +16,7 @@ from mlflow import MlflowClient
 
 from rampart.tracking.queries import find_runs
 from rampart.tracking.ui import address
-from tests.conftest import Study
+from tests.conftest import Study, mlflow_server
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -88,31 +83,10 @@ def test_the_report_is_one_page_that_needs_nothing_else(study: Study, tmp_path: 
 @pytest.fixture
 def server(study: Study) -> Iterator[str]:
     """`make ui`'s server on the study's store."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "ui", "--no-serve-artifacts", "--port", str(port), "--workers", "1"]
     uri = f"sqlite:///{study.folder}/mlflow.db"
-    process = subprocess.Popen(
-        [*command, "--backend-store-uri", uri],
-        cwd=study.folder,
-        env={**os.environ, "MLFLOW_TRACKING_URI": uri},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    address = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(240):
-            try:
-                urllib.request.urlopen(f"{address}/health")
-                break
-            except OSError:
-                time.sleep(0.5)
+    words = ["ui", "--no-serve-artifacts", "--backend-store-uri", uri]
+    with mlflow_server(words, study.folder, {**os.environ, "MLFLOW_TRACKING_URI": uri}) as address:
         yield address
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait()
 
 
 def test_the_mlflow_ui_shows_the_study_and_compares_its_arms(server: str, tmp_path: Path) -> None:

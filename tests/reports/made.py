@@ -76,5 +76,5 @@ def finished(step: str, ledger: pd.DataFrame | None, **tags: object) -> Run:
         elif ledger is not None:
             run.metrics(attack_rates(ledger))
         if ledger is not None:
-            run.evidence(ledger, "ledger.parquet")
+            run.evidence(ledger)
     return run

@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import signal
-import socket
 import sqlite3
-import subprocess
-import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -31,7 +25,7 @@ from rampart.settings import CompareSettings
 from rampart.study.steps import run_step
 from rampart.tracking import fetch_model, open_run, source_of
 from rampart.tracking.queries import find_models, find_runs, run_page
-from tests.conftest import TINY_STUDY, Study, run_rampart
+from tests.conftest import TINY_STUDY, Study, mlflow_server, run_rampart
 from tests.reports.made import evaluation, finished, verification
 
 KINDS = {".csv", ".md", ".tex", ".png", ".pdf"}
@@ -222,28 +216,11 @@ def test_a_full_store_is_read_in_seconds_and_little_memory() -> None:
 @pytest.fixture
 def http_store(store: Path, postgres: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """An MLflow server over HTTP, its runs in PostgreSQL, its artifacts in a folder that it alone reads and writes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", postgres.replace("postgresql://", "postgresql+psycopg://")]
-    command += ["--artifacts-destination", str(store / "served")]
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, cwd=store
-    )
-    uri = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(240):
-            try:
-                urllib.request.urlopen(f"{uri}/health")
-                break
-            except OSError:
-                time.sleep(0.5)
+    words = ["server", "--backend-store-uri", postgres.replace("postgresql://", "postgresql+psycopg://")]
+    words += ["--artifacts-destination", str(store / "served")]
+    with mlflow_server(words, store) as uri:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         yield uri
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait()
 
 
 @pytest.mark.slow

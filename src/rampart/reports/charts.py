@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import altair as alt
 import pandas as pd
 
-from rampart.ledger import VERDICTS
 from rampart.reports.drawing import Panels
 from rampart.reports.style import (
     CLASS_SCHEMES,
     DASHES,
     METHOD_COLOURS,
+    OPACITIES,
     SHAPES,
     STATUS_COLOURS,
     STATUS_SHAPES,
@@ -129,10 +129,10 @@ def pareto(summary: pd.DataFrame) -> Panels:
 
 def verdicts(summary: pd.DataFrame) -> Panels:
     """Verdicts by arm as stacked bars (Table 1)."""
-    rows = summary[summary["step"].eq("verify") & summary["metric"].isin([*VERDICTS, "misclassified"])]
+    rows = summary[summary["step"].eq("verify") & summary["metric"].isin(list(VERDICT_COLOURS))]
     rows = rows.assign(
         count=rows["mean"],
-        order=rows["metric"].map([*VERDICTS, "misclassified"].index),
+        order=rows["metric"].map(list(VERDICT_COLOURS).index),
         verdict=rows["metric"],
         row=_row_names(rows),
         ε=rows["eps"].map(eps_text),
@@ -143,10 +143,7 @@ def verdicts(summary: pd.DataFrame) -> Panels:
     rows["middle"] = rows["end"] - rows["count"] / 2
     order = list(dict.fromkeys(_row_names(summary[summary["step"] == "verify"])))
     y = alt.Y("row:N", sort=order, title=None, axis=alt.Axis(labelLimit=260))
-    used = [name for name in (*VERDICTS, "misclassified") if name in set(rows["verdict"])]
-    colour = alt.Color(
-        "verdict:N", scale=alt.Scale(domain=used, range=[VERDICT_COLOURS[name] for name in used]), title=None
-    )
+    colour = alt.Color("verdict:N", scale=_scale(VERDICT_COLOURS, rows["verdict"]), title=None)
     base = alt.Chart(rows).encode(y=y)
     bars = base.mark_bar(stroke="white").encode(
         x=alt.X("count:Q", title="images", axis=alt.Axis(tickMinStep=1), scale=alt.Scale(nice=False)),
@@ -171,59 +168,55 @@ def verification_times(settled: pd.DataFrame) -> Panels:
     """Share of the images that is settled (proved or refuted) within so many seconds each; `settled` has a row an image
     and its seconds, NaN where it was not settled."""
     rows = []
-    for (arm, engine), part in settled.groupby(["arm", "engine"], sort=False):
+    for _, part in settled.groupby(["arm", "engine"], sort=False):
         found = part["seconds"].dropna().clip(lower=1e-3).sort_values()
         share = [100 * (i + 1) / len(part) for i in range(len(found))]
-        keys = {**part.iloc[0][["augment", "method", "contrastive"]].to_dict(), "arm": arm, "engine": engine}
+        keys = part.iloc[0][["augment", "method", "contrastive", "arm", "engine"]].to_dict()
         # Each curve rises from the axis and goes on to the right.
         rises = [(found.min(), 0.0)] if share else []
         end = (settled["seconds"].max(), share[-1] if share else 0.0)
         for seconds, percent in [*rises, *zip(found, share, strict=True), end]:
             rows.append({**keys, "seconds": seconds, "percent": percent})
 
-    def panel(part: pd.DataFrame) -> alt.Chart:
-        return (
-            alt.Chart(part)
-            .mark_line(interpolate="step-after")
-            .encode(
-                x=alt.X("seconds:Q", scale=alt.Scale(type="log"), title="seconds an image", axis=alt.Axis(format="~g")),
-                y=alt.Y("percent:Q", title="images settled (%)", scale=alt.Scale(domain=ALL)),
-                color=_colours(part),
-                strokeDash=_dashes(part),
-                detail=["arm:N", "engine:N"],
-                tooltip=["arm", "engine", _number("percent", "settled %"), alt.Tooltip("seconds:Q", format=".3g")],
-            )
-        )
-
-    return _by_augmentation(pd.DataFrame(rows), panel)
+    x = alt.X("seconds:Q", scale=alt.Scale(type="log"), title="seconds an image", axis=alt.Axis(format="~g"))
+    tips = ["arm", "engine", _number("percent", "settled %"), alt.Tooltip("seconds:Q", format=".3g")]
+    return _steps(pd.DataFrame(rows), x, "images settled (%)", tips)
 
 
 def radius_curves(radii: pd.DataFrame) -> Panels:
     """Share of the images that are proved robust at ε, by arm: certified-radius curves."""
     rows = []
-    for arm, part in radii.groupby("arm", sort=False):
+    for _, part in radii.groupby(["arm", "engine"], sort=False):
         found = part["radius"].dropna().sort_values()
-        keys = {**part.iloc[0][["augment", "method", "contrastive"]].to_dict(), "arm": arm}
+        keys = part.iloc[0][["augment", "method", "contrastive", "arm", "engine"]].to_dict()
         # Proved at ε are the images whose radius is ε or more.
         rows.append({**keys, "radius": 0.0, "percent": 100 * len(found) / len(part)})
         for i, radius in enumerate(found):
             rows.append({**keys, "radius": 255 * radius, "percent": 100 * (len(found) - i - 1) / len(part)})
+
+    x = alt.X("radius:Q", title="ε × 255 (pixels in [0, 1])")
+    tips = ["arm", alt.Tooltip("radius:Q", format=".3f", title="ε × 255"), _number("percent", "proved %")]
+    return _steps(pd.DataFrame(rows), x, "proved robust (% of images)", tips)
+
+
+def _steps(rows: pd.DataFrame, x: alt.X, title: str, tips: list[Any]) -> Panels:
+    """Curves of `percent` that change at each point."""
 
     def panel(part: pd.DataFrame) -> alt.Chart:
         return (
             alt.Chart(part)
             .mark_line(interpolate="step-after")
             .encode(
-                x=alt.X("radius:Q", title="ε × 255 (pixels in [0, 1])"),
-                y=alt.Y("percent:Q", title="proved robust (% of images)", scale=alt.Scale(domain=ALL)),
+                x=x,
+                y=alt.Y("percent:Q", title=title, scale=alt.Scale(domain=ALL)),
                 color=_colours(part),
                 strokeDash=_dashes(part),
-                detail="arm:N",
-                tooltip=["arm", alt.Tooltip("radius:Q", format=".3f", title="ε × 255"), _number("percent", "proved %")],
+                detail=["arm:N", "engine:N"],
+                tooltip=tips,
             )
         )
 
-    return _by_augmentation(pd.DataFrame(rows), panel)
+    return _by_augmentation(rows, panel)
 
 
 def confusion(counts: pd.DataFrame) -> Panels:
@@ -231,7 +224,7 @@ def confusion(counts: pd.DataFrame) -> Panels:
     percent."""
     kinds = list(dict.fromkeys(counts["class"]))
 
-    def panel(arm: str, part: pd.DataFrame) -> alt.Chart:
+    def panel(part: pd.DataFrame) -> alt.Chart:
         return (
             alt.Chart(part)
             .mark_rect()
@@ -241,10 +234,9 @@ def confusion(counts: pd.DataFrame) -> Panels:
                 color=alt.Color("percent:Q", scale=alt.Scale(scheme="blues", domain=ALL), legend=None),
                 tooltip=["class", "taken for", alt.Tooltip("percent:Q", format=".1f")],
             )
-            .properties(width=SMALL, height=SMALL, title=arm)
         )
 
-    return Panels([panel(str(arm), part) for arm, part in counts.groupby("arm", sort=False)], 4)
+    return _by_arm({str(arm): part for arm, part in counts.groupby("arm", sort=False)}, panel)
 
 
 def umap(points: Mapping[str, pd.DataFrame], classes: Sequence[str]) -> Panels:
@@ -262,12 +254,12 @@ def umap(points: Mapping[str, pd.DataFrame], classes: Sequence[str]) -> Panels:
         for arm, frame in points.items()
     }
     shape = alt.Shape("right:N", scale=alt.Scale(domain=[True, False], range=["circle", "cross"]), legend=None)
-    return Panels([_scatter(arm, frame, colour, shape, ["class"]) for arm, frame in named.items()], 4)
+    return _by_arm(named, lambda frame: _scatter(frame, colour, shape, "class"))
 
 
 def umap_status(points: Mapping[str, pd.DataFrame]) -> Panels:
     """The same, coloured by `status`: what is known of the image at one ε."""
-    return Panels([_scatter(arm, f, _status_colour(), _status_shape(), ["status"]) for arm, f in points.items()], 4)
+    return _by_arm(points, lambda frame: _scatter(frame, _status_colour(), _status_shape(), "status"))
 
 
 def geometry(points: pd.DataFrame) -> Panels:
@@ -275,7 +267,7 @@ def geometry(points: pd.DataFrame) -> Panels:
     arm; `points` has arm, separation, certificate, status."""
     title = points["kind"].iloc[0]
 
-    def panel(arm: str, part: pd.DataFrame) -> alt.Chart:
+    def panel(part: pd.DataFrame) -> alt.Chart:
         return (
             alt.Chart(part[["image", "separation", "certificate", "status"]])
             .mark_point(filled=True, size=35, opacity=0.8)
@@ -287,10 +279,9 @@ def geometry(points: pd.DataFrame) -> Panels:
                 tooltip=["image", "status", alt.Tooltip("separation:Q", format=".3f"),
                          alt.Tooltip("certificate:Q", format=".4g")],
             )
-            .properties(width=SMALL, height=SMALL, title=arm)
         )  # fmt: skip
 
-    return Panels([panel(str(arm), part) for arm, part in points.groupby("arm", sort=False)], 4)
+    return _by_arm({str(arm): part for arm, part in points.groupby("arm", sort=False)}, panel)
 
 
 def training_curves(curves: pd.DataFrame) -> Panels:
@@ -324,6 +315,12 @@ def _by_augmentation(rows: pd.DataFrame, panel: Any) -> Panels:
         for augment, part in rows.groupby("augment")
     ]
     return Panels(charts)
+
+
+def _by_arm(frames: Mapping[str, pd.DataFrame], panel: Callable[[pd.DataFrame], alt.Chart]) -> Panels:
+    """A small panel an arm, four in a row."""
+    charts = [panel(f).properties(width=SMALL, height=SMALL, title=str(arm)) for arm, f in frames.items()]
+    return Panels(charts, 4)
 
 
 def _augmented(augment: bool) -> str:
@@ -385,30 +382,30 @@ def _radius_axis(radii: Sequence[float]) -> alt.X:
     return alt.X("place:Q", title="radius ε of the attack (pixels in [0, 1])", axis=axis, scale=scale)
 
 
-def _scatter(title: str, frame: pd.DataFrame, colour: alt.Color, shape: alt.Shape, tips: list[str]) -> alt.Chart:
+def _scatter(frame: pd.DataFrame, colour: alt.Color, shape: alt.Shape, said: str) -> alt.Chart:
     bare = {"axis": None, "scale": alt.Scale(zero=False)}
-    columns = ["image", "x", "y", *tips, *(["right"] if "right" in frame else [])]
+    columns = ["image", "x", "y", said, *(["right"] if "right" in frame else [])]
     points = alt.Chart(frame[columns].round({"x": 3, "y": 3})).mark_point(filled=True, size=22, opacity=0.85)
     x, y = alt.X("x:Q", **bare), alt.Y("y:Q", **bare)
-    encoded = points.encode(x=x, y=y, color=colour, shape=shape, tooltip=["image", *tips])
-    return encoded.properties(width=SMALL, height=SMALL, title=title)
+    return points.encode(x=x, y=y, color=colour, shape=shape, tooltip=["image", said])
+
+
+def _scale(looks: Mapping[str, Any], used: pd.Series | None = None) -> alt.Scale:
+    """What stands for what, of the names that are used; of all where the same legend is to stand in every panel."""
+    names = [name for name in looks if used is None or name in set(used)]
+    return alt.Scale(domain=names, range=[looks[name] for name in names])
 
 
 def _status_colour() -> alt.Color:
-    return alt.Color(
-        "status:N", scale=alt.Scale(domain=list(STATUS_COLOURS), range=list(STATUS_COLOURS.values())), title=None
-    )
+    return alt.Color("status:N", scale=_scale(STATUS_COLOURS), title=None)
 
 
 def _status_shape() -> alt.Shape:
-    return alt.Shape(
-        "status:N", scale=alt.Scale(domain=list(STATUS_SHAPES), range=list(STATUS_SHAPES.values())), title=None
-    )
+    return alt.Shape("status:N", scale=_scale(STATUS_SHAPES), title=None)
 
 
 def _colours(rows: pd.DataFrame, legend: bool = True) -> alt.Color:
-    used = [name for name in METHOD_COLOURS if name in set(rows["method"])]
-    scale = alt.Scale(domain=used, range=[METHOD_COLOURS[name] for name in used])
+    scale = _scale(METHOD_COLOURS, rows["method"])
     return alt.Color("method:N", scale=scale, title=None, **({} if legend else {"legend": None}))
 
 
@@ -416,21 +413,16 @@ _SUPCON = alt.Legend(title=None, labelExpr="datum.label == 'none' ? 'no SupCon' 
 
 
 def _dashes(rows: pd.DataFrame) -> alt.StrokeDash:
-    used = [name for name in DASHES if name in set(rows["contrastive"])]
-    scale = alt.Scale(domain=used, range=[DASHES[name] for name in used])
-    return alt.StrokeDash("contrastive:N", scale=scale, legend=_SUPCON)
+    return alt.StrokeDash("contrastive:N", scale=_scale(DASHES, rows["contrastive"]), legend=_SUPCON)
 
 
 def _shapes(rows: pd.DataFrame) -> alt.Shape:
-    used = [name for name in SHAPES if name in set(rows["contrastive"])]
-    scale = alt.Scale(domain=used, range=[SHAPES[name] for name in used])
-    return alt.Shape("contrastive:N", scale=scale, legend=_SUPCON)
+    return alt.Shape("contrastive:N", scale=_scale(SHAPES, rows["contrastive"]), legend=_SUPCON)
 
 
 def _lighter(rows: pd.DataFrame) -> alt.Opacity:
-    used = [name for name in DASHES if name in set(rows["contrastive"])]
-    scale = alt.Scale(domain=used, range=[1.0 if name == "none" else 0.55 for name in used])
-    return alt.Opacity("contrastive:O", sort=used, scale=scale, legend=None)
+    scale = _scale(OPACITIES, rows["contrastive"])
+    return alt.Opacity("contrastive:O", sort=scale.domain, scale=scale, legend=None)
 
 
 def _number(column: str, title: str) -> alt.Tooltip:

@@ -11,8 +11,8 @@ import pandas as pd
 from rampart.errors import Contradiction
 from rampart.ledger import attack_rates, contradiction, corruption_rates, verdict_counts
 from rampart.tracking.queries import read_evidence
+from rampart.tracking.runs import LEDGER
 
-LEDGER = "ledger.parquet"
 # Runs that a note names.
 SHOWN = 6
 # Settings that two evaluations, or two verifications, have to share for their rates to be of one kind.
@@ -90,7 +90,7 @@ def ledgers(runs: pd.DataFrame, notes: list[Note]) -> dict[str, pd.DataFrame]:
     """
     found = {}
     for _, run in runs[runs["step"].isin(["evaluate", "verify"])].iterrows():
-        kept = read_evidence(run["run_id"], LEDGER)
+        kept = read_evidence(run["run_id"])
         missing = "it has no ledger" if kept is None else _incomplete(run, kept[0])
         if kept is None or missing:
             notes.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -89,19 +90,10 @@ def confusion(evidence: Evidence) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True).round({"percent": 2})
 
 
-def with_status(evidence: Evidence, eps: float) -> dict[str, pd.DataFrame]:
-    """The UMAP points by arm with a column status."""
-    found = {}
-    for arm, points in evidence.points.items():
-        known = statuses(evidence, arm, eps)
-        found[arm] = points.assign(status=points["image"].map(known).fillna("open"))
-    return found
-
-
-def geometry(evidence: Evidence, eps: float) -> pd.DataFrame:
-    """One row an image of an arm's first seed (KEYS, run, image, within, between, separation, margin, status and
-    certificate: its certified radius × 255 where `kind` says so, else the proven lower bound of its margin at ε; NaN
-    where it was not verified)."""
+def geometry(evidence: Evidence, known: Mapping[str, pd.Series]) -> pd.DataFrame:
+    """One row an image of an arm's first seed (KEYS, run, image, within, between, separation, margin, its status as
+    `known` by arm, and certificate: its certified radius × 255 where `kind` says so, else the proven lower bound of its
+    margin at the verified ε; NaN where it was not verified)."""
     verified = evidence.first("verify")
     radii = len(certified_radii(evidence)) > 0
     parts = []
@@ -109,7 +101,6 @@ def geometry(evidence: Evidence, eps: float) -> pd.DataFrame:
         if run["arm"] not in evidence.places:
             continue
         places = evidence.places[run["arm"]]
-        known = statuses(evidence, run["arm"], eps)
         frame = places.assign(separation=places["between"] - places["within"], run=run["run_id"])
         certificate = pd.Series(dtype=float)
         for home in verified.loc[(verified["arm"] == run["arm"]) & (verified["engine"] == "native"), "run_id"]:
@@ -117,7 +108,7 @@ def geometry(evidence: Evidence, eps: float) -> pd.DataFrame:
             column, scale = ("radius", 255) if radii else ("lower_bound", 1)
             certificate = scale * ledger.get(column, pd.Series(float("nan"), ledger.index)).astype(float)
         frame["certificate"] = frame["image"].map(certificate)
-        frame["status"] = frame["image"].map(known).fillna("open")
+        frame["status"] = frame["image"].map(known[run["arm"]]).fillna("open")
         parts.append(frame.assign(**{key: run[key] for key in KEYS}))
     if not parts:
         return pd.DataFrame()
@@ -169,10 +160,10 @@ def most_broken(evidence: Evidence, count: int = 10) -> Twins | None:
     alike = {
         a: k for a, k in kept.items() if np.array_equal(k["images"], newest["images"]) and k["eps"] == newest["eps"]
     }
+    homes = evidence.first("evaluate").set_index("arm")["run_id"]
     labels, fooled = None, {}
     for arm, arrays in alike.items():
-        home = str(evidence.first("evaluate").set_index("arm").loc[arm, "run_id"])
-        ledger = evidence.ledgers[home].set_index("image").loc[arrays["images"]]
+        ledger = evidence.ledgers[homes[arm]].set_index("image").loc[arrays["images"]]
         labels = ledger["label"].to_numpy()
         fooled[arm] = ledger["correct"].to_numpy() & (arrays["prediction"] != labels)
     assert labels is not None

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from rampart.reports.style import VEGA
 
 alt.data_transformers.disable_max_rows()
 
+# What a figure has once, however many charts are in it.
+OF_THE_WHOLE = ("$schema", "config", "datasets")
 RENDER = Path(__file__).with_name("render.py")
 
 
@@ -31,10 +34,18 @@ class Panels:
     charts: list[Any]
     columns: int = 2
 
-    @property
+    @cached_property
     def specs(self) -> list[dict[str, Any]]:
-        """One for each chart, in Vega-Lite."""
-        return [_spec(chart) for chart in self.charts]
+        """One for each chart, in Vega-Lite. Kept: to write and to check one takes long."""
+        return [{**chart.to_dict(), "config": VEGA} for chart in self.charts]
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """All in one; data are named by their content, so that they can be put together."""
+        data = {name: rows for spec in self.specs for name, rows in spec["datasets"].items()}
+        views = [{key: part for key, part in spec.items() if key not in OF_THE_WHOLE} for spec in self.specs]
+        whole = {key: self.specs[0][key] for key in OF_THE_WHOLE}
+        return {**whole, "datasets": data, "concat": views, "columns": self.columns}
 
 
 @dataclass(frozen=True)
@@ -52,7 +63,7 @@ def save(drawings: Mapping[str, Drawing], folder: Path) -> None:
     specs = {}
     for name, drawing in drawings.items():
         if isinstance(drawing, Panels):
-            specs[name] = _spec(alt.concat(*drawing.charts, columns=drawing.columns))
+            specs[name] = drawing.spec
             continue
         for kind in ("png", "pdf"):
             drawing.figure.savefig(folder / f"{name}.{kind}", dpi=150, bbox_inches="tight")
@@ -69,7 +80,3 @@ def _render(given: str, *words: str) -> str:
     # -P: the modules beside the program are not for it.
     command = [sys.executable, "-P", str(RENDER), *words]
     return subprocess.run(command, input=given, stdout=subprocess.PIPE, text=True, check=True, encoding="utf-8").stdout
-
-
-def _spec(chart: Any) -> dict[str, Any]:
-    return {**chart.to_dict(), "config": VEGA}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 import numpy as np
 import pandas as pd
@@ -15,6 +15,7 @@ from rampart.ledger import VERDICTS, eps_key
 from rampart.reports.checks import Note, differences, ledgers, named, unfinished
 from rampart.settings import CompareSettings, parse_eps
 from rampart.tracking.queries import find_runs, metric_history, read_arrays, read_table, run_tags, runs_by_id
+from rampart.tracking.runs import ADVERSARIAL, PLACES, POINTS
 from rampart.training.recipe import MethodName
 
 T = TypeVar("T")
@@ -91,17 +92,13 @@ def collect(experiment: str, settings: CompareSettings) -> Evidence:
     values = pd.concat([_numbers(row) for _, row in runs.iterrows() if row["step"] != "embed"], ignore_index=True)
     first = runs.iloc[0]
     embedded, evaluated = (runs[runs["step"] == step].drop_duplicates("arm") for step in ("embed", "evaluate"))
-    # Runs of older versions have left them with the model alone.
-    homes = embedded["model_run"].where(embedded["model_run"] != "", embedded["run_id"])
-    points = _read(embedded["arm"], homes, lambda run: read_table(run, "umap.parquet"))
-    points |= _read(embedded["arm"], embedded["run_id"], lambda run: read_table(run, "umap.parquet"))
     return Evidence(
         runs=pd.concat([trained, runs], ignore_index=True),
         ledgers=tables,
         values=values,
-        points=points,
-        places=_read(embedded["arm"], embedded["run_id"], lambda run: read_table(run, "geometry.parquet")),
-        examples=_read(evaluated["arm"], evaluated["run_id"], lambda run: read_arrays(run, "adversarial.npz")),
+        points=_read(embedded, _points),
+        places=_read(embedded, lambda run: read_table(run["run_id"], PLACES)),
+        examples=_read(evaluated, lambda run: read_arrays(run["run_id"], ADVERSARIAL)),
         curves=_curves(trained),
         classes=tuple(str(first["tags.rampart.class_names"]).split(",")),
         dataset=f"{first['tags.rampart.dataset']} (digest {first['digest']}, split {first['tags.rampart.split']})",
@@ -109,10 +106,16 @@ def collect(experiment: str, settings: CompareSettings) -> Evidence:
     )
 
 
-def _read(arms: pd.Series, runs: pd.Series, read: Callable[[str], T | None]) -> dict[str, T]:
+def _read(runs: pd.DataFrame, read: Callable[[dict[Any, Any]], T | None]) -> dict[str, T]:
     """What each arm's run has of an artifact, by arm."""
-    found = {arm: read(run) for arm, run in zip(arms, runs, strict=True)}
+    found = {run["arm"]: read(run) for run in runs.to_dict("records")}
     return {arm: artifact for arm, artifact in found.items() if artifact is not None}
+
+
+def _points(run: dict[Any, Any]) -> pd.DataFrame | None:
+    found = read_table(run["run_id"], POINTS)
+    # Older versions have left them with the model alone.
+    return read_table(run["model_run"], POINTS) if found is None and run["model_run"] else found
 
 
 def _nothing(experiment: str, settings: CompareSettings, notes: list[Note]) -> RampartError:

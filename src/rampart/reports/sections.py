@@ -237,17 +237,19 @@ def _embeddings(given: Material) -> Iterator[Section]:
     eps = derived.reference_eps(evidence)
     if eps is None:
         return
+    known = {arm: derived.statuses(evidence, arm, eps) for arm in evidence.points | evidence.places}
+    shown = {arm: f.assign(status=f["image"].map(known[arm]).fillna("open")) for arm, f in evidence.points.items()}
     yield Section(
         "umap_status",
         f"The same by what is known of them at ε {eps_text(eps)}",
         "proved: robust, by bounds or by branch and bound; broken: by an attack or a search; open: neither, or "
         "not tried.",
-        drawing=charts.umap_status(derived.with_status(evidence, eps)),
+        drawing=charts.umap_status(shown),
         steps=("embed",),
     )
-    points = derived.geometry(evidence, eps)
+    points = derived.geometry(evidence, known)
     if len(points):
-        shown = points[np.isfinite(points["certificate"])]
+        certified = points[np.isfinite(points["certificate"])]
         yield Section(
             "geometry",
             "Embeddings and certificates",
@@ -255,7 +257,7 @@ def _embeddings(given: Material) -> Iterator[Section]:
             "(between), and margin of the logits, over the test images of every arm's first seed; ρ: Spearman's rank "
             f"correlation with the certificate ({points['kind'].iloc[0]}) over the images that were verified.",
             tables.geometry(points),
-            charts.geometry(shown) if len(shown) else None,
+            charts.geometry(certified) if len(certified) else None,
             ("embed",),
         )
 

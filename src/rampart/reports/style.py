@@ -28,6 +28,7 @@ VERDICT_COLOURS = {
 STATUS_COLOURS = {"proved": "#009E73", "broken": "#D55E00", "open": "#999999", "misclassified": "#000000"}
 STATUS_SHAPES = {"proved": "circle", "broken": "triangle-up", "open": "square", "misclassified": "cross"}
 DASHES = {"none": [1, 0], "single": [2, 2], "double": [5, 3]}
+OPACITIES = {"none": 1.0, "single": 0.55, "double": 0.55}
 SHAPES = {"none": "circle", "single": "square", "double": "triangle-up"}
 # Ten classes, then as many hues as there are.
 CLASS_SCHEMES = {True: "tableau10", False: "turbo"}

@@ -24,9 +24,7 @@ ROW = ["arm", "engine"]
 def accuracy(summary: pd.DataFrame) -> pd.DataFrame:
     """Clean test accuracy by arm, in percent (the study's Figure 3)."""
     rows = summary[(summary["metric"] == "accuracy") & (summary["step"] == "evaluate")]
-    table = _arms(rows)
-    table["accuracy %"] = [_percent(row) for _, row in rows.iterrows()]
-    return _with_runs(table, rows)
+    return _pivoted(rows, [("accuracy %", rows["metric"] == "accuracy")], _percent)
 
 
 def by_eps(summary: pd.DataFrame, metric: str) -> pd.DataFrame:
@@ -135,7 +133,7 @@ def beside(summary: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
     table["ours %"] = [_percent(row) for _, row in rows.iterrows()]
     table["published %"] = [f"{100 * value:.2f}" for value in rows["value"]]
     table["difference"] = [f"{100 * value:+.2f}" for value in rows["mean"] - rows["value"]]
-    return _with_runs(table, rows)
+    return table.assign(runs=rows["runs"].to_list())
 
 
 def verdicts(summary: pd.DataFrame) -> pd.DataFrame:
@@ -197,12 +195,16 @@ def _pivoted(
     for name, mask in columns:
         picked = {tuple(number[row]): text(number) for _, number in rows[mask].iterrows()}
         table[name] = [picked.get(key, "-") for key in keys]
-    return table.assign(runs=[_union(rows[(rows[row] == list(key)).all(axis=1)]["runs"]) for key in keys])
+    return table.assign(runs=_runs_of(rows, "runs", row))
 
 
-def _union(runs: Iterable[str]) -> str:
-    """Of run ids, each once."""
-    return " ".join(dict.fromkeys(run for ids in runs for run in ids.split()))
+def _runs_of(rows: pd.DataFrame, column: str = "run", row: list[str] = ROW) -> list[str]:
+    """The ids of all runs behind each row of a table, each once."""
+
+    def union(runs: Iterable[str]) -> str:
+        return " ".join(dict.fromkeys(run for ids in runs for run in ids.split()))
+
+    return rows.groupby(row, sort=False)[column].agg(union).to_list()
 
 
 def _arms(rows: pd.DataFrame) -> pd.DataFrame:
@@ -214,14 +216,6 @@ def _arms(rows: pd.DataFrame) -> pd.DataFrame:
             "SupCon": ["-" if kind == "none" else kind for kind in rows["contrastive"]],
         }
     ).reset_index(drop=True)
-
-
-def _with_runs(table: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
-    return table.assign(runs=rows["runs"].to_list())
-
-
-def _runs_of(found: pd.DataFrame) -> list[str]:
-    return found.groupby(ROW, sort=False)["run"].agg(lambda runs: " ".join(dict.fromkeys(runs))).to_list()
 
 
 def _percent(row: pd.Series) -> str:

@@ -10,10 +10,9 @@ import pandas as pd
 
 from rampart.tracking import Run
 from rampart.tracking.queries import find_runs, read_table
+from rampart.tracking.runs import LEDGER
 
 log = logging.getLogger(__name__)
-
-LEDGER = "ledger.parquet"
 
 
 def interrupted(run: Run, key: str) -> tuple[str, pd.DataFrame] | None:

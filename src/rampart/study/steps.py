@@ -49,9 +49,10 @@ from rampart.settings import (
 )
 from rampart.study.identity import identity
 from rampart.study.opening import open_data, prepare
-from rampart.study.resuming import LEDGER, Paced, interrupted
+from rampart.study.resuming import Paced, interrupted
 from rampart.tracking import Run, fetch_model, open_run, source_of
 from rampart.tracking.queries import find_runs, read_arrays, run_tags
+from rampart.tracking.runs import ADVERSARIAL, LEDGER, PLACES, POINTS
 from rampart.training import train
 from rampart.verification import Progress, verify_split
 
@@ -173,7 +174,7 @@ def _evaluate(run: Run, settings: Settings, given: Mapping[str, str]) -> None:
     ledger = withstand(model, test, ledger, settings, settings.seed, settings.batch_size)
     ledger = certify(model, test, ledger, settings, Paced(lambda so_far: run.table(so_far, LEDGER)))
     rates = attack_rates(ledger)
-    run.evidence(ledger, LEDGER)
+    run.evidence(ledger)
     run.metrics({**rates, **corruption_rates(ledger)})
     run.describe(describing.evaluation(label, rates, found.verdict if found else ""))
     _finish(run, settings, subject.data)
@@ -240,7 +241,7 @@ def _verify(run: Run, settings: Settings, given: Mapping[str, str]) -> None:
         raise
     counts = verdict_counts(ledger)
     _keep(run, ledger, examples)
-    run.evidence(ledger, LEDGER)
+    run.evidence(ledger)
     if examples:
         shown = ledger[ledger["image"].isin(examples)].head(SHOWN)
         chosen = torch.tensor(shown["image"].tolist())
@@ -253,10 +254,11 @@ def _verify(run: Run, settings: Settings, given: Mapping[str, str]) -> None:
         _draw(run, "counterexamples", picture)
     run.metrics(counts)
     pictured = run.shown("counterexamples.png") if examples else ""
-    run.describe(describing.verification(label, as_text(settings, {})["eps"], counts, pictured))
+    eps = as_text(settings, {})["eps"]
+    run.describe(describing.verification(label, eps, counts, pictured))
     _finish(run, settings, data)
     said = [f"{int(n)} {k.split('/')[1]}" for k, n in counts.items() if n and k.split("/")[1] in SAID]
-    log.info("%s: %d images at ε %s: %s", label, len(ledger), as_text(settings, {})["eps"], ", ".join(said))
+    log.info("%s: %d images at ε %s: %s", label, len(ledger), eps, ", ".join(said))
 
 
 def _draw(run: Run, name: str, drawing: Drawing, home: str | None = None) -> None:
@@ -265,7 +267,7 @@ def _draw(run: Run, name: str, drawing: Drawing, home: str | None = None) -> Non
     run.file(run.scratch / f"{name}.png", home)
 
 
-EXAMPLES, ADVERSARIAL = "counterexamples.npz", "adversarial.npz"
+EXAMPLES = "counterexamples.npz"
 # Evaluations of other models whose adversarial examples are tried, and among how many they are looked for.
 SOURCES, SOUGHT = 3, 50
 # Counterexamples in a verification's picture.
@@ -305,11 +307,11 @@ def _embed(run: Run, settings: Settings, given: Mapping[str, str]) -> None:
     points = embed(subject.model, subject.test, chosen, settings, settings.seed)
     # The picture belongs to the model; a model from a file has no run but this one.
     home = subject.run or run.id
-    run.table(points, "umap.parquet")
-    run.table(points, "umap.parquet", home)
+    for place in {run.id, home}:
+        run.table(points, POINTS, place)
     _draw(run, "umap", charts.umap({label: points}, data.classes), home)
     places = geometry(subject.model, subject.test)
-    run.table(places, "geometry.parquet")
+    run.table(places, PLACES)
     means = {name: float(places[name].mean()) for name in ("within", "between", "margin")}
     run.metrics({f"embedding/{name}": value for name, value in means.items() if np.isfinite(value)})
     run.describe(describing.embedding(label, means))

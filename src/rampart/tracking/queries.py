@@ -12,6 +12,7 @@ A notebook may use it as the reports do::
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -31,17 +32,19 @@ from mlflow.utils.uri import is_local_uri
 from rampart.errors import SettingsError
 from rampart.settings import PROFILE_READERS
 from rampart.tracking import store
+from rampart.tracking.runs import LEDGER
 
 T = TypeVar("T")
 
 
 def find_runs(
-    experiment: str, tags: Mapping[str, str], status: str | None = "FINISHED", max_results: int = 100_000
+    experiment: str | None, tags: Mapping[str, str], status: str | None = "FINISHED", max_results: int = 100_000
 ) -> pd.DataFrame:
-    """Runs of an experiment whose rampart tags have these values, newest first; columns as mlflow.search_runs names
-    them (run_id, status, start_time, params.*, metrics.*, tags.*). Filtered on the server, paged by MLflow.
+    """Runs whose rampart tags have these values, newest first; columns as mlflow.search_runs names them (run_id,
+    experiment_id, status, start_time, params.*, metrics.*, tags.*). Filtered on the server, paged by MLflow.
 
     Args:
+        experiment: that they are in; None: any.
         status: that they have, or, behind an exclamation mark, have not; None: any.
     """
     parts = [f"tags.`rampart.{name}` = {_quoted(value)}" for name, value in tags.items()]
@@ -69,11 +72,15 @@ def _quoted(value: str) -> str:
 AT_ONCE = 200
 
 
-def _search(experiment: str, filtered: str, max_results: int) -> pd.DataFrame:
+def _search(experiment: str | None, filtered: str, max_results: int) -> pd.DataFrame:
     store.initialise()
     with store.asking():
         found = mlflow.search_runs(
-            [experiment], filtered, max_results=max_results, order_by=["attributes.start_time DESC"]
+            None if experiment is None else [experiment],
+            filtered,
+            max_results=max_results,
+            order_by=["attributes.start_time DESC"],
+            search_all_experiments=experiment is None,
         )
     assert isinstance(found, pd.DataFrame)
     if len(found):
@@ -126,13 +133,14 @@ def read_table(run_id: str, name: str) -> pd.DataFrame | None:
     return _read(run_id, name, pd.read_parquet)
 
 
-def read_evidence(run_id: str, name: str) -> tuple[pd.DataFrame, str] | None:
-    """A Parquet artifact of a run with its digest, as `Run.evidence` has kept it; None where it has none."""
+def read_evidence(run_id: str) -> tuple[pd.DataFrame, str] | None:
+    """A run's ledger with its digest, as `Run.evidence` has kept it; None where it has none."""
 
     def read(path: Path) -> tuple[pd.DataFrame, str]:
-        return pd.read_parquet(path), hashlib.sha256(path.read_bytes()).hexdigest()
+        content = path.read_bytes()
+        return pd.read_parquet(io.BytesIO(content)), hashlib.sha256(content).hexdigest()
 
-    return _read(run_id, name, read)
+    return _read(run_id, LEDGER, read)
 
 
 def read_arrays(run_id: str, name: str) -> dict[str, np.ndarray] | None:

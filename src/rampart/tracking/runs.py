@@ -34,7 +34,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# Artifacts that one step leaves and another reads.
 LAST_CHECKPOINT = "checkpoints/last.safetensors"
+LEDGER = "ledger.parquet"
+ADVERSARIAL = "adversarial.npz"
+POINTS, PLACES = "umap.parquet", "geometry.parquet"
 
 
 class Run:
@@ -103,11 +107,11 @@ class Run:
         frame.to_parquet(path, index=False)
         self.client.log_artifact(run_id or self.id, str(path))
 
-    def evidence(self, frame: pd.DataFrame, name: str) -> None:
-        """A finished table that this run's metrics can be computed from: its digest is kept with them, so that a table
+    def evidence(self, ledger: pd.DataFrame) -> None:
+        """The finished ledger, which this run's metrics can be computed from: its digest is kept with them, so that one
         that takes its place is noticed."""
-        self.table(frame, name)
-        self.tags({"ledger_digest": hashlib.sha256((self.scratch / name).read_bytes()).hexdigest()})
+        self.table(ledger, LEDGER)
+        self.tags({"ledger_digest": hashlib.sha256((self.scratch / LEDGER).read_bytes()).hexdigest()})
 
     def csv(self, frame: pd.DataFrame, name: str) -> None:
         """A table as a CSV artifact, for people."""
@@ -172,7 +176,8 @@ def open_run(step: str, parent: str | None = None) -> Iterator[Run]:
     initialise()
     # How busy the machine was; with MLflow's own ten seconds a short training would have nothing of that.
     measured = step == "train"
-    mlflow.set_system_metrics_sampling_interval(2)
+    if measured:
+        mlflow.set_system_metrics_sampling_interval(2)
     # Taken out: it is this run's alone, not that of runs nested in it or of child processes.
     resumed = os.environ.pop("MLFLOW_RUN_ID", None)
     if resumed:

@@ -55,6 +55,7 @@ def test_intervals_and_tests_are_those_of_the_textbooks() -> None:
     found = claims(given, 0.1)
     row = found[found["metric"] == "accuracy"].iloc[0]
     runs = given.of("evaluate").set_index(["arm", "seed"])["run_id"]
+    assert set(row["runs"].split()) == set(runs)
     correct = {
         (arm, seed): given.ledgers[runs[arm, str(seed)]]["correct"].to_numpy()
         for arm in ("normal", "normal+supcon-double")

@@ -112,5 +112,5 @@ def _description(run: Run, chosen: list[Section]) -> str:
 def _write(name: str, title: str, table: pd.DataFrame, folder: Path) -> None:
     table.to_csv(folder / f"{name}.csv", index=False)
     (folder / f"{name}.md").write_text(tables.markdown(table) + "\n", encoding="utf-8")
-    latex = tables.latex(table.drop(columns="runs", errors="ignore"), title, f"tab:{name}")
+    latex = tables.latex(table.drop(columns="runs"), title, f"tab:{name}")
     (folder / f"{name}.tex").write_text(latex, encoding="utf-8")

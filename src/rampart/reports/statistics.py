@@ -48,7 +48,8 @@ class Claim:
 def claims(evidence: Evidence, eps: float | None) -> pd.DataFrame:
     """A row a claim and metric: the Claim's fields; metric, eps; difference (of shares of the images that both arms
     have: arm less other, the mean over common seeds, or of the first seeds where there is none in common); seeds,
-    seed_low, seed_high, seed_p (NaN where it cannot be said); images, image_low, image_high, image_p; finding."""
+    seed_low, seed_high, seed_p (NaN where it cannot be said); images, image_low, image_high, image_p; runs, the ids of
+    those compared; finding."""
     outcomes = {name: _outcomes(evidence, name, eps) for name in METRICS}
     rows = []
     for claim, (metric, sources) in product(_pairs(evidence), outcomes.items()):
@@ -101,8 +102,8 @@ Outcomes = dict[str, dict[str, pd.Series]]
 
 
 def _outcomes(evidence: Evidence, metric: str, eps: float | None) -> list[Outcomes]:
-    """Whether the metric counts an image, by image, seed and arm: as evaluations say and, of certified accuracy, as
-    verifications do."""
+    """Whether the metric counts an image, by image, seed and arm, named after the run: as evaluations say and, of
+    certified accuracy, as verifications do."""
     sources: list[Outcomes] = []
     for step in ("evaluate", "verify") if metric == "certified accuracy" else ("evaluate",):
         found: Outcomes = {}
@@ -113,7 +114,7 @@ def _outcomes(evidence: Evidence, metric: str, eps: float | None) -> list[Outcom
                 continue
             outcome = _outcome(evidence.ledgers[run["run_id"]].set_index("image"), metric, eps)
             if outcome is not None:
-                found.setdefault(run["arm"], {})[run["seed"]] = outcome
+                found.setdefault(run["arm"], {})[run["seed"]] = outcome.rename(run["run_id"])
         sources.append(found)
     return sources
 
@@ -145,7 +146,13 @@ def _compared(ours: dict[str, pd.Series], theirs: dict[str, pd.Series]) -> dict[
     sides = [[side.loc[images].to_numpy(dtype=bool) for side in pair] for pair in pairs]
     differences = np.array([one.astype(float) - two for one, two in sides])
     by_seed = differences.mean(1)
-    found: dict[str, Any] = {"difference": by_seed.mean(), "seeds": len(seeds), "images": len(images)}
+    runs = " ".join(str(side.name) for pair in pairs for side in pair)
+    found: dict[str, Any] = {
+        "difference": by_seed.mean(),
+        "seeds": len(seeds),
+        "images": len(images),
+        "runs": runs,
+    }
     found |= dict.fromkeys(("seed_low", "seed_high", "seed_p"), float("nan"))
     # Without any spread the t statistic is not defined.
     if len(seeds) >= ENOUGH and np.ptp(by_seed) > 1e-9:
@@ -210,6 +217,7 @@ def claim_table(found: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
                 "p (McNemar)": f"{row['image_p']:.2g}",
                 "n": f"{row['seeds']} seeds, {row['images']} images",
                 **({"published": theirs(row)} if len(published) else {}),
+                "runs": row["runs"],
             }
         )
     return pd.DataFrame(rows)

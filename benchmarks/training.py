@@ -26,7 +26,8 @@ from rampart.evaluation import AttackPlan, evaluate
 from rampart.kernels import compiling
 from rampart.models import Classifier, build_model, load_model
 from rampart.training import Recipe, train
-from rampart.training.loop import Streams, fit
+from rampart.training.loop import fit
+from rampart.training.state import State, Streams
 from rampart.training.train import stages
 
 BATCH = 128
@@ -63,7 +64,7 @@ class Silent:
 
     def metrics(self, values: Mapping[str, float], step: int) -> None: ...
 
-    def checkpoint(self, model: Classifier) -> str:
+    def checkpoint(self, model: Classifier, state: State) -> str:
         return ""
 
 

@@ -113,7 +113,7 @@ def test_checkpoints_and_models_without_an_arm_are_no_arms() -> None:
 
     none = {"arm": None, "contrastive": None}
     arm = evaluated("1110", "runs:/a/model", "1")
-    checkpoint = evaluated("1100", "runs:/a/checkpoints/last.safetensors", "2")
+    checkpoint = evaluated("1100", "runs:/a/checkpoints/even.safetensors", "2")
     # A tuning's trial has a method, but is no arm; files may be called like one, and like each other.
     tuned = evaluated("1000", "models:/rampart-x@tuned", "3", **none)
     files = [evaluated("1111", f"{name}/normal.npz", weights, **none, method=None) for name, weights in ("a4", "b5")]

@@ -19,6 +19,7 @@ from rampart.models import build_model
 from rampart.tracking import fetch_model, initialise, open_run, source_of
 from rampart.tracking.queries import find_runs, read_table, run_tags
 from rampart.tracking.store import sweep
+from rampart.training import State
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,7 +49,7 @@ def test_models_come_back_equal_by_run_and_by_registered_name() -> None:
     x = torch.rand(4, 3, 32, 32)
     with open_run("train") as run:
         model_id = run.model(model, x[:2])
-        last = run.checkpoint(model)
+        last = run.checkpoint(model, State("train", 1, 0, 0, 1, 0.0, {"loss_sum": torch.zeros(())}))
     with torch.no_grad():
         expected = model(x)
         uri = f"runs:/{run.id}/model"

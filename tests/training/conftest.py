@@ -9,19 +9,23 @@ import torch
 from torch import Tensor
 
 from rampart.models import Classifier
+from rampart.training import State
 
 
 class ListRecorder:
-    """What a training told: metrics by step, and a copy of the weights at every checkpoint."""
+    """What a training told: metrics by step, and at every checkpoint a copy of the weights, and the state with
+    the number of metrics' reports before it."""
 
     def __init__(self) -> None:
+        self.kept: list[tuple[int, State]] = []
         self.told: list[tuple[int, dict[str, float]]] = []
         self.states: list[dict[str, Tensor]] = []
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         self.told.append((step, dict(values)))
 
-    def checkpoint(self, model: Classifier) -> str:
+    def checkpoint(self, model: Classifier, state: State) -> str:
+        self.kept.append((len(self.told), state))
         self.states.append({name: value.clone() for name, value in model.state_dict().items()})
         return f"<checkpoint {len(self.states) - 1}>"
 

@@ -26,10 +26,11 @@ from rampart.settings import TrainSettings, resolve
 from rampart.study.steps import run_step
 from rampart.tracking import fetch_model
 from rampart.tracking.queries import find_runs, read_text, run_tags
-from rampart.training.loop import Recorder
+from rampart.training import Recorder, State
 from rampart.tuning import tuned_texts
 
 SMALL = {"width": "0.125", "threads": "1"}
+AT = State("train", 1, 0, 0, 1, 0.0, {})
 
 
 def curve(settings: TrainSettings, epoch: int) -> float:
@@ -45,10 +46,10 @@ def quick_training(monkeypatch: pytest.MonkeyPatch) -> list[TrainSettings]:
     def train(settings: TrainSettings, data: Dataset, recorder: Recorder, *_: object) -> Classifier:
         begun.append(settings)
         model = build_model("paper-cnn", data.in_shape, len(data.classes), 0.125).eval()
-        recorder.checkpoint(model)
+        recorder.checkpoint(model, AT)
         for epoch in range(1, settings.epochs + 1):
             recorder.metrics({"val/accuracy": curve(settings, epoch)}, step=epoch)
-            recorder.checkpoint(model)
+            recorder.checkpoint(model, AT)
         recorder.metrics({"train/best_epoch": settings.epochs}, step=settings.epochs)
         return model
 

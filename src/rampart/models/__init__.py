@@ -1,5 +1,5 @@
 from rampart.models.chain import Chain, Layout
-from rampart.models.checkpoints import load_model, save_model, weights_digest
+from rampart.models.checkpoints import load_model, read_beside, save_model, weights_digest
 from rampart.models.classifier import Classifier, Normalize, build_model, interval_init, logits_of, predict
 from rampart.models.folded import Folded
 
@@ -14,6 +14,7 @@ __all__ = [
     "load_model",
     "logits_of",
     "predict",
+    "read_beside",
     "save_model",
     "weights_digest",
 ]

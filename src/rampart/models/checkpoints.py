@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,22 +21,62 @@ from rampart.models.classifier import Classifier, build_model
 STUDY_NAMES = {"encoder.encoder.": "encoder.features.", "encoder.proj.": "encoder.projection.", "classifier.": ""}
 
 
-def save_model(model: Classifier, path: str | Path) -> None:
-    """Writes weights and architecture as safetensors; the file appears whole or not at all."""
+# What a file holds beside a model, of whoever wrote it.
+BESIDE = "beside/"
+
+
+def save_model(
+    model: Classifier,
+    path: str | Path,
+    tensors: Mapping[str, Tensor] | None = None,
+    numbers: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes weights and architecture as safetensors; the file appears whole or not at all, and has a checksum.
+
+    Args:
+        tensors: what else the file shall hold, and `numbers` (anything that JSON knows); `read_beside` reads both.
+    """
     from safetensors.torch import save_file
 
-    tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    held = dict(model.state_dict()) | {f"{BESIDE}{name}": value for name, value in (tensors or {}).items()}
+    held = {name: value.detach().cpu().contiguous() for name, value in held.items()}
+    told = {"architecture": json.dumps(asdict(model.architecture)), "beside": json.dumps(dict(numbers or {}))}
     partial = f"{path}.partial"
-    save_file(tensors, partial, metadata={"architecture": json.dumps(asdict(model.architecture))})
+    save_file(held, partial, metadata={**told, "digest": _digest(held, told)})
     os.replace(partial, path)
+
+
+def read_beside(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and numbers that `save_model` has written beside a model.
+
+    Raises:
+        ModelError: the file is missing, broken or of another kind.
+    """
+    try:
+        held, told = _read_checked(Path(path))
+        found = {name.removeprefix(BESIDE): value for name, value in held.items() if name.startswith(BESIDE)}
+        return found, json.loads(told["beside"])
+    except ModelError:
+        raise
+    except Exception as error:  # safetensors and json share no base class
+        raise _foreign(path, error) from error
 
 
 def weights_digest(model: nn.Module) -> str:
     """Tells networks of the same architecture apart, wherever their weights came from."""
-    sha = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
+    return _digest(model.state_dict(), {})[:12]
+
+
+def _digest(tensors: Mapping[str, Tensor], told: Mapping[str, str]) -> str:
+    sha = hashlib.sha256(json.dumps(dict(told), sort_keys=True).encode() if told else b"")
+    for name, value in sorted(tensors.items()):
         sha.update(f"{name}{tuple(value.shape)}".encode() + value.detach().cpu().contiguous().numpy().tobytes())
-    return sha.hexdigest()[:12]
+    return sha.hexdigest()
+
+
+def _foreign(path: str | Path, error: Exception) -> ModelError:
+    reason = " ".join(str(error).split())[:200]
+    return ModelError(f"'{path}' does not hold the weights of a known model: {reason}")
 
 
 def load_model(path: str | Path) -> Classifier:
@@ -57,21 +99,30 @@ def load_model(path: str | Path) -> Classifier:
     except ModelError:
         raise
     except Exception as error:  # torch, numpy and safetensors share no base class for a broken or foreign file
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(f"'{path}' does not hold the weights of a known model: {reason}") from error
+        raise _foreign(path, error) from error
     return model.eval()
 
 
 def _read_safetensors(file: Path) -> tuple[Classifier, dict[str, Tensor]]:
+    held, told = _read_checked(file)
+    if "architecture" not in told:
+        raise ModelError(f"'{file}' does not say its architecture: save models with rampart.models.save_model")
+    known = json.loads(told["architecture"])
+    model = build_model(known["name"], tuple(known["in_shape"]), known["classes"], known["width"])
+    return model, {name: value for name, value in held.items() if not name.startswith(BESIDE)}
+
+
+def _read_checked(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors and texts; a file without a checksum, of an older version, is taken as it is."""
     from safetensors import safe_open
 
     with safe_open(file, "pt") as stored:
-        metadata = stored.metadata() or {}
-        if "architecture" not in metadata:
-            raise ModelError(f"'{file}' does not say its architecture: save models with rampart.models.save_model")
-        known = json.loads(metadata["architecture"])
-        model = build_model(known["name"], tuple(known["in_shape"]), known["classes"], known["width"])
-        return model, {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a dict)
+        told = stored.metadata() or {}
+        held = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a dict)
+    digest = told.pop("digest", None)
+    if digest is not None and digest != _digest(held, told):
+        raise ModelError(f"'{file}' is broken: its checksum does not match what it holds")
+    return held, told
 
 
 def _read_study(file: Path) -> tuple[Classifier, dict[str, Tensor]]:

@@ -155,6 +155,9 @@ class _Block(nn.Module):
 def _resnet(in_shape: tuple[int, int, int], width: float) -> tuple[nn.Module, int]:
     """A strided convolution, three residual blocks, average pooling, a linear map."""
     stem, first, second, embedding = _scaled(width, 32, 64, 128, 128)
+    # On CPUs with AVX2 alone, PyTorch 2.8's gradient of a strided 1x1 convolution by its weights writes past its memory
+    # where there are fewer input channels.
+    stem, first = max(stem, 8), max(first, 8)
     rows, columns = ((size + 7) // 8 for size in in_shape[1:])
     pool = 2 if rows % 2 == columns % 2 == 0 else 1
     body = nn.Sequential(

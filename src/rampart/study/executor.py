@@ -97,7 +97,7 @@ def _run_side_by_side(arms: Arms, jobs: list[tuple[Arm, int]], workers: int) -> 
     failures: dict[str, str] = {}
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_worker)
-    futures = {pool.submit(arms.run, arm, seed, WORKER_STEPS): (arm, seed) for arm, seed in jobs}
+    futures = {pool.submit(_work, arms, arm, seed): (arm, seed) for arm, seed in jobs}
     try:
         for future in tqdm(as_completed(futures), total=len(futures), desc="study", unit="arm", disable=None):
             arm, seed = futures[future]
@@ -180,6 +180,15 @@ def arm_texts(given: Mapping[str, str], step: str, arm: Arm, seed: int, profile:
     if step in ("train", "tune"):
         return texts | {"method": arm.method, "augment": str(arm.augment), "contrastive": arm.contrastive}
     return texts | {"model": model}
+
+
+def _work(arms: Arms, arm: Arm, seed: int) -> list[Member]:
+    """What a worker does of one arm."""
+    try:
+        return arms.run(arm, seed, WORKER_STEPS)
+    except KeyboardInterrupt:
+        # Told to stop, and its run is closed: the pool would give it the next arm.
+        os._exit(130)
 
 
 def _worker() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +50,13 @@ from rampart.settings import (
     resolve,
 )
 from rampart.study.identity import identity
-from rampart.study.opening import open_data, prepare
-from rampart.study.resuming import Paced, interrupted
+from rampart.study.opening import data_of, open_data, prepare
+from rampart.study.resuming import Paced, interrupted, interrupted_training
 from rampart.tracking import Run, fetch_model, open_run, source_of
-from rampart.tracking.queries import find_runs, read_arrays, run_tags
+from rampart.tracking.later import Later
+from rampart.tracking.queries import find_runs, metric_history, metric_names, read_arrays, run_tags
 from rampart.tracking.runs import ADVERSARIAL, LEDGER, PLACES, POINTS
-from rampart.training import train
+from rampart.training import State, train
 from rampart.verification import Progress, verify_split
 
 log = logging.getLogger(__name__)
@@ -82,37 +85,51 @@ def run_step(step: str, given: Mapping[str, str], study: str | None = None) -> s
 def _train(run: Run, settings: Settings, given: Mapping[str, str]) -> None:
     assert isinstance(settings, TrainSettings)
     arm = Arm(settings.method, settings.augment, settings.contrastive)
+    device = prepare(settings)
+    key = identity("train", settings, data_of(settings).digest)
+    before = interrupted_training(run, key)
     run.name(f"{arm.name} s{settings.seed}")
     run.tags({"method": arm.method, "augment": arm.augment, "contrastive": arm.contrastive, "arm": arm.name})
     run.tags({"seed": settings.seed, "train_profile": settings.profile})
-    device = prepare(settings)
     data = open_data(run, settings)
-    epochs = Epochs(run)
-    model = train(settings, data, epochs, settings, settings.seed, device)
+    with Later() as later:
+        epochs = Epochs(run, later)
+        model = train(settings, data, epochs, settings, settings.seed, device, before)
     run.about(run.model(model, to_pixels(data.val.images[:2])), "val")
     chosen = epochs.chosen()
     run.metrics(chosen)
     run.describe(describing.training(arm, settings, chosen))
-    run.tags({"identity": identity("train", settings, data.digest)})
+    run.tags({"identity": key})
     log.info("%s s%d: trained, logged as runs:/%s/model", arm.name, settings.seed, run.id)
 
 
-class Epochs:
-    """A run as the Recorder of a training, which remembers what the kept epoch was like."""
+BEST = "/best_epoch"
 
-    def __init__(self, run: Run) -> None:
-        self.run, self.checkpoint = run, run.checkpoint
+
+class Epochs:
+    """A run as the Recorder of a training, which waits for nothing, and remembers what the kept epoch was like."""
+
+    def __init__(self, run: Run, later: Later) -> None:
+        self.run, self.later = run, later
         self.seen: dict[int, dict[str, float]] = {}
-        self.best = 0
+        # Of a training that is gone on with, epochs that its last checkpoint has not seen may have been told of.
+        for name, step, value in metric_history(run.id, metric_names(run.id)).itertuples(index=False):
+            self.seen.setdefault(step, {})[name] = value
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        self.run.metrics(values, step)
-        self.seen.setdefault(step, {}).update(values)
-        self.best = next((int(v) for k, v in values.items() if k.endswith("/best_epoch")), self.best)
+        known = self.seen.setdefault(step, {})
+        new = {name: value for name, value in values.items() if name not in known}
+        known.update(new)
+        self.later.do(partial(self.run.metrics, new, step))
+
+    def checkpoint(self, model: Classifier, state: State) -> str:
+        self.later.do(partial(self.run.checkpoint, copy.deepcopy(model), state))
+        return self.run.checkpoint_place(state)
 
     def chosen(self) -> dict[str, float]:
         """kept/<metric> on the validation images of the epoch whose weights the model has."""
-        values = self.seen.get(self.best, {}).items()
+        bests = [values[name] for _, values in sorted(self.seen.items()) for name in values if name.endswith(BEST)]
+        values = self.seen.get(int(bests[-1]), {}).items()
         return {f"kept/{name.removeprefix('val/')}": value for name, value in values if name.startswith("val/")}
 
 

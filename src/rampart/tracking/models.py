@@ -74,7 +74,7 @@ def register(run_id: str, name: str, alias: str, reasons: Mapping[str, str] | No
 def fetch_model(uri: str) -> Classifier:
     """The model at `runs:/<run id>/model`, `models:/<name>/<version>`, `models:/<name>@<alias>`, or in a file.
 
-    Also takes a run's weights file: `runs:/<run id>/checkpoints/last.safetensors`.
+    Also takes a run's weights file: `runs:/<run id>/checkpoints/even.safetensors`.
 
     Raises:
         ModelError: there is none, or it is no model of ours.

@@ -30,9 +30,11 @@ from mlflow.utils.file_utils import local_file_uri_to_path
 from mlflow.utils.uri import is_local_uri
 
 from rampart.errors import SettingsError
+from rampart.models import read_beside
 from rampart.settings import PROFILE_READERS
 from rampart.tracking import store
 from rampart.tracking.runs import LEDGER
+from rampart.training import State
 
 T = TypeVar("T")
 
@@ -116,6 +118,12 @@ def metric_history(run_id: str, metrics: Iterable[str]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["metric", "step", "value"])
 
 
+def metric_names(run_id: str) -> list[str]:
+    """The metrics that a run has told of, but for the machine's."""
+    with store.asking():
+        return [name for name in MlflowClient().get_run(run_id).data.metrics if not name.startswith("system/")]
+
+
 def run_tags(run_id: str) -> dict[str, str]:
     """A run's rampart tags, without their prefix.
 
@@ -148,6 +156,20 @@ def read_arrays(run_id: str, name: str) -> dict[str, np.ndarray] | None:
     return _read(run_id, name, lambda path: dict(np.load(path, allow_pickle=False)))
 
 
+def read_checkpoint(run_id: str, name: str) -> State | None:
+    """Where a training stood when it left this checkpoint; None where there is none of that name.
+
+    Raises:
+        ModelError: it is broken.
+    """
+
+    def read(path: Path) -> State:
+        tensors, numbers = read_beside(path)
+        return State(tensors=tensors, **numbers)
+
+    return _read(run_id, name, read)
+
+
 def _read(run_id: str, name: str, read: Callable[[Path], T]) -> T | None:
     with store.asking():
         place = _place(run_id)
@@ -156,10 +178,11 @@ def _read(run_id: str, name: str, read: Callable[[Path], T]) -> T | None:
             path = Path(local_file_uri_to_path(place)) / name
             return read(path) if path.exists() else None
         client = MlflowClient()
-        if name not in {artifact.path for artifact in client.list_artifacts(run_id)}:
+        folder, _, _ = name.rpartition("/")
+        if name not in {artifact.path for artifact in client.list_artifacts(run_id, folder or None)}:
             return None
-        with tempfile.TemporaryDirectory(prefix="rampart-") as folder:
-            return read(Path(client.download_artifacts(run_id, name, folder)))
+        with tempfile.TemporaryDirectory(prefix="rampart-") as place:
+            return read(Path(client.download_artifacts(run_id, name, place)))
 
 
 def _place(run_id: str) -> str:

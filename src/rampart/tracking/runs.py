@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 import mlflow
@@ -28,6 +28,7 @@ from rampart.data import Dataset
 from rampart.errors import RampartError
 from rampart.models import Classifier, save_model
 from rampart.tracking.store import experiment_id, initialise, process_tags, sweep
+from rampart.training import State
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,17 +36,20 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # Artifacts that one step leaves and another reads.
-LAST_CHECKPOINT = "checkpoints/last.safetensors"
+# The newest is in one of them while the other one is written.
+CHECKPOINTS = ("checkpoints/even.safetensors", "checkpoints/odd.safetensors")
 LEDGER = "ledger.parquet"
 ADVERSARIAL = "adversarial.npz"
 POINTS, PLACES = "umap.parquet", "geometry.parquet"
+# Steps whose runs have system metrics.
+MEASURED = ("train",)
 
 
 class Run:
-    """The active run of a step. Also the Recorder that training reports to."""
+    """The active run of a step; `given`: `mlflow run` has started it."""
 
-    def __init__(self, run_id: str, experiment: str, step: str) -> None:
-        self.id, self.experiment, self.step = run_id, experiment, step
+    def __init__(self, run_id: str, experiment: str, step: str, given: bool = False) -> None:
+        self.id, self.experiment, self.step, self.given = run_id, experiment, step, given
         self.client = MlflowClient()
         self.subject: dict[str, str] = {}
         self.splits: dict[str, dict[str, str]] = {}
@@ -53,6 +57,21 @@ class Run:
 
     def close(self) -> None:
         shutil.rmtree(self.scratch, ignore_errors=True)
+
+    def go_on_in(self, run_id: str) -> None:
+        """From now on this is the run `run_id`, which had ended before its time. The run that was open until now is
+        taken away or, if `mlflow run` has started it and will ask for it, says where things go on."""
+        mlflow.end_run("FINISHED")
+        if self.given:
+            self.name(f"{self.step}, goes on in {run_id[:8]}")
+            self.tags({"step": "resume", "goes_on_in": run_id})
+        else:
+            self.client.delete_run(self.id)
+        self.id = run_id
+        mlflow.start_run(run_id, nested=True, log_system_metrics=self.step in MEASURED)
+        self.client.log_batch(run_id, tags=[RunTag(k, v) for k, v in process_tags().items()])
+        with suppress(MlflowException):  # of the process that was stopped
+            self.client.delete_tag(run_id, "rampart.error")
 
     def name(self, name: str) -> None:
         self.client.set_tag(self.id, "mlflow.runName", name)
@@ -91,11 +110,15 @@ class Run:
         """A picture among the run's artifacts, for `describe`."""
         return f"![{name}](get-artifact?path={name}&run_uuid={self.id})"
 
-    def checkpoint(self, model: Classifier) -> str:
-        path = self.scratch / Path(LAST_CHECKPOINT).name
-        save_model(model, path)
-        self.client.log_artifact(self.id, str(path), str(Path(LAST_CHECKPOINT).parent))
-        return f"runs:/{self.id}/{LAST_CHECKPOINT}"
+    def checkpoint(self, model: Classifier, state: State) -> str:
+        """Keeps a training's weights and state, and says where."""
+        place = PurePosixPath(CHECKPOINTS[state.epoch % 2])
+        save_model(model, self.scratch / place.name, state.tensors, state.numbers())
+        self.client.log_artifact(self.id, str(self.scratch / place.name), str(place.parent))
+        return self.checkpoint_place(state)
+
+    def checkpoint_place(self, state: State) -> str:
+        return f"runs:/{self.id}/{CHECKPOINTS[state.epoch % 2]}"
 
     def file(self, path: Path, run_id: str | None = None) -> None:
         """A file as an artifact of this run, or of another."""
@@ -175,7 +198,7 @@ def open_run(step: str, parent: str | None = None) -> Iterator[Run]:
     """
     initialise()
     # How busy the machine was; with MLflow's own ten seconds a short training would have nothing of that.
-    measured = step == "train"
+    measured = step in MEASURED
     if measured:
         mlflow.set_system_metrics_sampling_interval(2)
     # Taken out: it is this run's alone, not that of runs nested in it or of child processes.
@@ -189,7 +212,7 @@ def open_run(step: str, parent: str | None = None) -> Iterator[Run]:
         active = mlflow.start_run(experiment_id=experiment, run_name=step, nested=True, log_system_metrics=measured)
         if parent:  # MLflow would take the active run or none, but a trial's belongs to the run that began its study
             MlflowClient().set_tag(active.info.run_id, "mlflow.parentRunId", parent)
-    run = Run(active.info.run_id, experiment, step)
+    run = Run(active.info.run_id, experiment, step, bool(resumed))
     status = "FAILED"
     try:
         run.tags({"step": step, **versions(), **git(), **({"study": parent} if parent else {})})

@@ -23,6 +23,8 @@ from rampart.training.criterion import Criterion
 from rampart.training.methods import Method
 from rampart.training.recipe import Recipe
 from rampart.training.schedules import lr_factor, warmed_eps
+from rampart.training.state import Progress, State, Streams
+from rampart.training.stopping import stoppable
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +34,9 @@ class Recorder(Protocol):
 
     def metrics(self, values: Mapping[str, float], step: int) -> None: ...
 
-    def checkpoint(self, model: Classifier) -> str:
-        """Keeps the model of an epoch, in place of the one before, and says where."""
+    def checkpoint(self, model: Classifier, state: State) -> str:
+        """Keeps the model of an epoch, in place of the one before, and says where; with the `state` training can go
+        on from there."""
         ...
 
 
@@ -48,14 +51,6 @@ class Stage:
     criterion: Criterion
 
 
-@dataclass
-class Streams:
-    """Random states: `order` on the CPU, `device` (augmentation and attack starts) where the data are."""
-
-    order: torch.Generator
-    device: torch.Generator
-
-
 def fit(
     stage: Stage,
     model: Classifier,
@@ -65,11 +60,16 @@ def fit(
     streams: Streams,
     recorder: Recorder,
     first_epoch: int,
+    before: State | None = None,
 ) -> int:
     """Trains `stage` and leaves the chosen epoch's weights in `model`; returns that epoch, counted from `first_epoch`.
 
+    Args:
+        before: where an interrupted training of the stage stood, which is gone on with.
+
     Raises:
         TrainingDiverged: a loss became NaN or infinite; the last good checkpoint is named.
+        KeyboardInterrupt: it was asked to stop, and has left a checkpoint.
     """
     trained = stage.trained
     for parameter in model.parameters():
@@ -83,23 +83,26 @@ def fit(
     maps = [m.weight for m in trained.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     steps = math.ceil(len(data.train) / recipe.batch_size)
     total = stage.epochs * steps
-    best, best_score, best_state = first_epoch, -math.inf, copy.deepcopy(model.state_dict())
-    kept = recorder.checkpoint(model)
+    # Summed up on the device: fetching a loss would wait for the device at every step.
+    at = Progress(model, optimizer, average, streams, first_epoch, torch.zeros((), device=data.train.labels.device))
+    if before is not None:
+        at.restore(before)
+    kept = recorder.checkpoint(model, at.state(stage.name))
 
     def shuffled() -> Iterator[tuple[Tensor, Tensor]]:
-        """The training batches of one epoch, augmented."""
-        for x, y in batches(data.train, recipe.batch_size, streams.order, drop_single=True):
+        """The training batches of one epoch, augmented; of the one under way those that are not done."""
+        for x, y in islice(batches(data.train, recipe.batch_size, streams.order, drop_single=True), at.batch, None):
             yield (augmentation(x, streams.device) if augmentation is not None else x), y
 
-    with tqdm(total=total, desc=stage.name, unit="batch", disable=None, leave=False) as bar:
-        for epoch in range(first_epoch, first_epoch + stage.epochs):
+    done = (at.epoch - first_epoch) * steps + at.batch
+    with stoppable() as stop, tqdm(total=total, initial=done, desc=stage.name, unit="batch", disable=None) as bar:
+        while at.epoch < first_epoch + stage.epochs:
             # A frozen part keeps its running statistics, too.
             model.eval()
             trained.train()
-            loss_sum, seen, started = torch.zeros((), device=data.train.labels.device), 0, time.perf_counter()
-            eps = 0.0
-            for i, (x, y) in enumerate(shuffled()):
-                progress = ((epoch - first_epoch) * steps + i) / total
+            eps, first, started = 0.0, at.seen, time.perf_counter()
+            for x, y in shuffled():
+                progress = ((at.epoch - first_epoch) * steps + at.batch) / total
                 eps = warmed_eps(recipe.eps, recipe.eps_warmup, progress)
                 for group in optimizer.param_groups:
                     group["lr"] = recipe.lr * lr_factor(recipe.schedule, progress)
@@ -113,15 +116,17 @@ def fit(
                 optimizer.step()
                 if average is not None:
                     average.update_parameters(model)
-                # Kept on the device: fetching it would wait for the device at every step.
-                loss_sum += loss.detach() * len(y)
-                seen += len(y)
+                at.count(loss, len(y))
                 bar.update()
-            mean_loss = loss_sum.item() / seen
+                if stop.asked:
+                    recorder.checkpoint(model, at.state(stage.name))
+                    raise KeyboardInterrupt
+            mean_loss = at.loss_sum.item() / at.seen
             seconds = time.perf_counter() - started
             live = copy.deepcopy(model.state_dict())
             if average is not None:
                 model.load_state_dict(average.module.state_dict())
+            seen, at.batch = at.seen - first, 0
             if recipe.bn_batches:
                 measure_statistics(stage, model, islice(shuffled(), recipe.bn_batches))
             score, validation = validate(stage, model, data, recipe, streams.device)
@@ -129,7 +134,7 @@ def fit(
             if not (math.isfinite(mean_loss) and math.isfinite(score)):
                 raise TrainingDiverged(
                     f"the loss became {mean_loss if not math.isfinite(mean_loss) else score} "
-                    f"in epoch {epoch} ({stage.name}): lower lr (now {recipe.lr:g}) or eps; "
+                    f"in epoch {at.epoch} ({stage.name}): lower lr (now {recipe.lr:g}) or eps; "
                     f"the last good checkpoint is {kept}"
                 )
             recorder.metrics(
@@ -140,17 +145,21 @@ def fit(
                     f"{stage.name}/images_per_second": seen / seconds,
                     **validation,
                 },
-                step=epoch,
+                step=at.epoch,
             )
-            kept = recorder.checkpoint(model)
+            if recipe.select == "last" or score >= at.best_score:
+                # Of equal epochs the later one: it has seen more images at full ε.
+                at.choose(score)
+            at.next_epoch()
+            kept = recorder.checkpoint(model, at.state(stage.name, live))
             bar.set_postfix({"loss": f"{mean_loss:.3f}", **{k: f"{v:.3f}" for k, v in validation.items()}})
-            # Of equal epochs the later one: it has seen more images at full ε.
-            if recipe.select == "last" or score >= best_score:
-                best, best_score, best_state = epoch, score, copy.deepcopy(model.state_dict())
             model.load_state_dict(live)
-    model.load_state_dict(best_state)
-    log.info("%s: kept epoch %d of %d (score %.4f)", stage.name, best, first_epoch + stage.epochs - 1, best_score)
-    return best
+            if stop.asked:
+                raise KeyboardInterrupt
+    model.load_state_dict(at.best_weights)
+    last = first_epoch + stage.epochs - 1
+    log.info("%s: kept epoch %d of %d (score %.4f)", stage.name, at.best, last, at.best_score)
+    return at.best
 
 
 def measure_statistics(stage: Stage, model: Classifier, chosen: Iterable[tuple[Tensor, Tensor]]) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 
 from rampart.data import Augmentation, Dataset
+from rampart.errors import ModelError
 from rampart.kernels import compiling
 from rampart.models import Classifier, build_model, interval_init
 from rampart.training.criterion import Criterion
-from rampart.training.loop import Recorder, Stage, Streams, fit
+from rampart.training.loop import Recorder, Stage, fit
 from rampart.training.methods import METHODS, Normal
 from rampart.training.recipe import Recipe
+from rampart.training.state import State, Streams
 
 
 def train(
@@ -20,6 +22,7 @@ def train(
     augmentation: Augmentation | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
+    before: State | None = None,
 ) -> Classifier:
     """Trains the recipe's arm on data.train, choosing epochs on data.val; data.test is never read.
 
@@ -27,6 +30,12 @@ def train(
         augmentation: of training images, used where `recipe.augment` holds; default the study's.
         seed: of initial weights, batch order, augmentation and attack starts; the same seed gives the same model on
             the same machine with the same number of threads.
+        before: where an interrupted training of the same recipe, data and seed stood: it is gone on with, to the same
+            model.
+
+    Raises:
+        TrainingDiverged: a loss became NaN or infinite. ModelError: `before` is of another training.
+        KeyboardInterrupt: it was asked to stop (Ctrl-C, SIGTERM), and has left a checkpoint.
 
     Returns:
         The chosen epoch's model, in eval mode, on `device`.
@@ -44,10 +53,16 @@ def train(
     elif augmentation is None:
         augmentation = Augmentation()
     on_device = data.to(device)
-    epoch = 1
-    for stage in stages(recipe, model):
+    epoch, plan = 1, stages(recipe, model)
+    if before is not None and before.stage not in {stage.name for stage in plan}:
+        raise ModelError(f"the checkpoint is of a stage '{before.stage}', which this training does not have")
+    for stage in plan:
+        if before is not None and before.stage != stage.name:  # finished: its outcome is among the weights kept
+            epoch += stage.epochs
+            continue
         with compiling(recipe.compile):
-            best = fit(stage, model, on_device, recipe, augmentation, streams, recorder, epoch)
+            best = fit(stage, model, on_device, recipe, augmentation, streams, recorder, epoch, before)
+        before = None
         recorder.metrics({f"{stage.name}/best_epoch": best}, step=epoch + stage.epochs - 1)
         epoch += stage.epochs
     for parameter in model.parameters():

@@ -22,7 +22,7 @@ from rampart.models import Classifier
 from rampart.settings import TrainSettings, as_text, resolve
 from rampart.tracking import Run, open_run
 from rampart.tracking.store import this_process
-from rampart.training import train
+from rampart.training import State, train
 from rampart.tuning.space import Space, said, suggest, texts
 from rampart.tuning.storage import ERROR, PROCESS, RUN, STARTUP, missing
 
@@ -128,9 +128,9 @@ class Recorder:
             if name.endswith("/best_epoch"):
                 self.best = int(value)
 
-    def checkpoint(self, model: Classifier) -> str:
+    def checkpoint(self, model: Classifier, state: State) -> str:
         """Called with the weights of the epoch that `metrics` has just told of."""
-        kept = self.run.checkpoint(model)
+        kept = self.run.checkpoint(model, state)
         if "val/accuracy" in self.told:
             scores = {name: self.score(name, model) for name in self.task.objective}
             self.run.metrics({f"objective/{name}": value for name, value in scores.items()}, self.epoch)

@@ -1,0 +1,130 @@
+"""The train step: what a training that was stopped leaves, and how the same command goes on."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from mlflow import MlflowClient
+
+from rampart.study import run_step
+from rampart.tracking import fetch_model, open_run
+from rampart.tracking.queries import artifact_place, find_runs, metric_history, metric_names
+from rampart.tracking.runs import CHECKPOINTS
+from rampart.training import loop
+from tests.conftest import run_rampart
+
+GIVEN = {"width": "0.125", "epochs": "4", "augment": "True", "threads": "1"}
+
+
+@pytest.fixture
+def stopped(store: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The run of a training that was interrupted in its third epoch, its process gone."""
+    validate, calls = loop.validate, []
+
+    def interrupted(*given: object) -> object:
+        calls.append(given)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return validate(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(loop, "validate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_step("train", GIVEN)
+    monkeypatch.setattr(loop, "validate", validate)
+    (run,) = find_runs("0", {"step": "train"}, status="KILLED")["run_id"]
+    return str(run)
+
+
+def weights(run: str) -> dict[str, torch.Tensor]:
+    return fetch_model(f"runs:/{run}/model").state_dict()
+
+
+def equal(one: str, other: str) -> bool:
+    pairs = zip(weights(one).values(), weights(other).values(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def require_whole_curves(run: str) -> None:
+    history = metric_history(run, [name for name in metric_names(run) if name.startswith(("train/", "val/"))])
+    for name, steps in history.groupby("metric")["step"]:
+        assert sorted(steps) == ([4] if name == "train/best_epoch" else [1, 2, 3, 4]), name
+
+
+def undisturbed() -> str:
+    """The same training, which finds nothing to go on with: the newest one has finished."""
+    run = run_step("train", GIVEN)
+    assert len(find_runs("0", {"step": "train"})) == 2
+    return run
+
+
+def test_the_same_command_goes_on_in_the_same_run(stopped: str) -> None:
+    run = run_step("train", GIVEN)
+    assert run == stopped
+    found = find_runs("0", {}, status=None)
+    assert list(found["run_id"]) == [run]
+    assert list(found["status"]) == ["FINISHED"]
+    assert "tags.rampart.error" not in found or found["tags.rampart.error"].isna().all()
+    require_whole_curves(run)
+    assert equal(run, undisturbed())
+
+
+def test_a_run_that_mlflow_started_says_where_it_goes_on(stopped: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = MlflowClient().create_run("0").info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", given)
+    assert run_step("train", GIVEN) == stopped
+    info = MlflowClient().get_run(given)
+    assert info.info.status == "FINISHED"
+    assert info.data.tags["rampart.goes_on_in"] == stopped
+    assert list(find_runs("0", {"step": "train"})["run_id"]) == [stopped]
+
+
+def test_other_settings_begin_anew(stopped: str) -> None:
+    assert run_step("train", {**GIVEN, "lr": "0.002"}) != stopped
+    assert MlflowClient().get_run(stopped).info.status == "KILLED"
+
+
+def test_a_broken_checkpoint_is_said_and_the_one_before_it_used(stopped: str, caplog: pytest.LogCaptureFixture) -> None:
+    newest = Path(artifact_place(stopped, CHECKPOINTS[3 % 2]))
+    content = bytearray(newest.read_bytes())
+    content[-9] ^= 1
+    newest.write_bytes(content)
+    with caplog.at_level(logging.INFO):
+        assert run_step("train", GIVEN) == stopped
+    assert "checksum does not match" in caplog.text
+    assert "epoch 2, after 0 batches" in caplog.text
+    require_whole_curves(stopped)
+    assert equal(stopped, undisturbed())
+
+
+def test_a_killed_process_is_gone_on_with(store: Path) -> None:
+    words = [word for name, value in GIVEN.items() for word in (f"--{name}", value)]
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
+    command = [sys.executable, "-m", "rampart", "train", *words]
+    process = subprocess.Popen(command, cwd=store, env=env, stderr=subprocess.DEVNULL)
+    with open_run("main"):  # makes the store ready
+        pass
+
+    def told() -> int:
+        runs = find_runs("0", {"step": "train"}, status=None)
+        names = [metric_names(run) for run in runs["run_id"]]
+        return len(metric_history(runs["run_id"][0], ["train/loss"])) if names and "train/loss" in names[0] else 0
+
+    while told() < 2:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = run_rampart("train", GIVEN, store)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "going on in run" in done.stderr
+    (run,) = find_runs("0", {"step": "train"}, status=None)["run_id"]
+    require_whole_curves(str(run))
+    assert equal(str(run), undisturbed())

@@ -4,6 +4,9 @@ BIN := .venv/bin
 READY := .venv/ready
 RUN := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/mlflow run . --env-manager local
 
+# Bytecode is written, whatever the environment says: every process would compile what it imports anew, 15 seconds long.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: setup demo test test-all check ui dashboard clean
 
 setup: $(READY)

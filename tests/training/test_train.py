@@ -282,7 +282,9 @@ def test_l1_draws_weights_to_zero_and_leaves_batch_norm_alone(few_digits: Datase
     plain, sparse = (train(recipe(epochs=4, l1=l1), few_digits, ListRecorder()) for l1 in (0.0, 0.05))
 
     def size(model: Classifier) -> float:
-        return sum(float(m.weight.abs().sum()) for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear))
+        return sum(
+            float(m.weight.detach().abs().sum()) for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)
+        )
 
     assert size(sparse) < 0.7 * size(plain)
     norms = [m for m in sparse.modules() if isinstance(m, nn.BatchNorm2d)]

@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 # Slowest first, so that no worker is left alone with a long arm at the end.
 COST = {"certified": 0, "adversarial": 1, "normal": 2}
 WORKER_STEPS = ("train", "evaluate", "verify")
+# Seconds that a worker has to leave a checkpoint of its training when the study is interrupted.
+PATIENCE = 60.0
 
 
 class Member(TypedDict):
@@ -118,7 +120,9 @@ def _run_side_by_side(arms: Arms, jobs: list[tuple[Arm, int]], workers: int) -> 
         pool.shutdown(wait=False, cancel_futures=True)
         for worker in multiprocessing.active_children():
             worker.terminate()
-            worker.join()
+        for worker in multiprocessing.active_children():
+            worker.join(PATIENCE)
+            worker.kill()
         sweep(arms.experiment)
         raise
     pool.shutdown()

@@ -12,11 +12,11 @@ from rampart.settings import Settings
 
 # They change where or how fast a step runs, not what it computes.
 IRRELEVANT = {"device", "threads", "data_root", "eps_space", "images_at_once", "export"}
-_TRAINING = ("data", "models", "losses", "attacks", "bounds", "training")
+_CORE = ("data", "models", "attacks", "bounds", "kernels.py", "threads.py")
 CODE = {
-    "train": _TRAINING,
-    "evaluate": ("data", "models", "attacks", "bounds", "verification", "evaluation", "ledger.py"),
-    "verify": ("data", "models", "attacks", "bounds", "verification", "ledger.py"),
+    "train": (*_CORE, "losses", "training"),
+    "evaluate": (*_CORE, "verification", "evaluation", "ledger.py"),
+    "verify": (*_CORE, "verification", "ledger.py"),
     "embed": ("data", "models", "evaluation"),
 }
 

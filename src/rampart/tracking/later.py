@@ -15,6 +15,8 @@ log = logging.getLogger(__name__)
 # Seconds between two tries: a server that is started anew, or a disk that is cleaned up, is waited for.
 PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 
+# What a server that is away, overloaded or out of space is told by.
+PASSING = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED")
 # Pieces of work that may wait, some of them with a copy of a training's weights.
 MOST = 8
 
@@ -52,6 +54,8 @@ def _patiently(work: Callable[[], object]) -> None:
             work()
             return
         except (MlflowException, OSError) as error:
+            if isinstance(error, MlflowException) and error.error_code not in PASSING:
+                raise
             log.warning("%s: trying again in %g s", " ".join(str(error).split())[:200], pause)
             time.sleep(pause)
     work()

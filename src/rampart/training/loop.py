@@ -94,18 +94,24 @@ def fit(
         for x, y in islice(batches(data.train, recipe.batch_size, streams.order, drop_single=True), at.batch, None):
             yield (augmentation(x, streams.device) if augmentation is not None else x), y
 
+    def scheduled(batch: int) -> tuple[float, float]:
+        """(ε, learning rate) at a batch of the epoch under way."""
+        progress = ((at.epoch - first_epoch) * steps + batch) / total
+        return warmed_eps(recipe.eps, recipe.eps_warmup, progress), recipe.lr * lr_factor(recipe.schedule, progress)
+
     done = (at.epoch - first_epoch) * steps + at.batch
-    with stoppable() as stop, tqdm(total=total, initial=done, desc=stage.name, unit="batch", disable=None) as bar:
+    progress_bar = tqdm(total=total, initial=done, desc=stage.name, unit="batch", disable=None, leave=False)
+    with stoppable() as stop, progress_bar as bar:
         while at.epoch < first_epoch + stage.epochs:
             # A frozen part keeps its running statistics, too.
             model.eval()
             trained.train()
-            eps, first, started = 0.0, at.seen, time.perf_counter()
+            first, started = at.seen, time.perf_counter()
+            eps, lr = scheduled(max(at.batch - 1, 0))  # of an epoch that was stopped after its last batch
             for x, y in shuffled():
-                progress = ((at.epoch - first_epoch) * steps + at.batch) / total
-                eps = warmed_eps(recipe.eps, recipe.eps_warmup, progress)
+                eps, lr = scheduled(at.batch)
                 for group in optimizer.param_groups:
-                    group["lr"] = recipe.lr * lr_factor(recipe.schedule, progress)
+                    group["lr"] = lr
                 loss = stage.method.batch_loss(x, y, stage.criterion, eps, streams.device)
                 if recipe.l1:
                     loss = loss + recipe.l1 * sum(weight.abs().sum() for weight in maps)
@@ -141,7 +147,7 @@ def fit(
                 {
                     f"{stage.name}/loss": mean_loss,
                     f"{stage.name}/epsilon": eps,
-                    f"{stage.name}/learning_rate": optimizer.param_groups[0]["lr"],
+                    f"{stage.name}/learning_rate": lr,
                     f"{stage.name}/images_per_second": seen / seconds,
                     **validation,
                 },

@@ -77,10 +77,12 @@ def run_study(run: Run, settings: StudySettings, given: Mapping[str, str]) -> No
     jobs.sort(key=lambda job: COST[job[0].method])
     arms = Arms(dict(given), settings.profile, threads, run.id, run.experiment, settings.tuned, settings.seed)
     # What each step says of itself would drown the count of arms.
-    steps_log = logging.getLogger(run_step.__module__)
-    steps_log.setLevel(logging.WARNING)
+    talking = [logging.getLogger(f"{__package__}.{name}") for name in ("steps", "embedding")]
+    for logger in talking:
+        logger.setLevel(logging.WARNING)
     members, failures = _run_side_by_side(arms, jobs, workers)
-    steps_log.setLevel(logging.NOTSET)
+    for logger in talking:
+        logger.setLevel(logging.NOTSET)
     sweep(run.experiment)
     if members:
         run.table(pd.DataFrame(members).sort_values(["arm", "seed", "step"]), "members.parquet")

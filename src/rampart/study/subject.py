@@ -1,0 +1,63 @@
+"""What the steps on a model share: the model, the data that it is looked at with, and their tags."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rampart.data import Dataset, Split
+from rampart.models import Classifier, weights_digest
+from rampart.reports.drawing import Drawing, save
+from rampart.settings import EmbedSettings, EvaluateSettings, ModelSettings, VerifySettings
+from rampart.study.identity import identity
+from rampart.study.opening import open_data, prepare
+from rampart.tracking import Run, fetch_model, source_of
+from rampart.tracking.queries import run_tags
+
+# Tags that tell which arm a run is of; a step on a model takes them over from the run that trained it.
+ARM_TAGS = ("method", "augment", "contrastive", "arm", "seed", "train_profile")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model that a step looks at, on its device, and the data that it looks at it with.
+
+    Args:
+        label: what it is called.
+        run: that trained it, if any.
+        weights: their digest.
+    """
+
+    model: Classifier
+    label: str
+    run: str | None
+    weights: str
+    data: Dataset
+    test: Split
+
+
+def open_subject(run: Run, settings: ModelSettings) -> Subject:
+    """Model and data as inputs of `run`, which is named and tagged after them and whose metrics are about them."""
+    source = source_of(settings.model)
+    model = fetch_model(settings.model).to(prepare(settings))
+    known = run_tags(source.run) if source.run else {}
+    label = f"{known['arm']} s{known['seed']}" if "arm" in known else Path(settings.model).stem
+    run.name(f"{run.step} {label}")
+    run.tags({name: known[name] for name in ARM_TAGS if name in known})
+    weights = weights_digest(model)
+    run.tags({"model_run": source.run or "", "model": settings.model, "weights": weights})
+    data = open_data(run, settings)
+    run.about(source.model_id, "test")
+    if source.model_id:
+        run.uses([source.model_id])
+    return Subject(model, label, source.run, weights, data, data.test.to(prepare(settings)))
+
+
+def finish(run: Run, settings: EvaluateSettings | VerifySettings | EmbedSettings, data: Dataset) -> None:
+    run.tags({"identity": identity(run.step, settings, data.digest, settings.model)})
+
+
+def draw(run: Run, name: str, drawing: Drawing, home: str | None = None) -> None:
+    """A figure as NAME.png of a run, of `run` where no other is given."""
+    save({name: drawing}, run.scratch)
+    run.file(run.scratch / f"{name}.png", home)

@@ -1,0 +1,74 @@
+"""The train step: one arm's training as a run that goes on where it was stopped."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping
+from functools import partial
+
+from rampart.arms import Arm
+from rampart.data import to_pixels
+from rampart.models import Classifier
+from rampart.reports import describing
+from rampart.settings import Settings, TrainSettings
+from rampart.study.identity import identity
+from rampart.study.opening import data_of, open_data, prepare
+from rampart.study.resuming import interrupted_training
+from rampart.tracking import Run
+from rampart.tracking.later import Later
+from rampart.tracking.queries import metric_history, metric_names
+from rampart.training import State, train
+
+log = logging.getLogger(__name__)
+
+
+def run_training(run: Run, settings: Settings, given: Mapping[str, str]) -> None:
+    assert isinstance(settings, TrainSettings)
+    arm = Arm(settings.method, settings.augment, settings.contrastive)
+    device = prepare(settings)
+    key = identity("train", settings, data_of(settings).digest)
+    before = interrupted_training(run, key)
+    run.name(f"{arm.name} s{settings.seed}")
+    run.tags({"method": arm.method, "augment": arm.augment, "contrastive": arm.contrastive, "arm": arm.name})
+    run.tags({"seed": settings.seed, "train_profile": settings.profile})
+    data = open_data(run, settings)
+    with Later() as later:
+        epochs = Epochs(run, later)
+        model = train(settings, data, epochs, settings, settings.seed, device, before)
+    run.about(run.model(model, to_pixels(data.val.images[:2])), "val")
+    chosen = epochs.chosen()
+    run.metrics(chosen)
+    run.describe(describing.training(arm, settings, chosen))
+    run.tags({"identity": key})
+    log.info("%s s%d: trained, logged as runs:/%s/model", arm.name, settings.seed, run.id)
+
+
+BEST = "/best_epoch"
+
+
+class Epochs:
+    """A run as the Recorder of a training, which waits for nothing, and remembers what the kept epoch was like."""
+
+    def __init__(self, run: Run, later: Later) -> None:
+        self.run, self.later = run, later
+        self.seen: dict[int, dict[str, float]] = {}
+        # Of a training that is gone on with, epochs that its last checkpoint has not seen may have been told of.
+        for name, step, value in metric_history(run.id, metric_names(run.id)).itertuples(index=False):
+            self.seen.setdefault(step, {})[name] = value
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        known = self.seen.setdefault(step, {})
+        new = {name: value for name, value in values.items() if name not in known}
+        known.update(new)
+        self.later.do(partial(self.run.metrics, new, step))
+
+    def checkpoint(self, model: Classifier, state: State) -> str:
+        self.later.do(partial(self.run.checkpoint, copy.deepcopy(model), state))
+        return self.run.checkpoint_place(state)
+
+    def chosen(self) -> dict[str, float]:
+        """kept/<metric> on the validation images of the epoch whose weights the model has."""
+        bests = [values[name] for _, values in sorted(self.seen.items()) for name in values if name.endswith(BEST)]
+        values = self.seen.get(int(bests[-1]), {}).items()
+        return {f"kept/{name.removeprefix('val/')}": value for name, value in values if name.startswith("val/")}

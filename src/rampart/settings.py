@@ -151,6 +151,7 @@ class StudySettings(Common):
         seeds: how many seeds an arm: `seed`, `seed` + 1, …
         workers: arms run side by side, each in a process of its own; 0: one on a GPU, else one for each core.
         tuned: whether each arm is tuned first (tune.name=value sets how) and trained with what turned out best.
+        dry_run: whether it is only said which steps are done, stale and to do, and how long they took before.
     """
 
     methods: tuple[MethodName, ...] = ("normal", "adversarial", "certified")
@@ -159,6 +160,7 @@ class StudySettings(Common):
     seeds: int = 1
     workers: int = 0
     tuned: bool = False
+    dry_run: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

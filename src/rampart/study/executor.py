@@ -5,11 +5,9 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
-from typing import TypedDict
 
 import pandas as pd
 import torch
@@ -18,13 +16,13 @@ from tqdm import tqdm
 from rampart.arms import Arm, grid
 from rampart.console import configure_logging
 from rampart.errors import RampartError
-from rampart.settings import ARM_STEPS, Common, StudySettings, nested, resolve
-from rampart.study.identity import identity
-from rampart.study.opening import data_of, open_data
+from rampart.reports.tables import markdown
+from rampart.settings import ARM_STEPS, StudySettings, resolve
+from rampart.study.opening import open_data
+from rampart.study.plan import Arms, Member, arm_texts, plan, said, table
 from rampart.study.steps import run_step
 from rampart.tracking import Run, sweep
-from rampart.tracking.queries import find_runs
-from rampart.tuning import check, tuned_texts
+from rampart.tuning import check
 
 log = logging.getLogger(__name__)
 
@@ -33,16 +31,6 @@ COST = {"certified": 0, "adversarial": 1, "normal": 2}
 WORKER_STEPS = ("train", "evaluate", "verify")
 # Seconds that a worker has to leave a checkpoint of its training when the study is interrupted.
 PATIENCE = 60.0
-
-
-class Member(TypedDict):
-    """A step of a study and the run that did it, in this study or (`reused`) before."""
-
-    arm: str
-    seed: int
-    step: str
-    run: str
-    reused: bool
 
 
 def run_study(run: Run, settings: StudySettings, given: Mapping[str, str]) -> None:
@@ -74,8 +62,13 @@ def run_study(run: Run, settings: StudySettings, given: Mapping[str, str]) -> No
         settings.seeds,
         workers,
     )
-    jobs.sort(key=lambda job: COST[job[0].method])
     arms = Arms(dict(given), settings.profile, threads, run.id, run.experiment, settings.tuned, settings.seed)
+    steps = plan(arms, jobs)
+    log.info("%s", said(steps, workers))
+    if settings.dry_run:
+        print(f"\n{markdown(table(steps))}")
+        return
+    jobs.sort(key=lambda job: COST[job[0].method])
     # What each step says of itself would drown the count of arms.
     talking = [logging.getLogger(f"{__package__}.{name}") for name in ("steps", "embedding")]
     for logger in talking:
@@ -134,58 +127,6 @@ def _run_side_by_side(arms: Arms, jobs: list[tuple[Arm, int]], workers: int) -> 
 def default_workers() -> int:
     """One on a GPU; on CPUs one for each core, for the study's networks are too small to share cores well."""
     return 1 if torch.cuda.is_available() else os.cpu_count() or 1
-
-
-@dataclass(frozen=True)
-class Arms:
-    """What the steps of all arms of a study share; travels to the workers."""
-
-    given: dict[str, str]
-    profile: str
-    threads: int
-    study: str
-    experiment: str
-    tuned: bool
-    first_seed: int
-
-    def run(self, arm: Arm, seed: int, steps: tuple[str, ...], before: Sequence[Member] = ()) -> list[Member]:
-        """Runs steps of one arm in this process, `before` being those that it has behind it.
-
-        A step that was done with the same settings, data, model and code is not done again.
-        """
-        os.environ["MLFLOW_EXPERIMENT_ID"] = self.experiment
-        members: list[Member] = []
-        trained = [row["run"] for row in before if row["step"] == "train"]
-        for step in steps:
-            model = f"runs:/{trained[0]}/model" if trained else ""
-            texts = arm_texts(self.given, step, arm, seed, self.profile, model)
-            if step == "train" and self.tuned:
-                texts |= self.tune(arm)
-            texts.setdefault("threads", str(self.threads))
-            settings = resolve(step, texts)
-            assert isinstance(settings, Common)
-            key = identity(step, settings, data_of(settings).digest, model)
-            known = find_runs(self.experiment, {"identity": key}, max_results=1)
-            run_id = str(known["run_id"][0]) if len(known) else run_step(step, texts, self.study)
-            members.append({"arm": arm.name, "seed": seed, "step": step, "run": run_id, "reused": bool(len(known))})
-            if step == "train":
-                trained = [run_id]
-        return members
-
-    def tune(self, arm: Arm) -> dict[str, str]:
-        """The settings that a tuning of the arm has found best. Its seeds share one, and a rerun finds it again."""
-        texts = arm_texts(self.given, "tune", arm, self.first_seed, self.profile, "")
-        return tuned_texts(run_step("tune", {"threads": str(self.threads), **texts}, self.study))
-
-
-def arm_texts(given: Mapping[str, str], step: str, arm: Arm, seed: int, profile: str, model: str) -> dict[str, str]:
-    """What the user would give to run one step of one arm alone."""
-    texts = {"profile": profile, "seed": str(seed), **nested(given, step)}
-    if step == "tune":
-        texts = nested(given, "train") | texts
-    if step in ("train", "tune"):
-        return texts | {"method": arm.method, "augment": str(arm.augment), "contrastive": arm.contrastive}
-    return texts | {"model": model}
 
 
 def _work(arms: Arms, arm: Arm, seed: int) -> list[Member]:

@@ -86,6 +86,28 @@ def test_a_run_that_mlflow_started_says_where_it_goes_on(stopped: str, monkeypat
     assert list(find_runs("0", {"step": "train"})["run_id"]) == [stopped]
 
 
+def test_it_may_be_stopped_more_than_once(stopped: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`mlflow run` starts a run for each try: none of them may hide the one that has the checkpoints."""
+    client, validate, given = MlflowClient(), loop.validate, []
+
+    def interrupted(*_: object) -> object:
+        raise KeyboardInterrupt
+
+    for patched in (interrupted, interrupted, validate):
+        monkeypatch.setattr(loop, "validate", patched)
+        given.append(client.create_run("0").info.run_id)
+        monkeypatch.setenv("MLFLOW_RUN_ID", given[-1])
+        if patched is validate:
+            assert run_step("train", GIVEN) == stopped
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                run_step("train", GIVEN)
+    assert [client.get_run(run).info.status for run in given] == ["KILLED", "KILLED", "FINISHED"]
+    assert client.get_run(stopped).info.status == "FINISHED"
+    require_whole_curves(stopped)
+    assert equal(stopped, undisturbed())
+
+
 def test_other_settings_begin_anew(stopped: str) -> None:
     assert run_step("train", {**GIVEN, "lr": "0.002"}) != stopped
     assert MlflowClient().get_run(stopped).info.status == "KILLED"

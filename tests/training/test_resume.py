@@ -15,8 +15,8 @@ from torch import Tensor
 
 from rampart.data import Augmentation, Dataset
 from rampart.errors import ModelError
-from rampart.training import Recipe, train
-from rampart.training.stopping import SIGNALS
+from rampart.training import Recipe, loop, train
+from rampart.training.stopping import SIGNALS, stoppable
 from tests.training.conftest import ListRecorder
 
 ARMS: dict[str, dict[str, Any]] = {
@@ -75,6 +75,36 @@ def test_a_signal_ends_at_the_next_batch_with_a_checkpoint(number: int, few_digi
     _, last = stopped.kept[-1]
     assert (last.epoch - 1) * steps + last.batch == 10
     assert 0 < last.batch < steps
+    again = train(how, few_digits, rest, before=last)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+    assert told(stopped) + told(rest) == told(whole)
+
+
+def test_a_second_ctrl_c_does_not_wait_and_a_second_sigterm_does() -> None:
+    with stoppable() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.asked
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_a_stop_in_validation_loses_no_epoch(few_digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    how, whole, stopped, rest = (recipe("adversarial", bn_batches=2, ema=0.9), *(ListRecorder() for _ in range(3)))
+    model = train(how, few_digits, whole)
+    measure, calls = loop.measure_statistics, count(1)
+
+    def interrupted(*given: Any) -> None:
+        if next(calls) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        measure(*given)
+
+    monkeypatch.setattr(loop, "measure_statistics", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(how, few_digits, stopped)
+    monkeypatch.setattr(loop, "measure_statistics", measure)
+    _, last = stopped.kept[-1]
+    assert (last.epoch, last.batch) == (2, math.ceil(len(few_digits.train) / how.batch_size))
     again = train(how, few_digits, rest, before=last)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
     assert told(stopped) + told(rest) == told(whole)

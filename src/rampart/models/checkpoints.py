@@ -35,14 +35,22 @@ def save_model(
 
     Args:
         tensors: what else the file shall hold, and `numbers` (anything that JSON knows); `read_beside` reads both.
+
+    Raises:
+        OSError: it cannot be written.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     held = dict(model.state_dict()) | {f"{BESIDE}{name}": value for name, value in (tensors or {}).items()}
     held = {name: value.detach().cpu().contiguous() for name, value in held.items()}
     told = {"architecture": json.dumps(asdict(model.architecture)), "beside": json.dumps(dict(numbers or {}))}
-    partial = f"{path}.partial"
-    save_file(held, partial, metadata={**told, "digest": _digest(held, told)})
+    partial = Path(f"{path}.partial")
+    try:
+        save_file(held, partial, metadata={**told, "digest": _digest(held, told)})
+    except SafetensorError as error:  # its word for a full disk, too
+        partial.unlink(missing_ok=True)
+        raise OSError(f"cannot write '{path}': {error}") from error
     os.replace(partial, path)
 
 
@@ -118,7 +126,8 @@ def _read_checked(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
     with safe_open(file, "pt") as stored:
         told = stored.metadata() or {}
-        held = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a dict)
+        # Copies: the file may be written anew while they are in use.
+        held = {name: stored.get_tensor(name).clone() for name in stored.keys()}  # noqa: SIM118 (not a dict)
     digest = told.pop("digest", None)
     if digest is not None and digest != _digest(held, told):
         raise ModelError(f"'{file}' is broken: its checksum does not match what it holds")

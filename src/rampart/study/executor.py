@@ -118,6 +118,7 @@ def _run_side_by_side(arms: Arms, jobs: list[tuple[Arm, int]], workers: int) -> 
         for worker in multiprocessing.active_children():
             worker.join(PATIENCE)
             worker.kill()
+            worker.join()
         sweep(arms.experiment)
         raise
     pool.shutdown()

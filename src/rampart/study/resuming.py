@@ -16,13 +16,17 @@ from rampart.training import State
 
 log = logging.getLogger(__name__)
 
+# Ended runs among which one is looked for that has left something.
+TRIED = 20
+
 
 def interrupted(run: Run, key: str) -> tuple[str, pd.DataFrame] | None:
     """(run, its ledger so far) of a step that ended before its time and was the same by `key`: settings, data, model
     and code. None where the newest of that key has finished, or has left nothing."""
-    old = _unfinished(run, key)
-    ledger = read_table(old, LEDGER) if old else None
-    if old is None or ledger is None:
+    left = ((old, read_table(old, LEDGER)) for old in _unfinished(run, key))
+    old, ledger = next(((old, ledger) for old, ledger in left if ledger is not None), ("", None))
+    run.tags({"begun": key})
+    if ledger is None:
         return None
     log.info("going on after the %d images that run %s has finished", len(ledger), old)
     run.tags({"resumed_from": old})
@@ -31,14 +35,16 @@ def interrupted(run: Run, key: str) -> tuple[str, pd.DataFrame] | None:
 
 def interrupted_training(run: Run, key: str) -> State | None:
     """Where a training stood that ended before its time and was the same by `key`; `run` is that training's, then."""
-    old = _unfinished(run, key)
-    states = [] if old is None else [state for name in CHECKPOINTS if (state := _checkpoint(old, name)) is not None]
-    if old is None or not states:
-        return None
-    state = max(states, key=lambda state: (state.epoch, state.batch))
-    log.info("going on in run %s, epoch %d, after %d batches of it", old, state.epoch, state.batch)
-    run.go_on_in(old)
-    return state
+    for old in _unfinished(run, key):
+        states = [state for name in CHECKPOINTS if (state := _checkpoint(old, name)) is not None]
+        if states:
+            state = max(states, key=lambda state: (state.epoch, state.batch))
+            log.info("going on in run %s, epoch %d, after %d batches of it", old, state.epoch, state.batch)
+            run.go_on_in(old)
+            return state
+    # Not before: a run that goes on in another one must not be found in its place.
+    run.tags({"begun": key})
+    return None
 
 
 def _checkpoint(run_id: str, name: str) -> State | None:
@@ -49,12 +55,12 @@ def _checkpoint(run_id: str, name: str) -> State | None:
         return None
 
 
-def _unfinished(run: Run, key: str) -> str | None:
-    """The newest run that has begun the step of that key, if it has ended before its time; `run` is the next."""
-    before = find_runs(run.experiment, {"begun": key}, status=None, max_results=1)
-    run.tags({"begun": key})
-    ended = not before.empty and before["status"].iloc[0] in ("FAILED", "KILLED")
-    return str(before["run_id"].iloc[0]) if ended else None
+def _unfinished(run: Run, key: str) -> list[str]:
+    """The runs that have begun the step of that key and ended before their time, newest first; none that is older than
+    one that has not."""
+    before = find_runs(run.experiment, {"begun": key}, status=None, max_results=TRIED)
+    ended = before["status"].isin(["FAILED", "KILLED"]).cummin()
+    return [str(run_id) for run_id in before["run_id"][ended]]
 
 
 class Paced:

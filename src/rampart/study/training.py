@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import time
 from collections.abc import Mapping
 from functools import partial
 
@@ -18,7 +19,9 @@ from rampart.study.resuming import interrupted_training
 from rampart.tracking import Run
 from rampart.tracking.later import Later
 from rampart.tracking.queries import metric_history, metric_names
+from rampart.tracking.runs import CHECKPOINTS
 from rampart.training import State, train
+from rampart.training.stopping import stoppable
 
 log = logging.getLogger(__name__)
 
@@ -28,17 +31,22 @@ def run_training(run: Run, settings: Settings, given: Mapping[str, str]) -> None
     arm = Arm(settings.method, settings.augment, settings.contrastive)
     device = prepare(settings)
     key = identity("train", settings, data_of(settings).digest)
-    before = interrupted_training(run, key)
+    # A random state of one kind of device is none of another.
+    before = interrupted_training(run, f"{key} {device.type}")
     run.name(f"{arm.name} s{settings.seed}")
     run.tags({"method": arm.method, "augment": arm.augment, "contrastive": arm.contrastive, "arm": arm.name})
     run.tags({"seed": settings.seed, "train_profile": settings.profile})
     data = open_data(run, settings)
-    with Later() as later:
+    # Until all is told: a second signal must not stop that.
+    with stoppable() as stop, Later() as later:
         epochs = Epochs(run, later)
         model = train(settings, data, epochs, settings, settings.seed, device, before)
+    if stop.asked:
+        raise KeyboardInterrupt
     run.about(run.model(model, to_pixels(data.val.images[:2])), "val")
     chosen = epochs.chosen()
-    run.metrics(chosen)
+    known = metric_names(run.id)
+    run.metrics({name: value for name, value in chosen.items() if name not in known})
     run.describe(describing.training(arm, settings, chosen))
     run.tags({"identity": key})
     log.info("%s s%d: trained, logged as runs:/%s/model", arm.name, settings.seed, run.id)
@@ -61,11 +69,11 @@ class Epochs:
         known = self.seen.setdefault(step, {})
         new = {name: value for name, value in values.items() if name not in known}
         known.update(new)
-        self.later.do(partial(self.run.metrics, new, step))
+        self.later.do(partial(self.run.metrics, new, step, time.time()))
 
     def checkpoint(self, model: Classifier, state: State) -> str:
         self.later.do(partial(self.run.checkpoint, copy.deepcopy(model), state))
-        return self.run.checkpoint_place(state)
+        return f"runs:/{self.run.id}/{CHECKPOINTS[state.epoch % 2]}"
 
     def chosen(self) -> dict[str, float]:
         """kept/<metric> on the validation images of the epoch whose weights the model has."""

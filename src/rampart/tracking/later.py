@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import time
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
@@ -23,39 +23,56 @@ MOST = 8
 
 class Later:
     """Does what it is given in order, in a thread of its own; what fails for want of a server or of space is tried
-    again. An error that stays is raised by the next call, or at the end."""
+    again. After an error that stays nothing more is done, and the next call, or the end, raises it."""
 
     def __init__(self) -> None:
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="rampart-tracking")
         self.waiting: list[Future[None]] = []
+        self.failed = False
+        self.hurry = threading.Event()
 
     def do(self, work: Callable[[], object]) -> None:
         while self.waiting and (self.waiting[0].done() or len(self.waiting) >= MOST):
             self.waiting.pop(0).result()
-        self.waiting.append(self.pool.submit(_patiently, work))
+        self.waiting.append(self.pool.submit(self._do, work))
 
     def __enter__(self) -> Later:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """Waits for all of it."""
+        """Waits for all of it; where something else has ended the training, not for what has failed already."""
+        if error is not None:
+            self.hurry.set()
         self.pool.shutdown()
-        for future in self.waiting:
-            failure = future.exception()
-            if failure is not None and error is None:
+        for failure in filter(None, (future.exception() for future in self.waiting)):
+            if error is None:
                 raise failure
-            if failure is not None:  # the first error is what ends the training
-                log.error("the tracking server was not told all: %s", failure)
+            log.error("the tracking server was not told all: %s", failure)
 
-
-def _patiently(work: Callable[[], object]) -> None:
-    for pause in PAUSES:
-        try:
-            work()
+    def _do(self, work: Callable[[], object]) -> None:
+        # A curve must not go on behind a gap.
+        if self.failed:
             return
-        except (MlflowException, OSError) as error:
-            if isinstance(error, MlflowException) and error.error_code not in PASSING:
-                raise
-            log.warning("%s: trying again in %g s", " ".join(str(error).split())[:200], pause)
-            time.sleep(pause)
-    work()
+        try:
+            self._patiently(work)
+        except BaseException:
+            self.failed = True
+            raise
+
+    def _patiently(self, work: Callable[[], object]) -> None:
+        for pause in PAUSES:
+            try:
+                work()
+                return
+            except (MlflowException, OSError) as error:
+                if not _passing(error) or self.hurry.is_set():
+                    raise
+                log.warning("%s: trying again in %g s", " ".join(str(error).split())[:200], pause)
+                self.hurry.wait(pause)
+        work()
+
+
+def _passing(error: MlflowException | OSError) -> bool:
+    if isinstance(error, MlflowException):
+        return error.error_code in PASSING
+    return not isinstance(error, FileNotFoundError)

@@ -9,6 +9,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -46,10 +47,16 @@ MEASURED = ("train",)
 
 
 class Run:
-    """The active run of a step; `given`: `mlflow run` has started it."""
+    """The active run of a step.
 
-    def __init__(self, run_id: str, experiment: str, step: str, given: bool = False) -> None:
-        self.id, self.experiment, self.step, self.given = run_id, experiment, step, given
+    Args:
+        parent: the run that it is nested in, if any.
+        given: `mlflow run` has started it.
+    """
+
+    def __init__(self, run_id: str, experiment: str, step: str, parent: str | None = None, given: bool = False) -> None:
+        self.id, self.experiment, self.step, self.parent, self.given = run_id, experiment, step, parent, given
+        self.open = 1  # runs that this one's end is the end of
         self.client = MlflowClient()
         self.subject: dict[str, str] = {}
         self.splits: dict[str, dict[str, str]] = {}
@@ -60,14 +67,18 @@ class Run:
 
     def go_on_in(self, run_id: str) -> None:
         """From now on this is the run `run_id`, which had ended before its time. The run that was open until now is
-        taken away or, if `mlflow run` has started it and will ask for it, says where things go on."""
-        mlflow.end_run("FINISHED")
+        taken away or, if `mlflow run` has started it and will ask for it, says where things go on, and ends alike."""
         if self.given:
             self.name(f"{self.step}, goes on in {run_id[:8]}")
             self.tags({"step": "resume", "goes_on_in": run_id})
+            self.open += 1
         else:
+            mlflow.end_run("KILLED")
             self.client.delete_run(self.id)
         self.id = run_id
+        if self.parent:
+            self.tags({"study": self.parent})
+            self.client.set_tag(run_id, "mlflow.parentRunId", self.parent)
         mlflow.start_run(run_id, nested=True, log_system_metrics=self.step in MEASURED)
         self.client.log_batch(run_id, tags=[RunTag(k, v) for k, v in process_tags().items()])
         with suppress(MlflowException):  # of the process that was stopped
@@ -84,9 +95,11 @@ class Run:
     def tags(self, values: Mapping[str, object]) -> None:
         self.client.log_batch(self.id, tags=[RunTag(f"rampart.{k}", str(v)) for k, v in values.items()])
 
-    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
-        now = int(pd.Timestamp.now().timestamp() * 1000)
-        found = [Metric(k, float(v), now, step, **self.subject) for k, v in values.items()]
+    def metrics(self, values: Mapping[str, float], step: int = 0, moment: float | None = None) -> None:
+        """`moment`: when that was, in seconds since 1970, where it is not now. Told again with the same, nothing is
+        doubled."""
+        when = int(1000 * (time.time() if moment is None else moment))
+        found = [Metric(k, float(v), when, step, **self.subject) for k, v in values.items()]
         self.client.log_batch(self.id, metrics=found)
 
     def about(self, model_id: str | None, split: str) -> None:
@@ -110,15 +123,14 @@ class Run:
         """A picture among the run's artifacts, for `describe`."""
         return f"![{name}](get-artifact?path={name}&run_uuid={self.id})"
 
-    def checkpoint(self, model: Classifier, state: State) -> str:
-        """Keeps a training's weights and state, and says where."""
-        place = PurePosixPath(CHECKPOINTS[state.epoch % 2])
-        save_model(model, self.scratch / place.name, state.tensors, state.numbers())
-        self.client.log_artifact(self.id, str(self.scratch / place.name), str(place.parent))
-        return self.checkpoint_place(state)
-
-    def checkpoint_place(self, state: State) -> str:
-        return f"runs:/{self.id}/{CHECKPOINTS[state.epoch % 2]}"
+    def checkpoint(self, model: Classifier, state: State | None = None) -> str:
+        """Keeps the weights of a training on its way, with all that it needs to go on if it shall, and says where."""
+        place = PurePosixPath(CHECKPOINTS[state.epoch % 2 if state else 0])
+        path = self.scratch / place.name
+        save_model(model, path, *((state.tensors, state.numbers()) if state else ()))
+        self.client.log_artifact(self.id, str(path), str(place.parent))
+        path.unlink()
+        return f"runs:/{self.id}/{place}"
 
     def file(self, path: Path, run_id: str | None = None) -> None:
         """A file as an artifact of this run, or of another."""
@@ -212,7 +224,7 @@ def open_run(step: str, parent: str | None = None) -> Iterator[Run]:
         active = mlflow.start_run(experiment_id=experiment, run_name=step, nested=True, log_system_metrics=measured)
         if parent:  # MLflow would take the active run or none, but a trial's belongs to the run that began its study
             MlflowClient().set_tag(active.info.run_id, "mlflow.parentRunId", parent)
-    run = Run(active.info.run_id, experiment, step, bool(resumed))
+    run = Run(active.info.run_id, experiment, step, parent, bool(resumed))
     status = "FAILED"
     try:
         run.tags({"step": step, **versions(), **git(), **({"study": parent} if parent else {})})
@@ -229,7 +241,8 @@ def open_run(step: str, parent: str | None = None) -> Iterator[Run]:
         raise
     finally:
         run.close()
-        mlflow.end_run(status)
+        for _ in range(run.open):
+            mlflow.end_run(status)
 
 
 @lru_cache(maxsize=1)

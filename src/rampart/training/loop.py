@@ -24,7 +24,7 @@ from rampart.training.methods import Method
 from rampart.training.recipe import Recipe
 from rampart.training.schedules import lr_factor, warmed_eps
 from rampart.training.state import Progress, State, Streams
-from rampart.training.stopping import stoppable
+from rampart.training.stopping import Stop, stoppable
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +35,8 @@ class Recorder(Protocol):
     def metrics(self, values: Mapping[str, float], step: int) -> None: ...
 
     def checkpoint(self, model: Classifier, state: State) -> str:
-        """Keeps the model of an epoch, in place of the one before, and says where; with the `state` training can go
-        on from there."""
+        """Keeps the model at the start of a stage, after an epoch, or where training stops, and says where; with the
+        `state` training can go on from there."""
         ...
 
 
@@ -69,7 +69,7 @@ def fit(
 
     Raises:
         TrainingDiverged: a loss became NaN or infinite; the last good checkpoint is named.
-        KeyboardInterrupt: it was asked to stop, and has left a checkpoint.
+        KeyboardInterrupt: it was asked to stop (`stoppable`), and has left a checkpoint.
     """
     trained = stage.trained
     for parameter in model.parameters():
@@ -132,10 +132,16 @@ def fit(
             live = copy.deepcopy(model.state_dict())
             if average is not None:
                 model.load_state_dict(average.module.state_dict())
-            seen, at.batch = at.seen - first, 0
-            if recipe.bn_batches:
-                measure_statistics(stage, model, islice(shuffled(), recipe.bn_batches))
-            score, validation = validate(stage, model, data, recipe, streams.device)
+            seen, trained_on = at.seen - first, at.state(stage.name, live)
+            at.batch = 0
+            try:
+                if recipe.bn_batches:
+                    measure_statistics(stage, model, islice(shuffled(), recipe.bn_batches))
+                score, validation = validate(stage, model, data, recipe, streams.device, stop)
+            except KeyboardInterrupt:
+                if stop.asked:
+                    recorder.checkpoint(model, trained_on)
+                raise
             # The loss is that of the steps' starts: the last step may have ruined the weights behind a finite one.
             if not (math.isfinite(mean_loss) and math.isfinite(score)):
                 raise TrainingDiverged(
@@ -148,7 +154,7 @@ def fit(
                     f"{stage.name}/loss": mean_loss,
                     f"{stage.name}/epsilon": eps,
                     f"{stage.name}/learning_rate": lr,
-                    f"{stage.name}/images_per_second": seen / seconds,
+                    **({f"{stage.name}/images_per_second": seen / seconds} if seen else {}),
                     **validation,
                 },
                 step=at.epoch,
@@ -177,11 +183,14 @@ def measure_statistics(stage: Stage, model: Classifier, chosen: Iterable[tuple[T
 
 
 def validate(
-    stage: Stage, model: Classifier, data: Dataset, recipe: Recipe, generator: torch.Generator
+    stage: Stage, model: Classifier, data: Dataset, recipe: Recipe, generator: torch.Generator, stop: Stop
 ) -> tuple[float, dict[str, float]]:
     """(score, higher is better; metrics) on the validation split, at the full ε whatever the warm-up.
 
     The score is NaN where an output is not finite.
+
+    Raises:
+        KeyboardInterrupt: a stop was asked for.
     """
     model.eval()
     encoder_alone = not stage.criterion.needs_logits
@@ -192,6 +201,8 @@ def validate(
         sums[name] = sums.get(name, 0.0) + value
 
     for x, y in batches(data.val, max(recipe.batch_size, 256)):
+        if stop.asked:
+            raise KeyboardInterrupt
         with torch.no_grad():
             if encoder_alone:
                 # SupCon on clean embeddings: its value under attack or bounds would cost as much as an epoch.

@@ -17,8 +17,9 @@ class Stop:
     asked = False
 
     def ask(self, number: int, frame: FrameType | None) -> None:
-        """The first request waits for the batch; the second does not."""
-        if self.asked:
+        """Ctrl-C for the second time does not wait. SIGTERM does: whoever has started this process (`mlflow run`, a
+        study) sends one after a Ctrl-C of its own."""
+        if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = True
 

@@ -129,8 +129,8 @@ class Recorder:
                 self.best = int(value)
 
     def checkpoint(self, model: Classifier, state: State) -> str:
-        """Called with the weights of the epoch that `metrics` has just told of."""
-        kept = self.run.checkpoint(model, state)
+        """Called at the start, and with the weights of an epoch that `metrics` has just told of."""
+        kept = self.run.checkpoint(model)
         if "val/accuracy" in self.told:
             scores = {name: self.score(name, model) for name in self.task.objective}
             self.run.metrics({f"objective/{name}": value for name, value in scores.items()}, self.epoch)

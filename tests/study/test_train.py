@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,11 +30,11 @@ def stopped(store: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The run of a training that was interrupted in its third epoch, its process gone."""
     validate, calls = loop.validate, []
 
-    def interrupted(*given: object) -> object:
+    def interrupted(*given: Any) -> object:
         calls.append(given)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return validate(*given)  # type: ignore[arg-type]
+        return validate(*given)
 
     monkeypatch.setattr(loop, "validate", interrupted)
     with pytest.raises(KeyboardInterrupt):

@@ -27,9 +27,9 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 
 
-def recipe(method: str, **changes: Any) -> Recipe:
+def recipe(method: Any, **changes: Any) -> Recipe:
     short = {"epochs": 3, "encoder_epochs": 2, "head_epochs": 2, "width": 0.125, "batch_size": 64, "eps": 4 / 255}
-    return Recipe(method=method, **{**short, **changes})  # type: ignore[arg-type]
+    return Recipe(method=method, **{**short, **changes})
 
 
 def told(recorder: ListRecorder) -> list[tuple[int, Mapping[str, float]]]:

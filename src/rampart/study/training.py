@@ -19,7 +19,6 @@ from rampart.study.resuming import interrupted_training
 from rampart.tracking import Run
 from rampart.tracking.later import Later
 from rampart.tracking.queries import metric_history, metric_names
-from rampart.tracking.runs import CHECKPOINTS
 from rampart.training import State, train
 from rampart.training.stopping import stoppable
 
@@ -73,7 +72,7 @@ class Epochs:
 
     def checkpoint(self, model: Classifier, state: State) -> str:
         self.later.do(partial(self.run.checkpoint, copy.deepcopy(model), state))
-        return f"runs:/{self.run.id}/{CHECKPOINTS[state.epoch % 2]}"
+        return self.run.checkpoint_uri(state)
 
     def chosen(self) -> dict[str, float]:
         """kept/<metric> on the validation images of the epoch whose weights the model has."""

@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Artifacts that one step leaves and another reads.
 # The newest is in one of them while the other one is written.
 CHECKPOINTS = ("checkpoints/even.safetensors", "checkpoints/odd.safetensors")
+# Artifacts that one step leaves and another reads.
 LEDGER = "ledger.parquet"
 ADVERSARIAL = "adversarial.npz"
 POINTS, PLACES = "umap.parquet", "geometry.parquet"
@@ -125,12 +125,16 @@ class Run:
 
     def checkpoint(self, model: Classifier, state: State | None = None) -> str:
         """Keeps the weights of a training on its way, with all that it needs to go on if it shall, and says where."""
-        place = PurePosixPath(CHECKPOINTS[state.epoch % 2 if state else 0])
-        path = self.scratch / place.name
+        uri = self.checkpoint_uri(state)
+        path = self.scratch / PurePosixPath(uri).name
         save_model(model, path, *((state.tensors, state.numbers()) if state else ()))
-        self.client.log_artifact(self.id, str(path), str(place.parent))
+        self.client.log_artifact(self.id, str(path), PurePosixPath(uri).parent.name)
         path.unlink()
-        return f"runs:/{self.id}/{place}"
+        return uri
+
+    def checkpoint_uri(self, state: State | None) -> str:
+        """Where `checkpoint` keeps it."""
+        return f"runs:/{self.id}/{CHECKPOINTS[state.epoch % 2 if state else 0]}"
 
     def file(self, path: Path, run_id: str | None = None) -> None:
         """A file as an artifact of this run, or of another."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -11,6 +12,9 @@ import torch
 
 class RampartError(Exception):
     """Bad input or an unusable environment; the command line prints it without a traceback and exits with 2."""
+
+    def __str__(self) -> str:
+        return without_password(super().__str__())
 
 
 class SettingsError(RampartError):
@@ -29,8 +33,13 @@ class UnsupportedLayer(ModelError):
     """A layer that a bound engine cannot express; `path` is its place in the model."""
 
     def __init__(self, path: str, kind: str, reason: str = "") -> None:
-        self.path, self.kind = path, kind
-        super().__init__(f"no bounds for layer '{path or 'model'}' ({kind})" + (f": {reason}" if reason else ""))
+        self.path, self.kind, self.reason = path, kind, reason
+        # As they came: an error that crosses processes is made anew from its arguments.
+        super().__init__(path, kind, reason)
+
+    def __str__(self) -> str:
+        why = f": {self.reason}" if self.reason else ""
+        return f"no bounds for layer '{self.path or 'model'}' ({self.kind}){why}"
 
 
 class Contradiction(RampartError):
@@ -43,6 +52,14 @@ class BoundError(RampartError):
 
 class TrainingDiverged(RampartError):
     """A loss that became NaN or infinite."""
+
+
+def without_password(text: str) -> str:
+    """The text, with stars for the password of a URL in it."""
+    return _PASSWORD.sub(r"\1\2***", text)
+
+
+_PASSWORD = re.compile(r"(://[^:/@\s]*:)[^\s]*(?=@)|([?&]password=)[^&\s]*")
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

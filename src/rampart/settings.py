@@ -19,7 +19,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from rampart.data import Augmentation
-from rampart.errors import SettingsError, require, unknown
+from rampart.errors import SettingsError, require, unknown, without_password
 from rampart.evaluation import AttackPlan, CertificationPlan, CorruptionPlan, EmbeddingPlan, TrustPlan
 from rampart.training.recipe import Contrastive, MethodName, Recipe
 from rampart.verification import VerificationPlan
@@ -109,11 +109,21 @@ class EvaluateSettings(ModelSettings, TrustPlan, CorruptionPlan, CertificationPl
 
 @dataclass(frozen=True, kw_only=True)
 class VerifySettings(ModelSettings, VerificationPlan):
-    """Settings of `verify`."""
+    """Settings of `verify`.
+
+    Args:
+        part: `2/8` verifies the second eighth of the images alone; without a part those that parts have finished are
+            gathered, and the others verified.
+    """
+
+    part: str = ""
 
     def __post_init__(self) -> None:
         ModelSettings.__post_init__(self)
         VerificationPlan.__post_init__(self)
+        number, _, count = self.part.partition("/")
+        fits = number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)
+        require(not self.part or fits, f"part must be like 2/8 (the second of eight), not '{self.part}'")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,18 +159,30 @@ class StudySettings(Common):
         augment: of the arms.
         contrastive: of the arms.
         seeds: how many seeds an arm: `seed`, `seed` + 1, …
-        workers: arms run side by side, each in a process of its own; 0: one on a GPU, else one for each core.
         tuned: whether each arm is tuned first (tune.name=value sets how) and trained with what turned out best.
         dry_run: whether it is only said which steps are done, stale and to do, and how long they took before.
+        force: what becomes of finished steps whose code has changed since: `redo` them, or `keep` them; empty: that is
+            asked.
+        executor: `local` (processes on this machine) or `ray` (a cluster).
+        address: of the Ray cluster: `auto` (the one that this machine belongs to), HOST:PORT or ray://HOST:PORT; empty:
+            one of its own on this machine.
+        workers: steps in work at once; 0: as many as the GPUs take or, without, the cores.
+        gpus: GPUs a step, or the share of one; 0: one where there are any.
+        ram: GiB that a step is expected to need (executor=ray); 0: not said.
     """
 
     methods: tuple[MethodName, ...] = ("normal", "adversarial", "certified")
     augment: tuple[bool, ...] = (False, True)
     contrastive: tuple[Contrastive, ...] = ("none", "double")
     seeds: int = 1
-    workers: int = 0
     tuned: bool = False
     dry_run: bool = False
+    force: Literal["", "redo", "keep"] = ""
+    executor: Literal["local", "ray"] = "local"
+    address: str = ""
+    workers: int = 0
+    gpus: float = 0.0
+    ram: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -168,7 +190,9 @@ class StudySettings(Common):
             values = getattr(self, name)
             require(len(values) > 0 and len(set(values)) == len(values), f"{name} needs distinct values, not {values}")
         require(self.seeds >= 1, f"seeds must be 1 or more, not {self.seeds}")
-        require(self.workers >= 0, f"workers must be 0 or more, not {self.workers}")
+        for name in ("workers", "gpus", "ram"):
+            require(getattr(self, name) >= 0, f"{name} must be 0 or more, not {getattr(self, name):g}")
+        require(not self.address or self.executor == "ray", "address is that of a Ray cluster: give executor=ray, too")
 
 
 Objective = Literal["own", "val_accuracy", "val_robust_accuracy", "val_certified_accuracy"]
@@ -237,7 +261,7 @@ STEPS: dict[str, type[Settings]] = {
 }
 # The steps that a study runs for each arm, and what it decides for them itself.
 ARM_STEPS = ("train", "evaluate", "verify", "embed")
-DECIDED = {"model", "method", "augment", "contrastive", "seed", "profile", "workers"}
+DECIDED = {"model", "method", "augment", "contrastive", "seed", "profile", "workers", "part"}
 SECTIONS = ("about", "common", *STEPS, "arms")
 
 
@@ -297,11 +321,7 @@ def as_text(settings: Settings, given: Mapping[str, str]) -> dict[str, str]:
             texts[f"{field.name}_pixel"] = ",".join(eps_text(radius) for radius in radii)
         else:
             texts[field.name] = ",".join(_text(v) for v in value) if isinstance(value, tuple) else _text(value)
-    return {name: _PASSWORD.sub(r"\1\2***", text) for name, text in {**texts, **given}.items()}
-
-
-# In a database's URL, which the runs must not tell.
-_PASSWORD = re.compile(r"(://[^:/@]*:).*(?=@)|([?&]password=)[^&]*")
+    return {name: without_password(text) for name, text in {**texts, **given}.items()}
 
 
 def eps_text(eps: float) -> str:

@@ -8,37 +8,38 @@ import pytest
 
 from rampart.arms import Arm, grid
 from rampart.study import run_step
-from rampart.study.plan import DONE, MISSING, STALE, Arms, plan, said, table
+from rampart.study.graph import Shared
+from rampart.study.plan import DONE, MISSING, STALE, plan, said, table
 from rampart.tracking.queries import find_runs
 from tests.conftest import TINY_STUDY, Study
 
 JOBS = [(arm, 0) for arm in grid(("normal", "certified"), (False,), ("none", "double"))]
 
 
-def arms(**given: str) -> Arms:
-    return Arms({**TINY_STUDY, **given}, "quick", 1, "", "0", tuned=False, first_seed=0)
+def shared(keep: bool = False, **given: str) -> Shared:
+    return Shared.here({**TINY_STUDY, **given}, "quick", 1, "", "0", keep)
 
 
 def test_all_of_a_finished_study_is_done(study: Study) -> None:
-    steps = plan(arms(), JOBS)
+    steps = plan(shared(), JOBS)
     assert len(steps) == 16
     assert set(steps["state"]) == {DONE}
     assert said(steps, 2) == "all 16 steps are done"
 
 
 def test_another_setting_makes_what_depends_on_it_stale(study: Study) -> None:
-    evaluated = plan(arms(**{"evaluate.steps": "3"}), JOBS)
+    evaluated = plan(shared(**{"evaluate.steps": "3"}), JOBS)
     assert evaluated.groupby("step")["state"].agg(set).to_dict() == {
         "train": {DONE}, "evaluate": {STALE}, "verify": {DONE}, "embed": {DONE}
     }  # fmt: skip
     # What looks at a model that is to be trained anew cannot be done.
-    trained = plan(arms(lr="0.002"), JOBS)
+    trained = plan(shared(lr="0.002"), JOBS)
     assert set(trained["state"]) == {STALE}
     assert "16 of 16 steps to do (16 of them stale): about" in said(trained, 2)
 
 
 def test_missing_arms_take_as_long_as_their_like_if_there_is_one(study: Study) -> None:
-    steps = plan(arms(), [(Arm("normal", True, "none"), 0), (Arm("adversarial", False, "none"), 0)])
+    steps = plan(shared(), [(Arm("normal", True, "none"), 0), (Arm("adversarial", False, "none"), 0)])
     assert set(steps["state"]) == {MISSING}
     assert steps[steps["arm"] == "normal+aug"]["seconds"].gt(0).all()
     assert steps[steps["arm"] == "adversarial"]["seconds"].isna().all()

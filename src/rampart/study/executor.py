@@ -1,36 +1,31 @@
-"""Runs a study: every arm and seed through its steps, arms side by side in processes, then the comparison."""
+"""Runs a study: every arm and seed through its steps, side by side, then the comparison."""
 
 from __future__ import annotations
 
 import logging
-import multiprocessing
+import math
 import os
 from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from typing import TypedDict
 
 import pandas as pd
-import torch
-from tqdm import tqdm
 
 from rampart.arms import Arm, grid
-from rampart.console import configure_logging
-from rampart.errors import RampartError
+from rampart.errors import RampartError, SettingsError
 from rampart.reports.tables import markdown
-from rampart.settings import ARM_STEPS, StudySettings, resolve
+from rampart.settings import ARM_STEPS, StudySettings, VerifySettings, resolve
+from rampart.study.cluster import RayWorkers
+from rampart.study.graph import Done, Shared, Task, graph
 from rampart.study.opening import open_data
-from rampart.study.plan import Arms, Member, arm_texts, plan, said, table
+from rampart.study.plan import OUTDATED, plan, said, table
+from rampart.study.scheduler import Scheduler
 from rampart.study.steps import run_step
+from rampart.study.workers import LocalWorkers, Workers
 from rampart.tracking import Run, sweep
 from rampart.tuning import check
 
 log = logging.getLogger(__name__)
-
-# Slowest first, so that no worker is left alone with a long arm at the end.
-COST = {"certified": 0, "adversarial": 1, "normal": 2}
-WORKER_STEPS = ("train", "evaluate", "verify")
-# Seconds that a worker has to leave a checkpoint of its training when the study is interrupted.
-PATIENCE = 60.0
 
 
 def run_study(run: Run, settings: StudySettings, given: Mapping[str, str]) -> None:
@@ -40,43 +35,40 @@ def run_study(run: Run, settings: StudySettings, given: Mapping[str, str]) -> No
         RampartError: an arm failed; the others are finished and compared before that is said.
     """
     run.name(f"study {settings.profile}")
+    sweep(run.experiment, everywhere=True)
     jobs = [
         (arm, settings.seed + offset)
         for offset in range(settings.seeds)
         for arm in grid(settings.methods, settings.augment, settings.contrastive)
     ]
-    # Every arm's settings are checked before the first is trained.
-    for arm, seed in jobs:
-        for step in ARM_STEPS:
-            resolve(step, arm_texts(given, step, arm, seed, settings.profile, "checked"))
-        if settings.tuned:
-            check(arm_texts(given, "tune", arm, seed, settings.profile, ""))
-    # Data that cannot be read, too; and a folder is decoded once, not in every worker.
-    open_data(run, settings)
-    workers = settings.workers or default_workers()
-    threads = settings.threads or max((os.cpu_count() or 1) // workers, 1)
-    log.info(
-        "study %s: %d arms x %d seeds, %d at a time",
-        settings.profile,
-        len(jobs) // settings.seeds,
-        settings.seeds,
-        workers,
-    )
-    arms = Arms(dict(given), settings.profile, threads, run.id, run.experiment, settings.tuned, settings.seed)
-    steps = plan(arms, jobs)
-    log.info("%s", said(steps, workers))
-    if settings.dry_run:
-        print(f"\n{markdown(table(steps))}")
-        return
-    jobs.sort(key=lambda job: COST[job[0].method])
-    # What each step says of itself would drown the count of arms.
-    talking = [logging.getLogger(f"{__package__}.{name}") for name in ("steps", "embedding")]
-    for logger in talking:
-        logger.setLevel(logging.WARNING)
-    members, failures = _run_side_by_side(arms, jobs, workers)
-    for logger in talking:
-        logger.setLevel(logging.NOTSET)
-    sweep(run.experiment)
+    workers = _workers(settings)
+    try:
+        threads = settings.threads or max((os.cpu_count() or 1) // workers.count, 1)
+        shared = Shared.here(given, settings.profile, threads, run.id, run.experiment, settings.force == "keep")
+        _check(shared, settings, jobs)
+        # Data that cannot be read, too; and a folder is decoded once, not in every worker.
+        open_data(run, settings)
+        arms = len(jobs) // settings.seeds
+        log.info("study %s: %d arms x %d seeds, %d at a time", settings.profile, arms, settings.seeds, workers.count)
+        steps = plan(shared, jobs, settings.tuned)
+        log.info("%s", said(steps, workers.count))
+        if settings.dry_run:
+            print(f"\n{markdown(table(steps))}")
+            return
+        _ask(steps, settings)
+        # What each step says of itself would drown the count of arms.
+        talking = [logging.getLogger(f"{__package__}.{name}") for name in ("steps", "embedding")]
+        for logger in talking:
+            logger.setLevel(logging.WARNING)
+        parts = _parts(shared, jobs, workers.count)
+        scheduler = Scheduler(graph(jobs, settings.tuned, settings.seed, parts), partial(do, shared), workers)
+        scheduler.run()
+        for logger in talking:
+            logger.setLevel(logging.NOTSET)
+    finally:
+        workers.close()
+        sweep(run.experiment)
+    failures, members = scheduler.failures, _members(scheduler.done)
     if members:
         run.table(pd.DataFrame(members).sort_values(["arm", "seed", "step"]), "members.parquet")
         run_step("compare", {"profile": settings.profile, "study": run.id}, run.id)
@@ -88,58 +80,58 @@ def run_study(run: Run, settings: StudySettings, given: Mapping[str, str]) -> No
         )
 
 
-def _run_side_by_side(arms: Arms, jobs: list[tuple[Arm, int]], workers: int) -> tuple[list[Member], dict[str, str]]:
-    """All arms and seeds in a pool of processes: (the steps that are done, the reason for each arm that failed)."""
-    members: list[Member] = []
-    failures: dict[str, str] = {}
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_worker)
-    futures = {pool.submit(_work, arms, arm, seed): (arm, seed) for arm, seed in jobs}
-    try:
-        for future in tqdm(as_completed(futures), total=len(futures), desc="study", unit="arm", disable=None):
-            arm, seed = futures[future]
-            name = f"{arm.name} s{seed}"
-            try:
-                done = future.result()
-                members += done
-                # Here, because UMAP takes a process most of a minute to load and compile.
-                members += arms.run(arm, seed, ("embed",), done)
-                kept = all(row["reused"] for row in done)
-                log.info("%s %s", name, "was there already" if kept else "finished")
-            except Exception as error:  # whatever stops one arm must not stop the others
-                killed = isinstance(error, BrokenProcessPool)
-                failures[name] = "a worker was killed (out of memory?)" if killed else " ".join(str(error).split())
-                log.error("%s failed: %s", name, failures[name])
-    except BaseException:
-        # Interrupted: nobody waits for what the workers have begun.
-        pool.shutdown(wait=False, cancel_futures=True)
-        for worker in multiprocessing.active_children():
-            worker.terminate()
-        for worker in multiprocessing.active_children():
-            worker.join(PATIENCE)
-            worker.kill()
-            worker.join()
-        sweep(arms.experiment)
-        raise
-    pool.shutdown()
-    return members, failures
+def _workers(settings: StudySettings) -> Workers:
+    if settings.executor == "ray":
+        return RayWorkers(settings.address, settings.workers, settings.threads or 1, settings.gpus, settings.ram)
+    return LocalWorkers(settings.workers, settings.gpus)
 
 
-def default_workers() -> int:
-    """One on a GPU; on CPUs one for each core, for the study's networks are too small to share cores well."""
-    return 1 if torch.cuda.is_available() else os.cpu_count() or 1
+def _check(shared: Shared, settings: StudySettings, jobs: list[tuple[Arm, int]]) -> None:
+    """Every arm's settings, before the first is trained."""
+    for arm, seed in jobs:
+        for step in ARM_STEPS:
+            resolve(step, shared.texts(Task(arm, seed, step), "checked"))
+        if settings.tuned:
+            check(shared.texts(Task(arm, seed, "tune")))
 
 
-def _work(arms: Arms, arm: Arm, seed: int) -> list[Member]:
-    """What a worker does of one arm."""
-    try:
-        return arms.run(arm, seed, WORKER_STEPS)
-    except KeyboardInterrupt:
-        # Told to stop, and its run is closed: the pool would give it the next arm.
-        os._exit(130)
+def _ask(steps: pd.DataFrame, settings: StudySettings) -> None:
+    """Raises SettingsError where it is not said what becomes of steps whose code has changed."""
+    outdated = steps[steps["state"] == OUTDATED]
+    if len(outdated) and not settings.force:
+        raise SettingsError(
+            f"Rampart's code has changed since {len(outdated)} of this study's steps were done "
+            f"({outdated['step'].iloc[0]} of {outdated['arm'].iloc[0]}, …): force=redo does them again, force=keep "
+            "takes them as they are, another MLFLOW_EXPERIMENT_NAME begins another study"
+        )
 
 
-def _worker() -> None:
-    """A worker's process: only its parent draws a progress bar."""
-    os.environ["TQDM_DISABLE"] = "1"
-    configure_logging(quiet=True)
+def _parts(shared: Shared, jobs: list[tuple[Arm, int]], workers: int) -> int:
+    """In how many each arm's verification is split, so that workers without an arm help the others."""
+    settings = resolve("verify", shared.texts(Task(*jobs[0], "verify"), "checked"))
+    assert isinstance(settings, VerifySettings)
+    return min(math.ceil(workers / len(jobs)), settings.images)
+
+
+class Member(TypedDict):
+    """A step of a study and the run that did it, in this study or (`reused`) before."""
+
+    arm: str
+    seed: int
+    step: str
+    run: str
+    reused: bool
+
+
+def _members(done: Mapping[Task, Done]) -> list[Member]:
+    return [
+        {"arm": task.arm.name, "seed": task.seed, "step": task.step, "run": result.run, "reused": result.reused}
+        for task, result in done.items()
+        if task.step != "tune" and not task.part
+    ]
+
+
+def do(shared: Shared, task: Task, before: Mapping[str, Done]) -> Done:
+    """What a worker does."""
+    shared.settle()
+    return shared.do(task, before)

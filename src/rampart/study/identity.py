@@ -11,7 +11,7 @@ from pathlib import Path
 from rampart.settings import Settings
 
 # They change where or how fast a step runs, not what it computes.
-IRRELEVANT = {"device", "threads", "data_root", "eps_space", "images_at_once", "export"}
+IRRELEVANT = {"device", "threads", "data_root", "eps_space", "images_at_once", "export", "part"}
 _CORE = ("data", "models", "attacks", "bounds", "kernels.py", "threads.py")
 CODE = {
     "train": (*_CORE, "losses", "training"),
@@ -22,10 +22,17 @@ CODE = {
 
 
 def identity(step: str, settings: Settings, digest: str, model: str = "") -> str:
-    """A hash of the step's settings, the dataset's digest, the identity of its model, and the code behind it."""
+    """Hashes of what the step does (its settings, the dataset's digest, the identity of its model) and, behind a point,
+    of the code behind it; before both, which part of it that is."""
     relevant = {k: v for k, v in asdict(settings).items() if k not in IRRELEVANT | {"model"}}
-    parts = [step, json.dumps(relevant, sort_keys=True), digest, model, code_version(step)]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+    parts = "\n".join([step, json.dumps(relevant, sort_keys=True), digest, model])
+    part = getattr(settings, "part", "")
+    return f"{part} {hashlib.sha256(parts.encode()).hexdigest()[:32]}.{code_version(step)}".lstrip()
+
+
+def what(key: str) -> str:
+    """Of an identity, what the step does, whatever the code."""
+    return key.partition(".")[0]
 
 
 @lru_cache
@@ -37,3 +44,8 @@ def code_version(step: str) -> str:
         for file in sorted((top / part).rglob("*.py")) if (top / part).is_dir() else [top / part]:
             sha.update(str(file.relative_to(top)).encode() + file.read_bytes())
     return sha.hexdigest()[:16]
+
+
+def code_versions() -> dict[str, str]:
+    """Of all steps."""
+    return {step: code_version(step) for step in CODE}

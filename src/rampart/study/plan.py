@@ -1,111 +1,47 @@
-"""What a study consists of: the steps of its arms, those that are done, and how long the others will take."""
+"""The steps of a study that are done, and how long the others will take."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TypedDict
+from collections.abc import Sequence
 
 import pandas as pd
 
 from rampart.arms import Arm
-from rampart.settings import ARM_STEPS, Common, nested, resolve
-from rampart.study.identity import identity
-from rampart.study.opening import data_of
-from rampart.study.steps import run_step
+from rampart.settings import ARM_STEPS
+from rampart.study.graph import Shared, Task
+from rampart.study.identity import what
 from rampart.tracking.queries import find_runs
-from rampart.tuning import tuned_texts
+
+DONE, OUTDATED, STALE, MISSING = "done", "outdated", "stale", "to do"
 
 
-class Member(TypedDict):
-    """A step of a study and the run that did it, in this study or (`reused`) before."""
-
-    arm: str
-    seed: int
-    step: str
-    run: str
-    reused: bool
-
-
-@dataclass(frozen=True)
-class Arms:
-    """What the steps of all arms of a study share; travels to the workers."""
-
-    given: dict[str, str]
-    profile: str
-    threads: int
-    study: str
-    experiment: str
-    tuned: bool
-    first_seed: int
-
-    def run(self, arm: Arm, seed: int, steps: tuple[str, ...], before: Sequence[Member] = ()) -> list[Member]:
-        """Runs steps of one arm in this process, `before` being those that it has behind it.
-
-        A step that was done with the same settings, data, model and code is not done again.
-        """
-        os.environ["MLFLOW_EXPERIMENT_ID"] = self.experiment
-        members: list[Member] = []
-        trained = [row["run"] for row in before if row["step"] == "train"]
-        for step in steps:
-            model = f"runs:/{trained[0]}/model" if trained else ""
-            tuned = self.tune(arm) if step == "train" and self.tuned else {}
-            texts, key = self.step(step, arm, seed, model, tuned)
-            known = find_runs(self.experiment, {"identity": key}, max_results=1)
-            run_id = str(known["run_id"][0]) if len(known) else run_step(step, texts, self.study)
-            members.append({"arm": arm.name, "seed": seed, "step": step, "run": run_id, "reused": bool(len(known))})
-            if step == "train":
-                trained = [run_id]
-        return members
-
-    def step(
-        self, step: str, arm: Arm, seed: int, model: str, more: Mapping[str, str] | None = None
-    ) -> tuple[dict[str, str], str]:
-        """(texts of its settings, its identity)"""
-        texts = {"threads": str(self.threads), **arm_texts(self.given, step, arm, seed, self.profile, model)}
-        texts |= more or {}
-        settings = resolve(step, texts)
-        assert isinstance(settings, Common)
-        return texts, identity(step, settings, data_of(settings).digest, model)
-
-    def tune(self, arm: Arm) -> dict[str, str]:
-        """The settings that a tuning of the arm has found best. Its seeds share one, and a rerun finds it again."""
-        texts = arm_texts(self.given, "tune", arm, self.first_seed, self.profile, "")
-        return tuned_texts(run_step("tune", {"threads": str(self.threads), **texts}, self.study))
-
-
-def arm_texts(given: Mapping[str, str], step: str, arm: Arm, seed: int, profile: str, model: str) -> dict[str, str]:
-    """What the user would give to run one step of one arm alone."""
-    texts = {"profile": profile, "seed": str(seed), **nested(given, step)}
-    if step == "tune":
-        texts = nested(given, "train") | texts
-    if step in ("train", "tune"):
-        return texts | {"method": arm.method, "augment": str(arm.augment), "contrastive": arm.contrastive}
-    return texts | {"model": model}
-
-
-DONE, STALE, MISSING = "done", "stale", "to do"
-
-
-def plan(arms: Arms, jobs: Sequence[tuple[Arm, int]]) -> pd.DataFrame:
-    """A row a step: arm, seed, step; state: `done`, `stale` (done with other settings, data or code) or `to do`;
-    seconds that it will take, as long as it took before, for this arm or for one of its method; NaN where that is not
-    known, 0 where it is done."""
-    earlier = {step: _earlier(arms.experiment, step) for step in ARM_STEPS}
+def plan(shared: Shared, jobs: Sequence[tuple[Arm, int]], tuned: bool = False) -> pd.DataFrame:
+    """A row a step: arm, seed, step; state: `done`, `outdated` (done, but its code has changed since), `stale` (done
+    with other settings or data) or `to do`; seconds that it will take, as long as it took before, for this arm or for
+    one of its method; NaN where that is not known, 0 where it is done."""
+    earlier = {step: _earlier(shared.experiment, step) for step in ARM_STEPS}
     rows = []
     for arm, seed in jobs:
         # The identities of what comes after a training that is missing are not known before it is done.
         model: str | None = ""
         for step in ARM_STEPS:
             before = earlier[step]
-            tuned = step == "train" and arms.tuned
-            key = "" if model is None or tuned else arms.step(step, arm, seed, model)[1]
-            done = before[before["identity"] == key]
+            unknown = model is None or (step == "train" and tuned)
+            key = "" if unknown else shared.identity(Task(arm, seed, step), model or "")
             own = before[before["arm"] == arm.name]
-            state = DONE if len(done) else STALE if (own["seed"] == str(seed)).any() else MISSING
-            alike = own if len(own) else before[before["method"] == arm.method]
-            seconds = 0.0 if len(done) else alike["seconds"].median()
+            alike = before[before["identity"].map(what) == what(key)] if key else before[:0]
+            done = alike if shared.keep else alike[alike["identity"] == key]
+            state = (
+                DONE
+                if len(done)
+                else OUTDATED
+                if len(alike)
+                else STALE
+                if (own["seed"] == str(seed)).any()
+                else MISSING
+            )
+            timed = own if len(own) else before[before["method"] == arm.method]
+            seconds = 0.0 if len(done) else timed["seconds"].median()
             rows.append({"arm": arm.name, "seed": seed, "step": step, "state": state, "seconds": seconds})
             if step == "train":
                 model = f"runs:/{done['run_id'].iloc[0]}/model" if len(done) else None
@@ -115,7 +51,7 @@ def plan(arms: Arms, jobs: Sequence[tuple[Arm, int]]) -> pd.DataFrame:
 def _earlier(experiment: str, step: str) -> pd.DataFrame:
     """The finished runs of a step: run_id, identity, arm, method, seed, seconds."""
     found = find_runs(experiment, {"step": step})
-    tags = {name: found.get(f"tags.rampart.{name}", pd.Series("", found.index)) for name in _TAGS}
+    tags = {name: found.get(f"tags.rampart.{name}", pd.Series("", found.index)).fillna("") for name in _TAGS}
     start, end = (pd.to_datetime(found[name]) for name in ("start_time", "end_time"))
     return pd.DataFrame({"run_id": found["run_id"], **tags, "seconds": (end - start).dt.total_seconds()})
 
@@ -131,7 +67,7 @@ def said(steps: pd.DataFrame, workers: int) -> str:
     known = left["seconds"].dropna()
     minutes = f"about {known.sum() / workers / 60:.0f} min" if len(known) else "nobody knows how long"
     others = f", {len(left) - len(known)} of them not timed so far" if 0 < len(known) < len(left) else ""
-    stale = int((left["state"] == STALE).sum())
+    stale = int(left["state"].isin([STALE, OUTDATED]).sum())
     return f"{len(left)} of {len(steps)} steps to do ({stale} of them stale): {minutes} with {workers} workers{others}"
 
 

@@ -18,13 +18,14 @@ from rampart.tracking import Run, open_run
 log = logging.getLogger(__name__)
 
 
-def run_step(step: str, given: Mapping[str, str], study: str | None = None) -> str:
-    """Runs `step` with the settings that the user gave as texts, as a run of its own under `study`'s; returns its id.
+def run_step(step: str, given: Mapping[str, str], study: str | None = None, task: str | None = None) -> str:
+    """Runs `step` with the settings that the user gave as texts, as a run of its own under `study`'s, of which it is
+    `task`; returns its id.
 
     Raises:
         RampartError: bad input; the run is FAILED then.
     """
-    with open_run(step, study) as run:
+    with open_run(step, study, task) as run:
         settings = resolve(step, given)
         run.params(as_text(settings, given))
         run.tags({"profile": settings.profile})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -18,7 +19,7 @@ from rampart.study.identity import identity
 from rampart.study.resuming import Paced, interrupted
 from rampart.study.subject import Subject, draw, finish, open_subject
 from rampart.tracking import Run
-from rampart.tracking.queries import read_arrays
+from rampart.tracking.queries import find_runs, read_arrays, read_table
 from rampart.tracking.runs import LEDGER
 from rampart.verification import Progress, verify_split
 
@@ -29,15 +30,26 @@ def run_verification(run: Run, settings: Settings, given: Mapping[str, str]) -> 
     assert isinstance(settings, VerifySettings)
     subject = open_subject(run, settings)
     data, label = subject.data, subject.label
-    progress = _progress(run, settings, subject)
+    whole = identity(run.step, replace(settings, part=""), data.digest, subject.weights)
+    if settings.part:
+        run.name(f"{run.step} {label}, {settings.part}")
+        run.tags({"step": PART, "part_of": whole})
+    progress = _progress(run, settings, subject, whole)
     progress.keep = Paced(lambda known: _keep(run, known.ledger, known.examples))
+    number, _, count = (settings.part or "1/1").partition("/")
     try:
-        ledger, examples = verify_split(subject.model, subject.test, settings, progress)
+        ledger, examples = verify_split(subject.model, subject.test, settings, progress, (int(number) - 1, int(count)))
     except Contradiction:
-        run.tags({"begun": "distrusted"})  # nothing goes on from here
+        run.tags({"begun": "distrusted", "part_of": "distrusted"})  # nothing goes on from here
         raise
     counts = verdict_counts(ledger)
     _keep(run, ledger, examples)
+    said = [f"{int(n)} {k.split('/')[1]}" for k, n in counts.items() if n and k.split("/")[1] in SAID]
+    eps = as_text(settings, {})["eps"]
+    log.info("%s: %d images at ε %s: %s", label, len(ledger), eps, ", ".join(said))
+    if settings.part:
+        finish(run, settings, data)
+        return
     run.evidence(ledger)
     if examples:
         shown = ledger[ledger["image"].isin(examples)].head(SHOWN)
@@ -51,31 +63,37 @@ def run_verification(run: Run, settings: Settings, given: Mapping[str, str]) -> 
         draw(run, "counterexamples", picture)
     run.metrics(counts)
     pictured = run.shown("counterexamples.png") if examples else ""
-    eps = as_text(settings, {})["eps"]
     run.describe(describing.verification(label, eps, counts, pictured))
     finish(run, settings, data)
-    said = [f"{int(n)} {k.split('/')[1]}" for k, n in counts.items() if n and k.split("/")[1] in SAID]
-    log.info("%s: %d images at ε %s: %s", label, len(ledger), eps, ", ".join(said))
 
 
 EXAMPLES = "counterexamples.npz"
+# What a part's runs are called: reports look for whole ones.
+PART = "verify-part"
 # Counterexamples in a verification's picture.
 SHOWN = 12
 
 
-def _progress(run: Run, settings: VerifySettings, subject: Subject) -> Progress:
-    """What an interrupted verification has left behind."""
+def _progress(run: Run, settings: VerifySettings, subject: Subject, whole: str) -> Progress:
+    """What an interrupted verification has left behind, and what parts of it have."""
     before = interrupted(run, identity(run.step, settings, subject.data.digest, subject.weights))
-    if before is None:
-        return Progress()
-    old, ledger = before
-    examples = read_arrays(old, EXAMPLES) or {}
-    rows = [{str(k): v for k, v in row.items() if pd.notna(v)} for row in ledger.to_dict("records")]
-    # Of an image whose counterexample was not kept nothing is known.
-    kept = [row for row in rows if "counterexample_prediction" not in row or str(row["image"]) in examples]
-    refuted = [int(row["image"]) for row in kept if "counterexample_prediction" in row]
-    progress = Progress(kept, {image: torch.from_numpy(examples[str(image)]) for image in refuted})
-    _keep(run, progress.ledger, progress.examples)  # lest a second interruption loses it
+    left = [before] if before else []
+    if not settings.part:
+        parts = find_runs(run.experiment, {"part_of": whole}, status=None)["run_id"]
+        left += [(part, ledger) for part in parts if (ledger := read_table(part, LEDGER)) is not None]
+    progress = Progress()
+    for old, ledger in left:
+        examples = read_arrays(old, EXAMPLES) or {}
+        known = {row["image"] for row in progress.rows}
+        rows = [{str(k): v for k, v in row.items() if pd.notna(v)} for row in ledger.to_dict("records")]
+        # Of an image whose counterexample was not kept nothing is known.
+        kept = [row for row in rows if "counterexample_prediction" not in row or str(row["image"]) in examples]
+        kept = [row for row in kept if row["image"] not in known]
+        refuted = [int(row["image"]) for row in kept if "counterexample_prediction" in row]
+        progress.rows += kept
+        progress.examples |= {image: torch.from_numpy(examples[str(image)]) for image in refuted}
+    if left:
+        _keep(run, progress.ledger, progress.examples)  # lest a second interruption loses it
     return progress
 
 

@@ -65,14 +65,15 @@ class Later:
                 work()
                 return
             except (MlflowException, OSError) as error:
-                if not _passing(error) or self.hurry.is_set():
+                if not passing(error) or self.hurry.is_set():
                     raise
                 log.warning("%s: trying again in %g s", " ".join(str(error).split())[:200], pause)
                 self.hurry.wait(pause)
         work()
 
 
-def _passing(error: MlflowException | OSError) -> bool:
+def passing(error: MlflowException | OSError) -> bool:
+    """Whether a server that is away, or a full disk, may be behind it."""
     if isinstance(error, MlflowException):
         return error.error_code in PASSING
     return not isinstance(error, FileNotFoundError)

@@ -46,10 +46,14 @@ def find_runs(
     experiment_id, status, start_time, params.*, metrics.*, tags.*). Filtered on the server, paged by MLflow.
 
     Args:
+        tags: a value that ends with % is how a tag's begins.
         experiment: that they are in; None: any.
         status: that they have, or, behind an exclamation mark, have not; None: any.
     """
-    parts = [f"tags.`rampart.{name}` = {_quoted(value)}" for name, value in tags.items()]
+    parts = [
+        f"tags.`rampart.{name}` {'LIKE' if value.endswith('%') else '='} {_quoted(value)}"
+        for name, value in tags.items()
+    ]
     if status:
         parts.append(f"attributes.status {'!=' if status.startswith('!') else '='} '{status.lstrip('!')}'")
     return _search(experiment, " and ".join(parts), max_results)

@@ -23,12 +23,14 @@ import torch
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModelInput, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.utils.file_utils import local_file_uri_to_path
+from mlflow.utils.uri import is_local_uri
 
 from rampart import __version__
 from rampart.data import Dataset
 from rampart.errors import RampartError
 from rampart.models import Classifier, save_model
-from rampart.tracking.store import experiment_id, initialise, process_tags, sweep
+from rampart.tracking.store import alive, beating, experiment_id, initialise, process_tags, sweep
 from rampart.training import State
 
 if TYPE_CHECKING:
@@ -83,6 +85,17 @@ class Run:
         self.client.log_batch(run_id, tags=[RunTag(k, v) for k, v in process_tags().items()])
         with suppress(MlflowException):  # of the process that was stopped
             self.client.delete_tag(run_id, "rampart.error")
+
+    def check_place(self, place: str) -> None:
+        """Raises RampartError where the run's artifacts cannot be written: before the work, not after it."""
+        if not is_local_uri(place):
+            return
+        path = Path(local_file_uri_to_path(place))
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=path).close()
+        except OSError as error:
+            raise RampartError(f"artifacts cannot be written to {path} ({error.strerror}): make it writable") from error
 
     def name(self, name: str) -> None:
         self.client.set_tag(self.id, "mlflow.runName", name)
@@ -207,10 +220,14 @@ class Run:
 
 
 @contextmanager
-def open_run(step: str, parent: str | None = None) -> Iterator[Run]:
+def open_run(step: str, parent: str | None = None, task: str | None = None) -> Iterator[Run]:
     """Starts a run (or goes on with the one that `mlflow run` has started) and ends it as what became of it.
 
     An error ends it FAILED, an interrupt KILLED; both leave their message in the tag rampart.error.
+
+    Args:
+        parent: the study that it belongs to.
+        task: what tells the study's step from every other.
     """
     initialise()
     # How busy the machine was; with MLflow's own ten seconds a short training would have nothing of that.
@@ -225,16 +242,27 @@ def open_run(step: str, parent: str | None = None) -> Iterator[Run]:
     else:
         # A comparison has nothing to look for in an experiment that it would have to create.
         experiment = experiment_id(create=step != "compare")
-        active = mlflow.start_run(experiment_id=experiment, run_name=step, nested=True, log_system_metrics=measured)
-        if parent:  # MLflow would take the active run or none, but a trial's belongs to the run that began its study
-            MlflowClient().set_tag(active.info.run_id, "mlflow.parentRunId", parent)
+        # With the tags from its first moment: a server that dies then leaves no run that nobody knows the process of.
+        tags = process_tags() | {f"rampart.{k}": v for k, v in (("study", parent), ("task", task)) if v}
+        active = mlflow.start_run(
+            experiment_id=experiment,
+            run_name=step,
+            nested=True,
+            # MLflow would take the active run or none, but a trial's belongs to the run that began its study.
+            parent_run_id=parent or None,
+            tags=tags,
+            log_system_metrics=measured,
+        )
     run = Run(active.info.run_id, experiment, step, parent, bool(resumed))
     status = "FAILED"
     try:
-        run.tags({"step": step, **versions(), **git(), **({"study": parent} if parent else {})})
-        run.client.log_batch(run.id, tags=[RunTag(k, v) for k, v in process_tags().items()])
+        run.tags({"step": step, **versions(), **git()})
+        if resumed:
+            run.client.log_batch(run.id, tags=[RunTag(k, v) for k, v in process_tags().items()])
         sweep(experiment)
-        yield run
+        run.check_place(active.info.artifact_uri)
+        with beating(run.id):
+            yield run
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
@@ -304,6 +332,26 @@ def reopened(run: Run) -> Iterator[None]:
         raise
     finally:
         run.client.set_terminated(run.id, status)
+
+
+def bury(experiment: str, task: str) -> None:
+    """Ends the runs of a step that nobody works at any more, though they say that they are RUNNING. For whoever has
+    claimed the step: what still works at it belongs to a study that is gone, and has been told to stop."""
+    client = MlflowClient()
+    running = f"attributes.status = 'RUNNING' and tags.`rampart.task` = '{task}'"
+    for left in client.search_runs([experiment], running):
+        process = f"{left.data.tags['rampart.process']}@{left.data.tags['rampart.host']}"
+        for _ in range(FAREWELL):
+            if not alive(process):
+                break
+            time.sleep(1.0)
+        if client.get_run(left.info.run_id).info.status == "RUNNING":
+            client.set_tag(left.info.run_id, "rampart.error", "killed: its process ended without a word")
+            client.set_terminated(left.info.run_id, "KILLED")
+
+
+# Seconds that a process whose study is gone has to leave a checkpoint.
+FAREWELL = 60
 
 
 def fail_run(run_id: str, reason: str, tags: Mapping[str, str]) -> None:

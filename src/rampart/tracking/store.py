@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 
@@ -37,6 +38,10 @@ def initialise() -> None:
         raise _unanswered(uri, error) from error
 
 
+class StoreAway(RampartError):
+    """The tracking store does not answer."""
+
+
 @lru_cache
 def _make_ready(uri: str) -> None:
     last: Exception | None = None
@@ -54,7 +59,7 @@ def _make_ready(uri: str) -> None:
 
 def _unanswered(uri: str, error: Exception) -> RampartError:
     reason = " ".join(str(error).split())[:200]
-    return RampartError(f"the tracking store {uri} does not answer ({reason}): check MLFLOW_TRACKING_URI")
+    return StoreAway(f"the tracking store {uri} does not answer ({reason}): check MLFLOW_TRACKING_URI")
 
 
 @contextmanager
@@ -101,7 +106,7 @@ def experiment_id(create: bool = True) -> str:
 def process_tags() -> dict[str, str]:
     """What tells later whether the process behind a run still lives."""
     process, _, host = this_process().partition("@")
-    return {"rampart.host": host, "rampart.process": process}
+    return {"rampart.host": host, "rampart.process": process, PULSE: str(int(time.time()))}
 
 
 def this_process() -> str:
@@ -117,14 +122,40 @@ def alive(process: str) -> bool | None:
     return _alive(int(pid), created) if host == socket.gethostname() else None
 
 
-def sweep(experiment: str) -> list[str]:
-    """Marks RUNNING runs of this host KILLED if their process is gone; returns their ids."""
+# When a run has last been known to be at work, in seconds since 1970.
+PULSE = "rampart.pulse"
+# Seconds between two beats, and those after which nobody waits for one any more: clocks differ, and servers are away.
+BEAT, SILENCE = 60.0, 600.0
+
+
+@contextmanager
+def beating(run_id: str) -> Iterator[None]:
+    """Tells the server meanwhile that the run is at work: no other machine could know."""
+    over, client = threading.Event(), MlflowClient()
+
+    def beat() -> None:
+        while not over.wait(BEAT):
+            try:
+                client.set_tag(run_id, PULSE, str(int(time.time())))
+            except MlflowException as error:  # away, or the run was deleted: what works in it will hear of that
+                log.debug("no pulse of run %s: %s", run_id, error)
+
+    # A beat under way may wait for a server; the end of a run does not wait for it.
+    threading.Thread(target=beat, name="rampart-pulse", daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+def sweep(experiment: str, everywhere: bool = False) -> list[str]:
+    """Marks RUNNING runs KILLED whose process on this host is gone or, `everywhere`, has been silent for long on
+    another; returns their ids."""
     client = MlflowClient()
     swept = []
-    running = f"attributes.status = 'RUNNING' and tags.`rampart.host` = '{socket.gethostname()}'"
-    for run in client.search_runs([experiment], running, max_results=1000):
-        pid, _, created = run.data.tags.get("rampart.process", "").partition(":")
-        if pid and not _alive(int(pid), created):
+    here = "" if everywhere else f" and tags.`rampart.host` = '{socket.gethostname()}'"
+    for run in client.search_runs([experiment], f"attributes.status = 'RUNNING'{here}", max_results=1000):
+        if _gone(run.data.tags):
             try:
                 client.set_tag(run.info.run_id, "rampart.error", "killed: its process ended without a word")
                 client.set_terminated(run.info.run_id, "KILLED")
@@ -135,6 +166,16 @@ def sweep(experiment: str) -> list[str]:
     if swept:
         log.info("marked %d run(s) KILLED whose process is gone", len(swept))
     return swept
+
+
+def _gone(tags: Mapping[str, str]) -> bool:
+    """Of a run that is not ours, or whose process said nothing, nothing is known."""
+    pid, _, created = tags.get("rampart.process", "").partition(":")
+    if not pid:
+        return False
+    if tags.get("rampart.host") == socket.gethostname():
+        return not _alive(int(pid), created)
+    return time.time() - float(tags.get(PULSE, "inf")) > SILENCE
 
 
 def _alive(pid: int, created: str) -> bool:

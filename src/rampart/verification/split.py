@@ -109,11 +109,18 @@ class Progress:
 
 
 def verify_split(
-    model: nn.Module, split: Split, plan: VerificationPlan, progress: Progress | None = None
+    model: nn.Module,
+    split: Split,
+    plan: VerificationPlan,
+    progress: Progress | None = None,
+    part: tuple[int, int] = (0, 1),
 ) -> tuple[pd.DataFrame, dict[int, torch.Tensor]]:
     """The ledger (COLUMNS; an image that the model gets wrong has no verdict) and counterexamples by image.
 
     `radius` is the largest ε proved (missing unless the plan asks for it; 0 where nothing could be proved).
+
+    Args:
+        part: (i, n): of the plan's images only each n-th, from the i-th on.
 
     Raises:
         Contradiction: PGD breaks an image that was proved.
@@ -122,6 +129,7 @@ def verify_split(
     chosen = choose(model, split, plan.images, plan.selection, plan.survive_eps, plan.selection_seed)
     if plan.export:
         exchange.export(model, split, chosen, plan.eps, plan.timeout, Path(plan.export))
+    chosen = chosen[part[0] :: part[1]]
     done = {row["image"] for row in progress.rows}
     left = [image for image in chosen if image not in done]
     known: dict[int, Verdict] = {}

@@ -1,0 +1,135 @@
+"""Where a study's tasks are done: processes of this machine. `cluster.py` has the machines of a Ray cluster."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from rampart.console import configure_logging
+from rampart.errors import require
+
+T = TypeVar("T")
+
+# Seconds that a worker has to leave a checkpoint of its training when the study is interrupted.
+PATIENCE = 60.0
+
+
+class WorkerLost(Exception):
+    """A worker's process ended before its task did."""
+
+
+class Workers(Protocol):
+    """Who does tasks.
+
+    Args:
+        count: of tasks in work at once.
+    """
+
+    count: int
+
+    def submit(self, work: Callable[..., T], *given: object) -> Future[T]:
+        """Begins a task. Not more than `count` may be in work."""
+
+    def reason(self, error: BaseException) -> BaseException:
+        """What has gone wrong where a task's future holds that error: `WorkerLost`, or what the task has raised."""
+
+    def stop(self) -> None:
+        """Interrupts what is in work; returns when it is over."""
+
+    def close(self) -> None:
+        """Lets the workers go; nothing is in work."""
+
+
+class LocalWorkers:
+    """Processes of this machine, each of which does one task at a time, with GPUs of its own where there are any.
+
+    A worker that is lost takes no other with it, and another takes its place.
+    """
+
+    def __init__(self, count: int, gpus: float) -> None:
+        """
+        Args:
+            count: of processes; 0: as many as the GPUs take or, without, the cores.
+            gpus: that each has, or the share of one; 0: one where there are any.
+
+        Raises:
+            SettingsError: there are fewer.
+        """
+        there = torch.cuda.device_count()
+        require(gpus <= there, f"gpus={gpus:g}: this machine has {there}")
+        self.gpus = gpus or min(1, there)
+        # The study's networks are too small to share cores well.
+        self.count = count or (int(there / self.gpus) if there else os.cpu_count() or 1)
+        self.pools = [self._pool(slot) for slot in range(self.count)]
+        self.tasks: list[Future[Any] | None] = [None] * self.count
+
+    def _pool(self, slot: int) -> ProcessPoolExecutor:
+        there = torch.cuda.device_count()
+        whole = max(int(self.gpus), 1)
+        own = [int(slot * self.gpus) + i for i in range(whole)] if there else []
+        devices = ",".join(str(device % there) for device in own)
+        context = multiprocessing.get_context("spawn")
+        return ProcessPoolExecutor(1, mp_context=context, initializer=_begin, initargs=(devices,))
+
+    def submit(self, work: Callable[..., T], *given: object) -> Future[T]:
+        slot = next(slot for slot, task in enumerate(self.tasks) if task is None or task.done())
+        try:
+            future = self.pools[slot].submit(_interruptible, work, *given)
+        except BrokenProcessPool:  # died since its last task, or in it
+            self.pools[slot] = self._pool(slot)
+            future = self.pools[slot].submit(_interruptible, work, *given)
+        self.tasks[slot] = future
+        return future
+
+    def reason(self, error: BaseException) -> BaseException:
+        return WorkerLost("a worker was killed (out of memory?)") if isinstance(error, BrokenProcessPool) else error
+
+    def stop(self) -> None:
+        for pool in self.pools:
+            pool.shutdown(wait=False, cancel_futures=True)
+        workers = multiprocessing.active_children()
+        for worker in workers:
+            worker.terminate()
+        for worker in workers:
+            worker.join(PATIENCE)
+            worker.kill()
+            worker.join()
+
+    def close(self) -> None:
+        for pool in self.pools:
+            pool.shutdown()
+
+
+def _interruptible(work: Callable[..., T], *given: object) -> T:
+    try:
+        return work(*given)
+    except KeyboardInterrupt:
+        # Told to stop, and its run is closed: the pool would wait for another task.
+        os._exit(130)
+
+
+def _begin(devices: str) -> None:
+    """A worker's process: only its parent draws a progress bar, and it does not outlive that."""
+    os.environ["TQDM_DISABLE"] = "1"
+    if devices:
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices
+    configure_logging(quiet=True)
+    threading.Thread(target=_follow, name="rampart-parent", daemon=True).start()
+
+
+def _follow() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os.kill(os.getpid(), signal.SIGTERM)  # a training leaves a checkpoint
+    threading.Event().wait(PATIENCE)
+    os._exit(1)

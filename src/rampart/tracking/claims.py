@@ -1,0 +1,61 @@
+"""Who does a step, where several studies could do it at the same moment: each step is done once."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from mlflow import MlflowClient
+
+from rampart.tracking.store import asking, sweep
+
+log = logging.getLogger(__name__)
+
+CHOOSING = "choosing"
+# Seconds between two looks at those who are ahead: the first, and the longest.
+PAUSES = (0.2, 5.0)
+
+
+@contextmanager
+def claimed(run_id: str, experiment: str, key: str) -> Iterator[None]:
+    """Waits until no other run of the experiment claims `key`, and claims it for `run_id` meanwhile.
+
+    Lamport's bakery (1974), whose registers are tags of running runs: it needs no more of the server than that a tag
+    that is written can be read. The claim of a run whose process is gone falls with the run.
+    """
+    client, tag = MlflowClient(), f"rampart.claim.{key}"
+    with asking():
+        client.set_tag(run_id, tag, CHOOSING)
+        others = _claims(experiment, tag)
+        others.pop(run_id, None)
+        number = 1 + max((int(text) for text in others.values() if text != CHOOSING), default=0)
+        client.set_tag(run_id, tag, str(number))
+    try:
+        pause, longest = PAUSES
+        while ahead := _ahead(experiment, tag, number, run_id):
+            log.info("run %s does this already: waiting for it", ahead)
+            time.sleep(pause)
+            pause = min(2 * pause, longest)
+            sweep(experiment, everywhere=True)
+        yield
+    finally:
+        with asking():
+            client.delete_tag(run_id, tag)
+
+
+def _ahead(experiment: str, tag: str, number: int, run_id: str) -> str | None:
+    """A run that comes first."""
+    with asking():
+        others = _claims(experiment, tag)
+    for other, text in others.items():
+        if other != run_id and (text == CHOOSING or (int(text), other) < (number, run_id)):
+            return other
+    return None
+
+
+def _claims(experiment: str, tag: str) -> dict[str, str]:
+    """The running runs that claim, and what they have written."""
+    found = MlflowClient().search_runs([experiment], f"attributes.status = 'RUNNING' and tags.`{tag}` LIKE '%'")
+    return {run.info.run_id: run.data.tags[tag] for run in found}

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
+import pandas as pd
 import pytest
+from mlflow import MlflowClient
 
 from rampart.arms import Arm, grid
+from rampart.settings import ARM_STEPS
 from rampart.study import run_step
 from rampart.study.graph import Shared
-from rampart.study.plan import DONE, MISSING, STALE, plan, said, table
+from rampart.study.identity import what
+from rampart.study.plan import DONE, MISSING, OUTDATED, STALE, plan, said, table
 from rampart.tracking.queries import find_runs
-from tests.conftest import TINY_STUDY, Study
+from tests.conftest import TINY_STUDY, Study, run_rampart
 
 JOBS = [(arm, 0) for arm in grid(("normal", "certified"), (False,), ("none", "double"))]
 
@@ -55,3 +60,27 @@ def test_a_dry_run_does_nothing(store: Path, capsys: pytest.CaptureFixture[str])
     runs = find_runs("0", {}, status=None)
     assert list(runs["tags.rampart.step"]) == ["main"]
     assert list(runs["status"]) == ["FINISHED"]
+
+
+def test_code_that_has_changed_since_is_asked_about(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = f"sqlite:///{shutil.copy(study.folder / 'mlflow.db', tmp_path / 'copy.db')}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    client = MlflowClient()
+    done = pd.concat([find_runs("0", {"step": step}) for step in ARM_STEPS])
+    for run, key in zip(done["run_id"], done["tags.rampart.identity"], strict=True):
+        client.set_tag(run, "rampart.identity", f"{what(key)}.of other code")
+    assert set(plan(shared(keep=True), JOBS)["state"]) == {DONE}
+    # What looks at a model waits for what becomes of its training.
+    assert plan(shared(), JOBS).groupby("step")["state"].agg(set).to_dict() == {
+        "train": {OUTDATED}, "evaluate": {STALE}, "verify": {STALE}, "embed": {STALE}
+    }  # fmt: skip
+    refused = run_rampart("main", TINY_STUDY, study.folder, store)
+    assert refused.returncode == 2
+    assert "code has changed since 4 of this study's steps were done (train of normal, …)" in refused.stderr
+    assert "force=redo" in refused.stderr
+    kept = run_rampart("main", {**TINY_STUDY, "force": "keep"}, study.folder, store)
+    assert kept.returncode == 0, kept.stderr
+    assert kept.stderr.count("was there already") == 4
+    assert len(find_runs("0", {"step": "train"})) == 4

@@ -11,6 +11,7 @@ import torch
 from mlflow import MlflowClient
 
 from rampart.data import Dataset
+from rampart.errors import SettingsError
 from rampart.models import build_model, save_model
 from rampart.study.steps import run_step
 from rampart.tracking.queries import find_runs, read_arrays, read_table
@@ -104,3 +105,30 @@ def test_every_certified_radius_is_attacked_too(weights: str) -> None:
         proved, left = found[f"metrics.certified_accuracy/{eps}"], found[f"metrics.attacked_accuracy/{eps}"]
         assert 0 <= proved <= left <= 1
     assert torch.get_num_threads() == 2
+
+
+def test_parts_are_gathered(weights: str) -> None:
+    """Two of three parts, one of them done by a worker that was lost before its end, and the whole that finds both."""
+    whole = read_table(run_step("verify", settings(weights)), "ledger.parquet")
+    MlflowClient().delete_run(find_runs("0", {"step": "verify"})["run_id"].iloc[0])
+    parts = [run_step("verify", settings(weights, part=part)) for part in ("1/3", "3/3")]
+    tables = [read_table(part, "ledger.parquet") for part in parts]
+    assert [len(table) for table in tables if table is not None] == [4, 3]
+    MlflowClient().set_terminated(parts[1], "KILLED")
+    assert list(find_runs("0", {"step": "verify"})["run_id"]) == []
+    gathered = run_step("verify", settings(weights))
+    ledger, examples = read_table(gathered, "ledger.parquet"), read_arrays(gathered, "counterexamples.npz")
+    assert whole is not None
+    assert ledger is not None
+    same = ["image", "label", "prediction", "verdict", "lower_bound", "counterexample_prediction"]
+    pd.testing.assert_frame_equal(ledger[same], whole[same])
+    assert {int(image) for image in examples or {}} == set(ledger.loc[ledger["verdict"] == "unsafe", "image"])
+    # What the parts have done was not done again: the very seconds are theirs.
+    known = pd.concat([table for table in tables if table is not None]).set_index("image")["seconds"]
+    assert (ledger.set_index("image").loc[known.index, "seconds"].dropna() == known.dropna()).all()
+    # A part of more parts than images has nothing to do.
+    nothing = read_table(run_step("verify", settings(weights, part="12/12")), "ledger.parquet")
+    assert nothing is not None
+    assert len(nothing) == 0
+    with pytest.raises(SettingsError, match="part must be like 2/8"):
+        run_step("verify", settings(weights, part="3/2"))

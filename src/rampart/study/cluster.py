@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -43,6 +43,7 @@ class RayWorkers:
             raise RampartError("executor=ray needs Ray: pip install 'ray[default]', or pip install .[ray]") from error
         self.ray: Any = ray
         _reach(address)
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody is told that we work
         try:
             ray.init(
                 address=address or None,
@@ -52,24 +53,14 @@ class RayWorkers:
             )
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise _unanswered(address, error) from error
-        needs = {"CPU": float(cpus), "GPU": gpus, "memory": ram * 2**30}
-        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        for name, much in needs.items():
-            most = max(machine.get(name, 0.0) for machine in machines)
-            unit = f"{most / 2**30:.1f} GiB of memory" if name == "memory" else f"{most:g} {name}s"
-            setting = {"CPU": "threads", "GPU": "gpus", "memory": "ram"}[name]
-            require(
-                much <= most,
-                f"{setting}={ram if name == 'memory' else much:g}: no machine of the cluster has more than {unit}",
-            )
-        if not gpus and any(machine.get("GPU") for machine in machines):
-            needs["GPU"] = 1.0
-        room = [min(int(machine.get(n, 0) / much) for n, much in needs.items() if much) for machine in machines]
-        self.count = count or max(sum(room), 1)
-        options = {"num_cpus": needs["CPU"], "num_gpus": needs["GPU"], "max_retries": RETRIES}
-        if needs["memory"]:
-            options["memory"] = needs["memory"]
-        self.task = ray.remote(_quiet).options(**options)
+        try:
+            machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+            options = _options(machines, cpus, gpus, ram)
+        except BaseException:
+            ray.shutdown()
+            raise
+        self.count = count or _room(machines, options)
+        self.task = ray.remote(_quiet).options(max_retries=RETRIES, **options)
         self.refs: dict[Future[Any], Any] = {}  # of tasks in work
 
     def submit(self, work: Callable[..., T], *given: object) -> Future[T]:
@@ -101,6 +92,33 @@ def _quiet(work: Callable[..., T], *given: object) -> T:
     os.environ["TQDM_DISABLE"] = "1"
     configure_logging(quiet=True)
     return work(*given)
+
+
+# What Ray calls a task's needs, what it calls a machine's, and what sets them.
+NEEDS = {"num_cpus": ("CPU", "threads"), "num_gpus": ("GPU", "gpus"), "memory": ("memory", "ram")}
+
+
+def _options(machines: Sequence[Mapping[str, float]], cpus: int, gpus: float, ram: float) -> dict[str, float]:
+    """Of a task: what it needs.
+
+    Raises:
+        SettingsError: no machine has as much.
+    """
+    default = 1.0 if any(machine.get("GPU") for machine in machines) else 0.0
+    needs = {"num_cpus": float(cpus), "num_gpus": gpus or default, "memory": ram * 2**30}
+    for name, much in needs.items():
+        kind, setting = NEEDS[name]
+        most = max(machine.get(kind, 0.0) for machine in machines)
+        unit = 2**30 if name == "memory" else 1
+        has = f"{setting}={most / unit:.4g}"
+        require(much <= most, f"{setting}={much / unit:g}: no machine of the cluster has more than {has}")
+    return {name: much for name, much in needs.items() if much}
+
+
+def _room(machines: Sequence[Mapping[str, float]], options: Mapping[str, float]) -> int:
+    """Tasks that these machines can do at once."""
+    rooms = [min(int(machine.get(NEEDS[name][0], 0) / much) for name, much in options.items()) for machine in machines]
+    return max(sum(rooms), 1)
 
 
 def _reach(address: str) -> None:

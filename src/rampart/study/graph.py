@@ -54,7 +54,9 @@ def graph(jobs: Sequence[tuple[Arm, int]], tuned: bool, first_seed: int, parts: 
     needs: dict[Task, set[Task]] = {}
     for arm, seed in jobs:
         train = Task(arm, seed, "train")
-        needs[train] = {Task(arm, first_seed, "tune")} if tuned else set()
+        tunings = {Task(arm, first_seed, "tune")} if tuned else set()
+        needs |= {task: set() for task in tunings}
+        needs[train] = tunings
         split = {Task(arm, seed, "verify", f"{i + 1}/{parts}") for i in range(parts)} if parts > 1 else set()
         needs |= {task: {train} for task in split}
         needs |= {Task(arm, seed, step): {train} for step in ("evaluate", "embed")}

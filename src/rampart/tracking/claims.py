@@ -58,4 +58,5 @@ def _ahead(experiment: str, tag: str, number: int, run_id: str) -> str | None:
 def _claims(experiment: str, tag: str) -> dict[str, str]:
     """The running runs that claim, and what they have written."""
     found = MlflowClient().search_runs([experiment], f"attributes.status = 'RUNNING' and tags.`{tag}` LIKE '%'")
-    return {run.info.run_id: run.data.tags[tag] for run in found}
+    # One that was found may have taken its claim back before its tags were read.
+    return {run.info.run_id: run.data.tags[tag] for run in found if tag in run.data.tags}

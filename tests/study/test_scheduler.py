@@ -1,0 +1,229 @@
+"""Tasks and the workers that do them: in order, side by side, again where a worker was lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from mlflow.exceptions import MlflowException
+
+from rampart.arms import Arm
+from rampart.errors import ModelError, SettingsError, UnsupportedLayer
+from rampart.study import scheduler
+from rampart.study.graph import Done, Task, graph
+from rampart.study.scheduler import Scheduler
+from rampart.study.workers import LocalWorkers, WorkerLost
+from rampart.tracking.store import StoreAway
+
+NORMAL, CERTIFIED = Arm("normal", False, "none"), Arm("certified", False, "none")
+JOBS = [(NORMAL, 0), (NORMAL, 1), (CERTIFIED, 0)]
+
+
+class Threads:
+    """Workers that are threads of this process, and remember what was asked of them."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.pool, self.given, self.stopped = count, ThreadPoolExecutor(8), [], False
+        self.lock, self.busy, self.most = threading.Lock(), 0, 0
+
+    def submit(self, work: Callable[..., Any], *given: Any) -> Future[Any]:
+        self.given.append(given[0])
+
+        def do() -> Any:
+            with self.lock:
+                self.busy += 1
+                self.most = max(self.most, self.busy)
+            try:
+                return work(*given)
+            finally:
+                with self.lock:
+                    self.busy -= 1
+
+        return self.pool.submit(do)
+
+    def reason(self, error: BaseException) -> BaseException:
+        return error
+
+    def stop(self) -> None:
+        self.stopped = True
+
+    def close(self) -> None:
+        self.pool.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler, "PAUSES", (0.0, 0.0, 0.0))
+
+
+def test_each_task_follows_those_that_it_needs_and_gets_what_they_left() -> None:
+    needs = graph(JOBS, tuned=True, first_seed=0, parts=2)
+    # Two seeds share a tuning; both have a training, an evaluation, a verification in two parts, and an embedding.
+    assert Counter(task.step for task in needs) == {"tune": 2, "train": 3, "evaluate": 3, "verify": 9, "embed": 3}
+    seen: dict[Task, Mapping[str, Done]] = {}
+
+    def work(task: Task, before: Mapping[str, Done]) -> Done:
+        assert all(need in seen for need in needs[task])
+        seen[task] = before
+        time.sleep(0.01)
+        return Done(run=f"{task.arm.name} {task.seed} {task.step} {task.part}", texts={"lr": "1"})
+
+    workers = Threads(2)
+    study = Scheduler(needs, work, workers)
+    study.run()
+    assert set(study.done) == set(needs)
+    assert not study.failures
+    assert workers.most == 2
+    assert not any(task.step == "embed" for task in workers.given)
+    assert seen[Task(NORMAL, 1, "train")]["tune"].texts == {"lr": "1"}
+    assert seen[Task(NORMAL, 1, "evaluate")]["train"].run == "normal 1 train "
+    # The slowest method first, and trainings before what looks at them.
+    trained = [task for task in workers.given if task.step == "train"]
+    assert trained[0].arm == CERTIFIED
+
+
+def test_what_fails_stops_only_what_needs_it() -> None:
+    def work(task: Task, before: Mapping[str, Done]) -> Done:
+        if task.step == "train" and task.arm == CERTIFIED:
+            raise ModelError("the loss became\nNaN")
+        return Done()
+
+    study = Scheduler(graph(JOBS, False, 0, 1), work, Threads(3))
+    study.run()
+    assert study.failures == {"certified s0": "the loss became NaN"}
+    assert {(task.arm, task.seed) for task in study.done} == {(NORMAL, 0), (NORMAL, 1)}
+    assert len(study.done) == 8
+
+
+@pytest.mark.parametrize(
+    ("error", "tried"),
+    [
+        (WorkerLost("killed"), 4),
+        (StoreAway("away"), 4),
+        (MlflowException("away"), 4),
+        (OSError(28, "no space left on device"), 4),
+        (SettingsError("no"), 1),
+        (ValueError("no"), 1),
+    ],
+)
+def test_what_may_pass_is_tried_again(error: Exception, tried: int) -> None:
+    tries: Counter[Task] = Counter()
+
+    def always(task: Task, before: Mapping[str, Done]) -> Done:
+        tries[task] += 1
+        raise error
+
+    def once(task: Task, before: Mapping[str, Done]) -> Done:
+        tries[task] += 1
+        if tries[task] == 1:
+            raise error
+        return Done()
+
+    needs = graph([(NORMAL, 0)], False, 0, 1)
+    study = Scheduler(needs, always, Threads(1))
+    study.run()
+    assert tries == {Task(NORMAL, 0, "train"): tried}
+    assert list(study.failures) == ["normal s0"]
+    tries.clear()
+    study = Scheduler(needs, once, Threads(1))
+    study.run()
+    assert (not study.failures) == (tried > 1)
+
+
+def test_an_interrupt_stops_the_workers() -> None:
+    def work(task: Task, before: Mapping[str, Done]) -> Done:
+        signal.raise_signal(signal.SIGINT) if task.step == "embed" else None
+        time.sleep(0.5)
+        return Done()
+
+    workers = Threads(2)
+    with pytest.raises(KeyboardInterrupt):
+        Scheduler(graph([(NORMAL, 0)], False, 0, 1), work, workers).run()
+    assert workers.stopped
+
+
+# What processes do.
+
+
+def pid_of(_: int) -> int:
+    return os.getpid()
+
+
+def sleep(seconds: float) -> int:
+    time.sleep(seconds)
+    return os.getpid()
+
+
+def die(_: int) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def unsupported(_: int) -> None:
+    raise UnsupportedLayer("encoder.0", "GELU", "not yet")
+
+
+def test_a_worker_that_is_lost_takes_no_other_with_it() -> None:
+    workers = LocalWorkers(2, 0)
+    try:
+        staying, dying = workers.submit(sleep, 3.0), workers.submit(die, 0)
+        assert isinstance(workers.reason(dying.exception() or Exception()), WorkerLost)
+        again = workers.submit(pid_of, 0)
+        assert again.result() not in (os.getpid(), staying.result())
+        failed = workers.submit(unsupported, 0).exception()
+        assert failed is not None
+        assert workers.reason(failed) is failed
+        assert str(failed) == "no bounds for layer 'encoder.0' (GELU): not yet"
+        # One that dies with nothing to do is replaced, too.
+        os.kill(again.result(), signal.SIGKILL)
+        psutil.wait_procs([psutil.Process(again.result())] if psutil.pid_exists(again.result()) else [], timeout=10)
+        time.sleep(0.5)
+        tasks = [workers.submit(sleep, 0.5) for _ in range(2)]
+        assert len({task.result() for task in tasks} - {os.getpid()}) == 2
+    finally:
+        workers.close()
+
+
+def test_workers_end_with_their_parent(tmp_path: Path) -> None:
+    script = """
+import os, sys, time
+from rampart.study.workers import LocalWorkers
+from tests.study.test_scheduler import sleep
+if __name__ == "__main__":
+    workers = LocalWorkers(2, 0)
+    print(*[workers.submit(sleep, 0.2).result() for _ in range(1)], flush=True)
+    tasks = [workers.submit(sleep, 600.0) for _ in range(2)]
+    time.sleep(5)
+    print("begun", flush=True)
+    time.sleep(600)
+"""
+    (tmp_path / "parent.py").write_text(script)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(["src", "."])}
+    top = Path(__file__).parents[2]
+    parent = subprocess.Popen(
+        [sys.executable, str(tmp_path / "parent.py")], cwd=top, env=env, stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdout is not None
+    parent.stdout.readline()
+    assert parent.stdout.readline() == "begun\n"
+    family = psutil.Process(parent.pid).children(recursive=True)
+    assert len(family) >= 2
+    parent.kill()
+    parent.wait()
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert not alive
+
+
+def test_more_gpus_than_there_are() -> None:
+    with pytest.raises(SettingsError, match=r"gpus=99: this machine has \d+"):
+        LocalWorkers(1, 99)

@@ -1,0 +1,123 @@
+"""A step is done by one process at a time, whoever else wants to; and the signs by which others know that it lives."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from rampart.errors import RampartError
+from rampart.tracking import open_run, runs, store
+from rampart.tracking.claims import claimed
+from rampart.tracking.queries import find_runs
+from rampart.tracking.runs import bury
+from rampart.tracking.store import PULSE, sweep
+
+TOP = Path(__file__).parents[2]
+
+COUNT = """
+import sys, time
+from mlflow import MlflowClient
+from rampart.tracking import open_run
+from rampart.tracking.claims import claimed
+counter, rounds = sys.argv[1], int(sys.argv[2])
+client = MlflowClient()
+with open_run("main") as run:
+    for _ in range(rounds):
+        with claimed(run.id, run.experiment, "key"):
+            # Two that did this side by side would lose a count.
+            seen = int(client.get_run(counter).data.tags["count"])
+            time.sleep(0.02)
+            client.set_tag(counter, "count", str(seen + 1))
+"""
+
+
+def process(script: str, *words: str) -> subprocess.Popen[str]:
+    env = {**os.environ, "PYTHONPATH": str(TOP / "src")}
+    return subprocess.Popen([sys.executable, "-c", script, *words], env=env, stdout=subprocess.PIPE, text=True)
+
+
+def test_of_several_processes_one_at_a_time() -> None:
+    with open_run("counter") as counter:
+        counter.client.set_tag(counter.id, "count", "0")
+        others = [process(COUNT, counter.id, "8") for _ in range(4)]
+        assert [other.wait() for other in others] == [0, 0, 0, 0]
+        assert counter.client.get_run(counter.id).data.tags["count"] == "32"
+    left = find_runs(counter.experiment, {"step": "main"})
+    assert not any("claim" in column for column in left.dropna(axis=1).columns)
+
+
+def test_a_claim_falls_with_its_process() -> None:
+    hold = """
+import time
+from rampart.tracking import open_run
+from rampart.tracking.claims import claimed
+with open_run("main") as run, claimed(run.id, run.experiment, "key"):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+    with open_run("main") as run:
+        holder = process(hold)
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with claimed(run.id, run.experiment, "another key"):
+            pass
+        os.kill(holder.pid, signal.SIGKILL)
+        holder.wait()
+        with claimed(run.id, run.experiment, "key"):
+            assert set(find_runs(run.experiment, {}, status="RUNNING")["run_id"]) == {run.id}
+
+
+def test_a_run_of_another_host_counts_as_dead_after_a_long_silence() -> None:
+    client = MlflowClient()
+    with open_run("main") as run:
+        others = [client.create_run(run.experiment).info.run_id for _ in range(3)]
+        now = time.time()
+        for other, beat in zip(others, (now - 10, now - store.SILENCE - 10, None), strict=True):
+            client.set_tag(other, "rampart.host", "elsewhere")
+            client.set_tag(other, "rampart.process", "1:1.0")
+            if beat:
+                client.set_tag(other, PULSE, str(int(beat)))
+        assert sweep(run.experiment) == []
+        # The one that never had a pulse may be of an older version: nothing is known of it.
+        assert sweep(run.experiment, everywhere=True) == [others[1]]
+        assert client.get_run(others[1]).info.status == "KILLED"
+
+
+def test_a_run_tells_that_it_is_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "BEAT", 0.1)
+    with open_run("main") as run:
+        run.client.set_tag(run.id, PULSE, "0")
+        for _ in range(100):
+            time.sleep(0.1)
+            beat = int(run.client.get_run(run.id).data.tags[PULSE])
+            if beat:
+                break
+    assert abs(beat - time.time()) < 60
+
+
+def test_what_a_lost_worker_left_running_is_ended_before_the_step_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "FAREWELL", 1)
+    client = MlflowClient()
+    with open_run("main") as run:
+        left, foreign = (client.create_run(run.experiment).info.run_id for _ in range(2))
+        for other, task in ((left, "a.b"), (foreign, "c.d")):
+            for name, text in (("task", task), ("host", "elsewhere"), ("process", "1:1.0")):
+                client.set_tag(other, f"rampart.{name}", text)
+        bury(run.experiment, "a.b")
+        assert client.get_run(left).info.status == "KILLED"
+        assert client.get_run(foreign).info.status == "RUNNING"
+
+
+def test_a_folder_that_artifacts_cannot_be_written_to_is_said_before_any_work(store: Path) -> None:
+    (store / "mlruns").write_text("a file where a folder should be")
+    wanted = r"artifacts cannot be written to .*mlruns.*: make it writable"
+    with pytest.raises(RampartError, match=wanted), open_run("train"):
+        raise AssertionError("the work has begun")
+    assert list(find_runs("0", {"step": "train"}, status=None)["status"]) == ["FAILED"]

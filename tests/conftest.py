@@ -141,10 +141,10 @@ def run_rampart(
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
 
 
-@contextmanager
-def mlflow_server(words: list[str], folder: Path, env: Mapping[str, str] | None = None) -> Iterator[str]:
-    """`mlflow …` that serves on a port of its own; its address, once it answers."""
-    port = free_port()
+def start_mlflow(
+    words: list[str], folder: Path, port: int, env: Mapping[str, str] | None = None
+) -> subprocess.Popen[bytes]:
+    """`mlflow …` that serves on that port, once it answers; its processes are a group of their own."""
     process = subprocess.Popen(
         [sys.executable, "-m", "mlflow", *words, "--port", str(port), "--workers", "1"],
         cwd=folder,
@@ -153,15 +153,22 @@ def mlflow_server(words: list[str], folder: Path, env: Mapping[str, str] | None 
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    address = f"http://127.0.0.1:{port}"
+    for _ in range(240):
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health")
+            break
+        except OSError:
+            time.sleep(0.5)
+    return process
+
+
+@contextmanager
+def mlflow_server(words: list[str], folder: Path, env: Mapping[str, str] | None = None) -> Iterator[str]:
+    """`mlflow …` that serves on a port of its own; its address, once it answers."""
+    port = free_port()
+    process = start_mlflow(words, folder, port, env)
     try:
-        for _ in range(240):
-            try:
-                urllib.request.urlopen(f"{address}/health")
-                break
-            except OSError:
-                time.sleep(0.5)
-        yield address
+        yield f"http://127.0.0.1:{port}"
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         process.wait()
@@ -204,28 +211,51 @@ def study(finished_study: Study, store: Path, monkeypatch: pytest.MonkeyPatch) -
     return finished_study
 
 
+class Postgres:
+    """A PostgreSQL server of its own.
+
+    Args:
+        url: of its database.
+    """
+
+    def __init__(self, binaries: Path) -> None:
+        self.binaries, self.port = binaries, free_port()
+        self.folder = tempfile.mkdtemp(prefix="rampart-pg-", dir="/tmp")
+        # It refuses to run as root.
+        self.user = "nobody" if os.getuid() == 0 else None
+        if self.user:
+            shutil.chown(self.folder, self.user)
+        self.url = f"postgresql://rampart@127.0.0.1:{self.port}/postgres"
+        self._run("initdb", "-D", f"{self.folder}/data", "-A", "trust", "-U", "rampart")
+
+    def start(self) -> None:
+        options = f"-p {self.port} -k {self.folder} -c listen_addresses=127.0.0.1"
+        self._run("pg_ctl", "-D", f"{self.folder}/data", "-w", "-l", f"{self.folder}/log", "-o", options, "start")
+
+    def crash(self) -> None:
+        """As if it were killed: it recovers when it is started."""
+        self._run("pg_ctl", "-D", f"{self.folder}/data", "-m", "immediate", "stop")
+
+    def _run(self, program: str, *words: str) -> None:
+        command = [str(self.binaries / program), *words]
+        subprocess.run(command, user=self.user, check=True, capture_output=True, cwd=self.folder)
+
+
 @pytest.fixture
-def postgres() -> Iterator[str]:
-    """A PostgreSQL server of its own; its URL."""
+def postgres_server() -> Iterator[Postgres]:
     found = shutil.which("pg_ctl") or next(iter(map(str, Path("/usr/lib/postgresql").glob("*/bin/pg_ctl"))), None)
     if found is None:
         pytest.skip("PostgreSQL's server (pg_ctl) is not installed")
-    binaries = Path(found).resolve().parent
-    folder = tempfile.mkdtemp(prefix="rampart-pg-", dir="/tmp")
-    # It refuses to run as root.
-    user = "nobody" if os.getuid() == 0 else None
-    if user:
-        shutil.chown(folder, user)
-    port = free_port()
-
-    def run(*words: str) -> None:
-        subprocess.run(words, user=user, check=True, capture_output=True, cwd=folder)
-
-    run(str(binaries / "initdb"), "-D", f"{folder}/data", "-U", "rampart", "-A", "trust", "-N")
-    options = f"-p {port} -k {folder} -c listen_addresses=127.0.0.1"
-    run(str(binaries / "pg_ctl"), "-D", f"{folder}/data", "-w", "-l", f"{folder}/log", "-o", options, "start")
+    server = Postgres(Path(found).resolve().parent)
+    server.start()
     try:
-        yield f"postgresql://rampart@127.0.0.1:{port}/postgres"
+        yield server
     finally:
-        run(str(binaries / "pg_ctl"), "-D", f"{folder}/data", "-m", "immediate", "stop")
-        shutil.rmtree(folder, ignore_errors=True)
+        server.crash()
+        shutil.rmtree(server.folder, ignore_errors=True)
+
+
+@pytest.fixture
+def postgres(postgres_server: Postgres) -> str:
+    """The URL of a PostgreSQL server of its own."""
+    return postgres_server.url

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pandas as pd
@@ -161,3 +162,25 @@ def test_a_study_that_is_told_to_stop_leaves_no_run_running_and_no_process(store
     assert set(find_runs("0", {}, status=None)["status"]) == {"KILLED"}
     psutil.wait_procs(workers, timeout=30)
     assert not any(worker.is_running() for worker in workers)
+
+
+def test_two_studies_begun_at_the_same_moment_do_each_step_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a store that neither of them finds ready."""
+    folder = tmp_path / "fresh"
+    folder.mkdir()
+    settings = {**TINY_STUDY, "methods": "normal", "contrastive": "none", "workers": "1", "epochs": "3"}
+    settings |= {"evaluate.certify": "none", "evaluate.trust_images": "0", "images": "3"}
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(lambda _: run_rampart("main", settings, folder), range(2)))
+    assert [done.returncode for done in both] == [0, 0], both[0].stderr[-2000:] + both[1].stderr[-2000:]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+    for step in ("train", "evaluate", "verify", "embed"):
+        assert list(find_runs("0", {"step": step}, status=None)["status"]) == ["FINISHED"], step
+    mains = find_runs("0", {"step": "main"})["run_id"]
+    tables = [table for run in mains if (table := read_table(run, "members.parquet")) is not None]
+    assert len(tables) == 2
+    # Both have all of it; what one did the other found done.
+    assert list(tables[0]["run"]) == list(tables[1]["run"])
+    assert (tables[0]["reused"] ^ tables[1]["reused"]).all()

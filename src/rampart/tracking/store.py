@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 # A server that is down or answers 500 is asked again for a quarter of a minute; MLflow's own patience is minutes.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "4")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
+# Each step says where its run is by itself.
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 
 
 def initialise() -> None:

@@ -1,0 +1,150 @@
+"""How a study scales: python -m benchmarks.scaling [--quick] [--json].
+
+Runs the study of profile quick with one worker and with two, counts what an arm asks of a tracking server and how fast
+one answers, and simulates 10, 100 and 1,000 workers from the step times that were measured: how long a study of 12 arms
+and many seeds takes, how well the workers are used, and what the server is asked a second. --backend postgresql://… as
+in benchmarks.tracking.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+import os
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Mapping
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pandas as pd
+import requests
+import torch
+
+from benchmarks.common import options
+from benchmarks.tracking import crowd, server
+from rampart.arms import Arm, grid
+from rampart.console import configure_logging
+from rampart.study import run_step
+from rampart.study.graph import Task, graph
+from rampart.tracking.queries import find_runs
+
+STEPS = ("train", "evaluate", "verify", "embed")
+# Requests that 12 metrics of an epoch take.
+EPOCH = 12
+
+
+def measured(workers: int, folder: Path, given: Mapping[str, str]) -> tuple[float, dict[tuple[str, str], float]]:
+    """(seconds of the study, seconds of each arm's steps by arm and step)"""
+    store = folder / f"{workers}"
+    store.mkdir()
+    os.chdir(store)
+    os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{store}/mlflow.db"
+    started = time.perf_counter()
+    run_step("main", {**given, "workers": str(workers), "threads": "1"})
+    seconds = time.perf_counter() - started
+    times: dict[tuple[str, str], float] = {}
+    for step in STEPS:
+        runs = find_runs("0", {"step": step})
+        took = (pd.to_datetime(runs["end_time"]) - pd.to_datetime(runs["start_time"])).dt.total_seconds()
+        times |= {(str(arm), step): second for arm, second in zip(runs["tags.rampart.arm"], took, strict=True)}
+    return seconds, times
+
+
+def asked(address: str, given: Mapping[str, str]) -> dict[str, int]:
+    """HTTP requests that each step of an arm makes."""
+    counts: Counter[str] = Counter()
+    step = ""
+    send = requests.Session.send
+
+    def counted(*words: object, **more: object) -> requests.Response:
+        counts[step] += 1
+        return send(*words, **more)  # type: ignore[arg-type]
+
+    os.environ["MLFLOW_TRACKING_URI"] = address
+    requests.Session.send = counted  # type: ignore[method-assign]
+    model = ""
+    for step in STEPS:
+        own = {
+            name.partition(".")[2] or name: text for name, text in given.items() if name in ("width", f"{step}.images")
+        }
+        texts = {"method": "normal"} if step == "train" else {"model": model}
+        run = run_step(step, {**texts, **own, "threads": "1"})
+        model = model or f"runs:/{run}/model"
+    requests.Session.send = send  # type: ignore[method-assign]
+    return dict(counts)
+
+
+def simulate(times: Mapping[tuple[str, str], float], workers: int, seeds: int) -> float:
+    """Seconds that the study takes, its tasks given out as `rampart.study.scheduler` does."""
+    arms = sorted({arm for arm, _ in times})
+    known = {arm.name: arm for arm in _all_arms()}
+    jobs = [(known[arm], seed) for seed in range(seeds) for arm in arms]
+    needs = graph(jobs, False, 0, 1)
+    order = TopologicalSorter(needs)
+    order.prepare()
+    waiting: list[tuple[int, float, int, Task]] = []
+    running: list[tuple[float, int, Task]] = []
+    now, number = 0.0, 0
+    while order.is_active():
+        for task in order.get_ready():
+            # Trainings before what looks at them, the longest first.
+            number += 1
+            heapq.heappush(waiting, (STEPS.index(task.step), -times[task.arm.name, task.step], number, task))
+        while waiting and len(running) < workers:
+            _, seconds, number_, task = heapq.heappop(waiting)
+            heapq.heappush(running, (now - seconds, number_, task))
+        now, _, task = heapq.heappop(running)
+        order.done(task)
+    return now
+
+
+def _all_arms() -> list[Arm]:
+    return grid(("normal", "adversarial", "certified"), (False, True), ("none", "double"))
+
+
+def main() -> None:
+    parser = options(__doc__, quick="two arms of few epochs", threads=1)
+    parser.add_argument("--backend", default="", help="database of the server: postgresql://…")
+    parser.add_argument("--seeds", type=int, default=100, help="of the simulated study")
+    given = parser.parse_args()
+    configure_logging(quiet=True)
+    torch.set_num_threads(given.threads)
+    study: dict[str, str] = {}
+    if given.quick:
+        study = {"methods": "normal", "augment": "False", "epochs": "2", "encoder_epochs": "1", "head_epochs": "1"}
+        study |= {"width": "0.125", "verify.images": "4", "points": "30"}
+    with tempfile.TemporaryDirectory(prefix="rampart-") as folder:
+        place = Path(folder)
+        (alone, times), (together, _) = measured(1, place, study), measured(2, place, study)
+        with server(given.backend or f"sqlite:///{folder}/server.db", place, 5712) as address:
+            metrics, _ = crowd(address, 4 if given.quick else 16, 20 if given.quick else 100)
+            requests_of = asked(address, study)
+        os.chdir("/")
+    capacity, each = metrics / EPOCH, sum(requests_of.values())
+    work = sum(times.values())
+    arms = len({arm for arm, _ in times})
+    longest = max(sum(times[arm, step] for step in STEPS) for arm in {arm for arm, _ in times})
+    print(
+        f"\nprofile quick, {arms} arms: {alone:.0f} s with one worker, {together:.0f} s with two, "
+        f"ratio {alone / together:.2f}"
+    )
+    print(f"an arm: {work / arms:.1f} s of work, {each} requests ({requests_of}); the longest: {longest:.1f} s")
+    print(f"the server takes {capacity:.0f} requests a second (an epoch's metrics each)")
+    rows = []
+    for workers in (1, 2, 10, 100, 1000):
+        seconds = simulate(times, workers, given.seeds)
+        used = work * given.seeds / seconds / workers
+        load = each * arms * given.seeds / seconds
+        rows.append([workers, seconds, used, load, load / capacity])
+    columns = ["workers", "seconds", "share of workers in use", "requests/s", "share of the server"]
+    table = pd.DataFrame(rows, columns=columns)
+    print(f"\nsimulated: {arms} arms x {given.seeds} seeds\n{table.to_markdown(index=False, floatfmt='.3g')}")
+    if given.json:
+        row = {"ours": together, "baseline": alone, "ratio": alone / together}
+        print(json.dumps({"two workers (baseline: one)": row}))
+
+
+if __name__ == "__main__":
+    main()

@@ -7,7 +7,7 @@ RUN := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/mlflow run . --env-manager local
 # Bytecode is written, whatever the environment says: every process would compile what it imports anew, 15 seconds long.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: setup demo test test-all check ui dashboard clean
+.PHONY: setup demo test test-all check ui dashboard audit clean
 
 setup: $(READY)
 
@@ -17,7 +17,7 @@ $(READY): requirements.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt
 # The package index's auto_LiRPA asks for an old torch; rampart.bounds.compat makes it run on ours.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps auto-LiRPA==0.3
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable .[ray]
 	touch $(READY)
 
 # The whole study on the embedded dataset.
@@ -47,6 +47,10 @@ ui: setup
 # Optuna's own view of the studies that tune keeps.
 dashboard: setup
 	$(BIN)/optuna-dashboard $${STORAGE:-sqlite:///tuning.db} --port $${PORT:-8080}
+
+# What the package advisories say of what is installed.
+audit: setup
+	$(BIN)/pip-audit --local --skip-editable --progress-spinner off
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache

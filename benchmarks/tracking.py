@@ -124,7 +124,7 @@ def main() -> None:
     given = parser.parse_args()
     configure_logging(quiet=True)
     torch.set_num_threads(given.threads)
-    turns, epochs, workers = (1, 5, 4) if given.quick else (5, 0, given.workers)
+    turns, epochs, workers = (1, 5, 4) if given.quick else (3, 0, given.workers)
     with tempfile.TemporaryDirectory(prefix="rampart-") as folder:
         os.chdir(folder)
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"

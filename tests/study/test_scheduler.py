@@ -23,7 +23,7 @@ from rampart.errors import ModelError, SettingsError, UnsupportedLayer
 from rampart.study import scheduler
 from rampart.study.graph import Done, Task, graph
 from rampart.study.scheduler import Scheduler
-from rampart.study.workers import LocalWorkers, WorkerLost
+from rampart.study.workers import LocalWorkers, WorkerLost, gpus_of
 from rampart.tracking.store import StoreAway
 
 NORMAL, CERTIFIED = Arm("normal", False, "none"), Arm("certified", False, "none")
@@ -222,6 +222,20 @@ if __name__ == "__main__":
     parent.wait()
     _, alive = psutil.wait_procs(family, timeout=30)
     assert not alive
+
+
+@pytest.mark.parametrize(
+    ("gpus", "expected"),
+    [
+        (1.0, [["a"], ["b"], ["a"]]),
+        (2.0, [["a", "b"], ["a", "b"], ["a", "b"]]),
+        (0.5, [["a"], ["a"], ["b"]]),
+        (0.25, [["a"], ["a"], ["a"]]),
+    ],
+)
+def test_workers_share_gpus_out(gpus: float, expected: list[list[str]]) -> None:
+    assert [gpus_of(slot, gpus, ["a", "b"]) for slot in range(3)] == expected
+    assert gpus_of(0, gpus, []) == []
 
 
 def test_more_gpus_than_there_are() -> None:

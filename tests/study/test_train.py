@@ -15,7 +15,7 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from rampart.study import run_step
+from rampart.study import run_step, training
 from rampart.tracking import fetch_model, open_run
 from rampart.tracking.queries import artifact_place, find_runs, metric_history, metric_names
 from rampart.tracking.runs import CHECKPOINTS
@@ -151,3 +151,19 @@ def test_a_killed_process_is_gone_on_with(store: Path) -> None:
     (run,) = find_runs("0", {"step": "train"}, status=None)["run_id"]
     require_whole_curves(str(run))
     assert equal(str(run), undisturbed())
+
+
+def test_a_training_killed_after_its_model_was_logged_logs_it_once(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*given: Any) -> str:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training.describing, "training", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_step("train", GIVEN)
+    run = run_step("train", GIVEN)
+    outputs = MlflowClient().get_run(run).outputs
+    assert len(outputs.model_outputs) == 1
+    assert equal(run, undisturbed())

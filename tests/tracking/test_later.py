@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 
 import pytest
 from mlflow.exceptions import MlflowException
@@ -10,6 +11,7 @@ from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 
 from rampart.tracking import later
 from rampart.tracking.later import Later
+from tests.conftest import free_port
 
 
 class Failing:
@@ -90,3 +92,12 @@ def test_what_ends_the_training_is_not_hidden_and_does_not_wait(caplog: pytest.L
     with pytest.raises(KeyboardInterrupt):
         training()
     assert "the server is away" in caplog.text
+
+
+@pytest.mark.slow
+def test_sixteen_workers_lose_no_metric_on_one_server_with_postgresql(store: Path, postgres: str) -> None:
+    from benchmarks.tracking import crowd, server
+
+    with server(postgres, store, free_port()) as address:
+        _, kept = crowd(address, 16, 25)
+    assert kept == 1

@@ -94,14 +94,15 @@ def test_addresses_lead_to_the_ui(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def failing() -> Iterator[tuple[str, list[str]]]:
-    """A server that answers everything with 500, and what it was asked."""
+def failing(request: pytest.FixtureRequest) -> Iterator[tuple[str, list[str]]]:
+    """A server that answers everything with 500 (or what the test says), and what it was asked."""
     asked: list[str] = []
+    status = getattr(request, "param", 500)
 
     class Handler(BaseHTTPRequestHandler):
         def answer(self) -> None:
             asked.append(self.path)
-            self.send_response(500)
+            self.send_response(status)
             self.end_headers()
             self.wfile.write(b"the database is on fire")
 
@@ -153,6 +154,27 @@ def test_a_server_that_fails_half_way_is_named(failing: tuple[str, list[str]], m
     ):
         with pytest.raises(RampartError, match="does not answer"):
             ask()
+
+
+@pytest.mark.parametrize("failing", [401, 403], indirect=True)
+def test_a_server_that_knows_no_such_user(
+    failing: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", failing[0])
+    store._make_ready.cache_clear()
+    assert main(["compare"]) == 2
+    assert "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD" in capfd.readouterr().err.splitlines()[-1]
+    assert len(failing[1]) == 1
+
+
+def test_no_message_tells_a_password(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://ada:swordfish@127.0.0.1:9/none")
+    store._make_ready.cache_clear()
+    monkeypatch.setattr(store.time, "sleep", lambda _: None)
+    assert main(["compare"]) == 2
+    said = capfd.readouterr().err
+    assert "postgresql://ada:***@127.0.0.1:9/none does not answer" in said
+    assert "swordfish" not in said
 
 
 def test_an_experiment_that_does_not_exist_is_named(

@@ -44,6 +44,19 @@ def test_a_run_carries_versions_commit_host_and_its_end() -> None:
     assert list(found["run_id"]) == [run.id]
 
 
+def test_models_go_and_come_where_pickle_is_not_allowed(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+    model = build_model(width=0.25).eval()
+    x = torch.rand(2, 3, 32, 32)
+    with open_run("train") as run:
+        run.model(model, x)
+    with torch.no_grad():
+        assert torch.equal(fetch_model(f"runs:/{run.id}/model")(x), model(x))
+    assert "Failed to validate" not in capfd.readouterr().err
+
+
 def test_models_come_back_equal_by_run_and_by_registered_name() -> None:
     model = build_model(width=0.25).eval()
     x = torch.rand(4, 3, 32, 32)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import TypedDict
 
@@ -43,7 +44,8 @@ def run_study(run: Run, settings: StudySettings, given: Mapping[str, str]) -> No
     ]
     workers = _workers(settings)
     try:
-        threads = settings.threads or max((os.cpu_count() or 1) // workers.count, 1)
+        own = (os.cpu_count() or 1) // workers.count if settings.executor == "local" else 1
+        threads = settings.threads or max(own, 1)
         shared = Shared.here(given, settings.profile, threads, run.id, run.experiment, settings.force == "keep")
         _check(shared, settings, jobs)
         # Data that cannot be read, too; and a folder is decoded once, not in every worker.
@@ -56,15 +58,10 @@ def run_study(run: Run, settings: StudySettings, given: Mapping[str, str]) -> No
             print(f"\n{markdown(table(steps))}")
             return
         _ask(steps, settings)
-        # What each step says of itself would drown the count of arms.
-        talking = [logging.getLogger(f"{__package__}.{name}") for name in ("steps", "embedding")]
-        for logger in talking:
-            logger.setLevel(logging.WARNING)
         parts = _parts(shared, jobs, workers.count)
         scheduler = Scheduler(graph(jobs, settings.tuned, settings.seed, parts), partial(do, shared), workers)
-        scheduler.run()
-        for logger in talking:
-            logger.setLevel(logging.NOTSET)
+        with _hushed():
+            scheduler.run()
     finally:
         workers.close()
         sweep(run.experiment)
@@ -83,7 +80,7 @@ def run_study(run: Run, settings: StudySettings, given: Mapping[str, str]) -> No
 def _workers(settings: StudySettings) -> Workers:
     if settings.executor == "ray":
         return RayWorkers(settings.address, settings.workers, settings.threads or 1, settings.gpus, settings.ram)
-    return LocalWorkers(settings.workers, settings.gpus)
+    return LocalWorkers(settings.workers, settings.gpus, settings.device)
 
 
 def _check(shared: Shared, settings: StudySettings, jobs: list[tuple[Arm, int]]) -> None:
@@ -111,6 +108,19 @@ def _parts(shared: Shared, jobs: list[tuple[Arm, int]], workers: int) -> int:
     settings = resolve("verify", shared.texts(Task(*jobs[0], "verify"), "checked"))
     assert isinstance(settings, VerifySettings)
     return min(math.ceil(workers / len(jobs)), settings.images)
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """What each step says of itself would drown the count of arms."""
+    talking = [logging.getLogger(f"{__package__}.{name}") for name in ("steps", "embedding")]
+    for logger in talking:
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for logger in talking:
+            logger.setLevel(logging.NOTSET)
 
 
 class Member(TypedDict):

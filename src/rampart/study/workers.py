@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
@@ -55,30 +55,30 @@ class LocalWorkers:
     A worker that is lost takes no other with it, and another takes its place.
     """
 
-    def __init__(self, count: int, gpus: float) -> None:
+    def __init__(self, count: int, gpus: float, device: str = "auto") -> None:
         """
         Args:
             count: of processes; 0: as many as the GPUs take or, without, the cores.
             gpus: that each has, or the share of one; 0: one where there are any.
+            device: that the tasks are told to use; with cpu or cuda:N no GPUs are given out.
 
         Raises:
             SettingsError: there are fewer.
         """
         there = torch.cuda.device_count()
         require(gpus <= there, f"gpus={gpus:g}: this machine has {there}")
-        self.gpus = gpus or min(1, there)
+        self.devices = _visible(there) if device in ("auto", "cuda") else []
+        self.gpus = gpus or 1.0
         # The study's networks are too small to share cores well.
-        self.count = count or (int(there / self.gpus) if there else os.cpu_count() or 1)
+        cores = 1 if device.startswith("cuda") else os.cpu_count() or 1
+        self.count = count or (int(len(self.devices) / self.gpus) if self.devices else cores)
         self.pools = [self._pool(slot) for slot in range(self.count)]
         self.tasks: list[Future[Any] | None] = [None] * self.count
 
     def _pool(self, slot: int) -> ProcessPoolExecutor:
-        there = torch.cuda.device_count()
-        whole = max(int(self.gpus), 1)
-        own = [int(slot * self.gpus) + i for i in range(whole)] if there else []
-        devices = ",".join(str(device % there) for device in own)
+        own = gpus_of(slot, self.gpus, self.devices)
         context = multiprocessing.get_context("spawn")
-        return ProcessPoolExecutor(1, mp_context=context, initializer=_begin, initargs=(devices,))
+        return ProcessPoolExecutor(1, mp_context=context, initializer=_begin, initargs=(",".join(own),))
 
     def submit(self, work: Callable[..., T], *given: object) -> Future[T]:
         slot = next(slot for slot, task in enumerate(self.tasks) if task is None or task.done())
@@ -107,6 +107,19 @@ class LocalWorkers:
     def close(self) -> None:
         for pool in self.pools:
             pool.shutdown()
+
+
+def gpus_of(slot: int, gpus: float, devices: Sequence[str]) -> list[str]:
+    """The GPUs of a worker: whole ones, or the one that it shares."""
+    if not devices:
+        return []
+    return [devices[(int(slot * gpus) + i) % len(devices)] for i in range(max(int(gpus), 1))]
+
+
+def _visible(there: int) -> list[str]:
+    """What the GPUs of this process are called."""
+    named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return named[:there] or [str(number) for number in range(there)]
 
 
 def _interruptible(work: Callable[..., T], *given: object) -> T:

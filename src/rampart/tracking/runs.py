@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 import torch
 from mlflow import MlflowClient
-from mlflow.entities import LoggedModelInput, Metric, Param, RunTag
+from mlflow.entities import LoggedModelInput, LoggedModelStatus, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.utils.file_utils import local_file_uri_to_path
 from mlflow.utils.uri import is_local_uri
@@ -213,9 +213,14 @@ class Run:
 
     def model(self, model: Classifier, example: torch.Tensor) -> str:
         """Logs the model, to be had at `runs:/<id>/model` (exported graph, signature, and safetensors among its extra
-        files), and returns its model_id."""
+        files), and returns its model_id. Where a process has done so that was killed before the run's end, nothing is
+        logged: the training that went on has the same weights."""
         from rampart.tracking.models import log_model
 
+        outputs = self.client.get_run(self.id).outputs
+        for known in outputs.model_outputs if outputs else ():
+            if self.client.get_logged_model(known.model_id).status == LoggedModelStatus.READY:
+                return str(known.model_id)
         return log_model(model, example, self.scratch)
 
 

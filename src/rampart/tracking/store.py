@@ -61,6 +61,9 @@ def _make_ready(uri: str) -> None:
 
 def _unanswered(uri: str, error: Exception) -> RampartError:
     reason = " ".join(str(error).split())[:200]
+    if "error code 401" in reason or "error code 403" in reason:
+        mend = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD to those of a user who may"
+        return RampartError(f"the tracking store {uri} does not let you do this: {mend}")
     return StoreAway(f"the tracking store {uri} does not answer ({reason}): check MLFLOW_TRACKING_URI")
 
 

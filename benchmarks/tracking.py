@@ -61,8 +61,8 @@ def overhead(method: str, turns: int, epochs: int) -> Row:
         bare = time.perf_counter() - started
         with open_run("train") as run:
             started = time.perf_counter()
-            with Later() as later:
-                train(settings, data, Epochs(run, later), settings, 0, cpu)
+            with Later() as later, Epochs(run, later) as told:
+                train(settings, data, told, settings, 0, cpu)
             tracked = time.perf_counter() - started
         if turn:  # the first one warms up
             seconds["tracked"].append(tracked)
@@ -98,7 +98,7 @@ def log_epochs(address: str, epochs: int) -> str:
     with open_run("benchmark") as run, Later() as later:
         for epoch in range(epochs):
             values = {f"train/curve_{curve}": epoch + curve / 100 for curve in range(CURVES)}
-            later.do(partial(run.metrics, values, epoch, time.time()))
+            later.do(partial(run.curves, [(values, epoch, time.time())]))
     return run.id
 
 

@@ -15,11 +15,13 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
+from rampart.models import build_model
 from rampart.study import run_step, training
 from rampart.tracking import fetch_model, open_run
-from rampart.tracking.queries import artifact_place, find_runs, metric_history, metric_names
+from rampart.tracking.later import Later
+from rampart.tracking.queries import artifact_place, find_runs, metric_history, metric_names, read_checkpoint
 from rampart.tracking.runs import CHECKPOINTS
-from rampart.training import loop
+from rampart.training import State, loop
 from tests.conftest import run_rampart
 
 GIVEN = {"width": "0.125", "epochs": "4", "augment": "True", "threads": "1"}
@@ -115,14 +117,16 @@ def test_other_settings_begin_anew(stopped: str) -> None:
 
 
 def test_a_broken_checkpoint_is_said_and_the_one_before_it_used(stopped: str, caplog: pytest.LogCaptureFixture) -> None:
-    newest = Path(artifact_place(stopped, CHECKPOINTS[3 % 2]))
+    states = {name: state for name in CHECKPOINTS if (state := read_checkpoint(stopped, name)) is not None}
+    older, broken = sorted(states, key=lambda name: states[name].epoch)
+    newest = Path(artifact_place(stopped, broken))
     content = bytearray(newest.read_bytes())
     content[-9] ^= 1
     newest.write_bytes(content)
     with caplog.at_level(logging.INFO):
         assert run_step("train", GIVEN) == stopped
     assert "checksum does not match" in caplog.text
-    assert "epoch 2, after 0 batches" in caplog.text
+    assert f"epoch {states[older].epoch}, after 0 batches" in caplog.text
     require_whole_curves(stopped)
     assert equal(stopped, undisturbed())
 
@@ -167,3 +171,20 @@ def test_a_training_killed_after_its_model_was_logged_logs_it_once(
     outputs = MlflowClient().get_run(run).outputs
     assert len(outputs.model_outputs) == 1
     assert equal(run, undisturbed())
+
+
+def test_the_server_is_told_of_the_newest_checkpoint_and_of_every_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Epochs that are shorter than the pace: few checkpoints are written, no metric is missed, the last state is kept."""
+    monkeypatch.setattr(training, "PACE", 60.0)
+    model = build_model(width=0.125)
+    with open_run("train") as run:
+        with Later() as later, training.Epochs(run, later) as epochs:
+            for epoch in range(1, 8):
+                epochs.metrics({"train/loss": 1 / epoch}, epoch)
+                said = epochs.checkpoint(model, State("train", epoch, 0, 0, 1, 0.0, {"loss_sum": torch.zeros(())}))
+        kept = [state.epoch for name in CHECKPOINTS if (state := read_checkpoint(run.id, name)) is not None]
+        newest = read_checkpoint(run.id, said.removeprefix(f"runs:/{run.id}/"))
+    assert max(kept) == 7
+    assert newest is not None
+    assert newest.epoch == 7
+    assert list(metric_history(run.id, ["train/loss"])["step"]) == [1, 2, 3, 4, 5, 6, 7]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
+import threading
 import time
 from collections.abc import Mapping
-from functools import partial
 
 from rampart.arms import Arm
 from rampart.data import to_pixels
@@ -19,6 +19,7 @@ from rampart.study.resuming import interrupted_training
 from rampart.tracking import Run
 from rampart.tracking.later import Later
 from rampart.tracking.queries import metric_history, metric_names
+from rampart.tracking.runs import Point
 from rampart.training import State, train
 from rampart.training.stopping import stoppable
 
@@ -37,8 +38,7 @@ def run_training(run: Run, settings: Settings, given: Mapping[str, str]) -> None
     run.tags({"seed": settings.seed, "train_profile": settings.profile})
     data = open_data(run, settings)
     # Until all is told: a second signal must not stop that.
-    with stoppable() as stop, Later() as later:
-        epochs = Epochs(run, later)
+    with stoppable() as stop, Later() as later, Epochs(run, later) as epochs:
         model = train(settings, data, epochs, settings, settings.seed, device, before)
     if stop.asked:
         raise KeyboardInterrupt
@@ -54,8 +54,16 @@ def run_training(run: Run, settings: Settings, given: Mapping[str, str]) -> None
 BEST = "/best_epoch"
 
 
+# Seconds between two times that the server is told: a small training's epochs are shorter than what it takes to tell.
+PACE = 1.0
+
+
 class Epochs:
-    """A run as the Recorder of a training, which waits for nothing, and remembers what the kept epoch was like."""
+    """A run as the Recorder of a training, which waits for nothing, and remembers what the kept epoch was like.
+
+    The server is told in the background of all metrics, and of the newest checkpoint, PACE seconds after the last time;
+    at the end of a `with` block at once.
+    """
 
     def __init__(self, run: Run, later: Later) -> None:
         self.run, self.later = run, later
@@ -63,16 +71,52 @@ class Epochs:
         # Of a training that is gone on with, epochs that its last checkpoint has not seen may have been told of.
         for name, step, value in metric_history(run.id, metric_names(run.id)).itertuples(index=False):
             self.seen.setdefault(step, {})[name] = value
+        self._lock, self._over, self._next = threading.Lock(), threading.Event(), 0.0
+        self._points: list[Point] = []
+        self._newest: tuple[Classifier, State, int] | None = None
+        self._place = 1  # of the checkpoint that was written last, or is being written
+        self._asked = False  # whether `_tell` is to be called anyway
+
+    def __enter__(self) -> Epochs:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+        self.later.do(self._tell)
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         known = self.seen.setdefault(step, {})
         new = {name: value for name, value in values.items() if name not in known}
         known.update(new)
-        self.later.do(partial(self.run.metrics, new, step, time.time()))
+        with self._lock:
+            self._points.append((new, step, time.time()))
 
     def checkpoint(self, model: Classifier, state: State) -> str:
-        self.later.do(partial(self.run.checkpoint, copy.deepcopy(model), state))
-        return self.run.checkpoint_uri(state)
+        model = copy.deepcopy(model)
+        with self._lock:
+            place = 1 - self._place
+            self._newest = (model, state, place)
+            asked, self._asked = self._asked, True
+        if not asked:
+            self.later.do(self._tell)
+        return self.run.checkpoint_uri(place)
+
+    def _tell(self) -> None:
+        """In the background; what fails is tried again, with what is new then."""
+        self._over.wait(self._next - time.monotonic())
+        with self._lock:
+            points, newest = list(self._points), self._newest
+            if newest:
+                self._place = newest[2]
+            self._asked = False
+        self.run.curves(points)
+        if newest:
+            self.run.checkpoint(*newest)
+        with self._lock:
+            del self._points[: len(points)]
+            if self._newest is newest:
+                self._newest = None
+        self._next = time.monotonic() + PACE
 
     def chosen(self) -> dict[str, float]:
         """kept/<metric> on the validation images of the epoch whose weights the model has."""

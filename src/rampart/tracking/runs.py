@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -25,6 +25,7 @@ from mlflow.entities import LoggedModelInput, LoggedModelStatus, Metric, Param, 
 from mlflow.exceptions import MlflowException
 from mlflow.utils.file_utils import local_file_uri_to_path
 from mlflow.utils.uri import is_local_uri
+from mlflow.utils.validation import MAX_METRICS_PER_BATCH
 
 from rampart import __version__
 from rampart.data import Dataset
@@ -46,6 +47,10 @@ ADVERSARIAL = "adversarial.npz"
 POINTS, PLACES = "umap.parquet", "geometry.parquet"
 # Steps whose runs have system metrics.
 MEASURED = ("train",)
+
+
+# Metrics, their step, and when that was, in seconds since 1970.
+Point = tuple[Mapping[str, float], int, float]
 
 
 class Run:
@@ -108,12 +113,18 @@ class Run:
     def tags(self, values: Mapping[str, object]) -> None:
         self.client.log_batch(self.id, tags=[RunTag(f"rampart.{k}", str(v)) for k, v in values.items()])
 
-    def metrics(self, values: Mapping[str, float], step: int = 0, moment: float | None = None) -> None:
-        """`moment`: when that was, in seconds since 1970, where it is not now. Told again with the same, nothing is
-        doubled."""
-        when = int(1000 * (time.time() if moment is None else moment))
-        found = [Metric(k, float(v), when, step, **self.subject) for k, v in values.items()]
-        self.client.log_batch(self.id, metrics=found)
+    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
+        self.curves([(values, step, time.time())])
+
+    def curves(self, points: Sequence[Point]) -> None:
+        """Metrics of several steps. Told again with the same moments, nothing is doubled."""
+        found = [
+            Metric(name, float(value), int(1000 * moment), step, **self.subject)
+            for values, step, moment in points
+            for name, value in values.items()
+        ]
+        for first in range(0, len(found), MAX_METRICS_PER_BATCH):
+            self.client.log_batch(self.id, metrics=found[first : first + MAX_METRICS_PER_BATCH])
 
     def about(self, model_id: str | None, split: str) -> None:
         """From now on this run's metrics are those of a logged model (None: of one from a file) on a split of its
@@ -136,18 +147,19 @@ class Run:
         """A picture among the run's artifacts, for `describe`."""
         return f"![{name}](get-artifact?path={name}&run_uuid={self.id})"
 
-    def checkpoint(self, model: Classifier, state: State | None = None) -> str:
-        """Keeps the weights of a training on its way, with all that it needs to go on if it shall, and says where."""
-        uri = self.checkpoint_uri(state)
+    def checkpoint(self, model: Classifier, state: State | None = None, place: int = 0) -> str:
+        """Keeps the weights of a training on its way, with all that it needs to go on if it shall, at one of two
+        places, and says where."""
+        uri = self.checkpoint_uri(place)
         path = self.scratch / PurePosixPath(uri).name
         save_model(model, path, *((state.tensors, state.numbers()) if state else ()))
         self.client.log_artifact(self.id, str(path), PurePosixPath(uri).parent.name)
         path.unlink()
         return uri
 
-    def checkpoint_uri(self, state: State | None) -> str:
+    def checkpoint_uri(self, place: int) -> str:
         """Where `checkpoint` keeps it."""
-        return f"runs:/{self.id}/{CHECKPOINTS[state.epoch % 2 if state else 0]}"
+        return f"runs:/{self.id}/{CHECKPOINTS[place]}"
 
     def file(self, path: Path, run_id: str | None = None) -> None:
         """A file as an artifact of this run, or of another."""
@@ -250,14 +262,10 @@ def open_run(step: str, parent: str | None = None, task: str | None = None) -> I
         # With the tags from its first moment: a server that dies then leaves no run that nobody knows the process of.
         tags = process_tags() | {f"rampart.{k}": v for k, v in (("study", parent), ("task", task)) if v}
         active = mlflow.start_run(
-            experiment_id=experiment,
-            run_name=step,
-            nested=True,
-            # MLflow would take the active run or none, but a trial's belongs to the run that began its study.
-            parent_run_id=parent or None,
-            tags=tags,
-            log_system_metrics=measured,
+            experiment_id=experiment, run_name=step, nested=True, tags=tags, log_system_metrics=measured
         )
+        if parent:  # MLflow would take the active run or none, but a trial's belongs to the run that began its study
+            MlflowClient().set_tag(active.info.run_id, "mlflow.parentRunId", parent)
     run = Run(active.info.run_id, experiment, step, parent, bool(resumed))
     status = "FAILED"
     try:

@@ -174,7 +174,7 @@ def test_a_training_killed_after_its_model_was_logged_logs_it_once(
 
 
 def test_the_server_is_told_of_the_newest_checkpoint_and_of_every_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Epochs that are shorter than the pace: few checkpoints are written, no metric is missed, the last state is kept."""
+    """Epochs shorter than the pace: few checkpoints are written, no metric is missed, the last state is kept."""
     monkeypatch.setattr(training, "PACE", 60.0)
     model = build_model(width=0.125)
     with open_run("train") as run:

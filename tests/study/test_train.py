@@ -188,3 +188,35 @@ def test_the_server_is_told_of_the_newest_checkpoint_and_of_every_epoch(monkeypa
     assert newest is not None
     assert newest.epoch == 7
     assert list(metric_history(run.id, ["train/loss"])["step"]) == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_a_checkpoint_that_cannot_be_written_does_not_cost_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk is full for two tries, each of which spoils the file that it was about to write."""
+    monkeypatch.setattr(training, "PACE", 0.0)
+    monkeypatch.setattr("rampart.tracking.later.PAUSES", (0.1, 0.1, 0.1))
+    model = build_model(width=0.125)
+
+    def state(epoch: int) -> State:
+        return State("train", epoch, 0, 0, 1, 0.0, {"loss_sum": torch.zeros(())})
+
+    with open_run("train") as run:
+        written, spoilt = run.checkpoint, []
+
+        def full(model: Any, at: State, place: int) -> str:
+            if at.epoch > 1 and len(spoilt) < 2:
+                spoilt.append(place)
+                run.text("half a file", CHECKPOINTS[place])
+                raise OSError(28, "no space left on device")
+            return written(model, at, place)
+
+        monkeypatch.setattr(run, "checkpoint", full)
+        with Later() as later, training.Epochs(run, later) as epochs:
+            epochs.checkpoint(model, state(1))
+            time.sleep(0.5)
+            for epoch in (2, 3, 4):
+                epochs.checkpoint(model, state(epoch))
+                time.sleep(0.05)
+        # Both tries were at the place that does not hold the first.
+        assert spoilt == [1, 1]
+        kept = {state.epoch for name in CHECKPOINTS if (state := read_checkpoint(run.id, name)) is not None}
+        assert 4 in kept

@@ -73,8 +73,9 @@ class Epochs:
             self.seen.setdefault(step, {})[name] = value
         self._lock, self._over, self._next = threading.Lock(), threading.Event(), 0.0
         self._points: list[Point] = []
-        self._newest: tuple[Classifier, State, int] | None = None
-        self._place = 1  # of the checkpoint that was written last, or is being written
+        self._newest: tuple[Classifier, State] | None = None
+        self._written = 1  # where the checkpoint is that was written last: never overwritten by the next one
+        self._coming = 0  # where the newest will be
         self._asked = False  # whether `_tell` is to be called anyway
 
     def __enter__(self) -> Epochs:
@@ -94,26 +95,28 @@ class Epochs:
     def checkpoint(self, model: Classifier, state: State) -> str:
         model = copy.deepcopy(model)
         with self._lock:
-            place = 1 - self._place
-            self._newest = (model, state, place)
+            self._newest = (model, state)
             asked, self._asked = self._asked, True
+            coming = self._coming
         if not asked:
             self.later.do(self._tell)
-        return self.run.checkpoint_uri(place)
+        return self.run.checkpoint_uri(coming)
 
     def _tell(self) -> None:
         """In the background; what fails is tried again, with what is new then."""
         self._over.wait(self._next - time.monotonic())
         with self._lock:
             points, newest = list(self._points), self._newest
-            if newest:
-                self._place = newest[2]
+            place = 1 - self._written
+            self._coming = 1 - place if newest else place
             self._asked = False
         self.run.curves(points)
         if newest:
-            self.run.checkpoint(*newest)
+            self.run.checkpoint(*newest, place)
         with self._lock:
             del self._points[: len(points)]
+            if newest:
+                self._written = place
             if self._newest is newest:
                 self._newest = None
         self._next = time.monotonic() + PACE

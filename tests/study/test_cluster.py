@@ -29,10 +29,13 @@ def cluster() -> Iterator[Any]:
     """A Ray cluster of two machines (two raylets), one core each."""
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    cluster.add_node(num_cpus=1)
-    yield cluster
-    cluster.shutdown()
+    with pytest.MonkeyPatch.context() as patched:
+        # Its workers import what they are given from here.
+        patched.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        cluster.add_node(num_cpus=1)
+        yield cluster
+        cluster.shutdown()
 
 
 def pid_of(_: int) -> int:

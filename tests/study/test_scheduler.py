@@ -141,15 +141,18 @@ def test_what_may_pass_is_tried_again(error: Exception, tried: int) -> None:
     assert (not study.failures) == (tried > 1)
 
 
-def test_an_interrupt_stops_the_workers() -> None:
-    def work(task: Task, before: Mapping[str, Done]) -> Done:
-        signal.raise_signal(signal.SIGINT) if task.step == "embed" else None
-        time.sleep(0.5)
-        return Done()
+def test_an_interrupt_stops_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    workers = Threads(1)
+    first = workers.submit
 
-    workers = Threads(2)
+    def interrupted(work: Callable[..., Any], *given: Any) -> Future[Any]:
+        if workers.given:
+            raise KeyboardInterrupt
+        return first(work, *given)
+
+    monkeypatch.setattr(workers, "submit", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        Scheduler(graph([(NORMAL, 0)], False, 0, 1), work, workers).run()
+        Scheduler(graph([(NORMAL, 0)], False, 0, 1), lambda task, before: Done(), workers).run()
     assert workers.stopped
 
 

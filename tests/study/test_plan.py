@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -10,6 +12,7 @@ import pytest
 from mlflow import MlflowClient
 
 from rampart.arms import Arm, grid
+from rampart.errors import RampartError
 from rampart.settings import ARM_STEPS
 from rampart.study import run_step
 from rampart.study.graph import Shared
@@ -84,3 +87,15 @@ def test_code_that_has_changed_since_is_asked_about(
     assert kept.returncode == 0, kept.stderr
     assert kept.stderr.count("was there already") == 4
     assert len(find_runs("0", {"step": "train"})) == 4
+
+
+def test_a_worker_with_other_code_or_without_the_store_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = shared()
+    mine.settle()  # the study's own process is where it is
+    changed = replace(mine, process="1:0@" + socket.gethostname(), code={**mine.code, "train": "another"})
+    with pytest.raises(RampartError, match="code changed while the study ran"):
+        changed.settle()
+    with pytest.raises(RampartError, match="code is another one there"):
+        replace(changed, process="1:0@elsewhere").settle()
+    with pytest.raises(RampartError, match=r"is a file of elsewhere, .* give MLFLOW_TRACKING_URI=http"):
+        replace(mine, process="1:0@elsewhere").settle()

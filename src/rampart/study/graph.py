@@ -20,6 +20,7 @@ from rampart.study.steps import run_step
 from rampart.tracking.claims import claimed
 from rampart.tracking.queries import find_runs
 from rampart.tracking.runs import bury
+from rampart.tracking.store import this_process
 from rampart.tuning import tuned_texts
 
 
@@ -72,8 +73,9 @@ class Shared:
         given: what the user gave, as texts.
         study: its run.
         keep: whether finished steps whose code has changed since are taken as they are.
-        store, host, folder: the tracking store, and where relative paths begin.
-        code: of the study's own process.
+        process: the study's own.
+        store, folder: the tracking store, and where relative paths begin, there.
+        code: that it runs.
     """
 
     given: Mapping[str, str]
@@ -82,8 +84,8 @@ class Shared:
     study: str
     experiment: str
     keep: bool
+    process: str
     store: str
-    host: str
     folder: str
     code: Mapping[str, str]
 
@@ -92,7 +94,7 @@ class Shared:
         cls, given: Mapping[str, str], profile: str, threads: int, study: str, experiment: str, keep: bool
     ) -> Shared:
         """Of a study of this process."""
-        where = mlflow.get_tracking_uri(), socket.gethostname(), os.getcwd()
+        where = this_process(), mlflow.get_tracking_uri(), os.getcwd()
         return cls(dict(given), profile, threads, study, experiment, keep, *where, code_versions())
 
     def settle(self) -> None:
@@ -101,12 +103,15 @@ class Shared:
         Raises:
             RampartError: it runs other code, or cannot reach the store.
         """
+        if self.process == this_process():
+            return
+        host, here = self.process.partition("@")[2], socket.gethostname()
         if code_versions() != self.code:
-            where = "changed while the study ran" if self.host == socket.gethostname() else "is another one there"
-            raise RampartError(f"Rampart's code {where} ({socket.gethostname()}): start the study again with one code")
-        if self.host != socket.gethostname() and not self.store.startswith(("http", "postgresql", "mysql", "mssql")):
+            where = "changed while the study ran" if host == here else "is another one there"
+            raise RampartError(f"Rampart's code {where} ({here}): start the study again with one code")
+        if host != here and not self.store.startswith(("http", "postgresql", "mysql", "mssql")):
             raise RampartError(
-                f"the tracking store {self.store} is a file of {self.host}, which {socket.gethostname()} cannot write: "
+                f"the tracking store {self.store} is a file of {host}, which {here} cannot write: "
                 "give MLFLOW_TRACKING_URI=http://…, a tracking server"
             )
         if Path(self.folder).is_dir():

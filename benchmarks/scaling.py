@@ -28,6 +28,7 @@ from benchmarks.common import options
 from benchmarks.tracking import crowd, server
 from rampart.arms import Arm, grid
 from rampart.console import configure_logging
+from rampart.settings import nested
 from rampart.study import run_step
 from rampart.study.graph import Task, graph
 from rampart.tracking.queries import find_runs
@@ -69,11 +70,8 @@ def asked(address: str, given: Mapping[str, str]) -> dict[str, int]:
     requests.Session.send = counted  # type: ignore[method-assign]
     model = ""
     for step in STEPS:
-        own = {
-            name.partition(".")[2] or name: text for name, text in given.items() if name in ("width", f"{step}.images")
-        }
         texts = {"method": "normal"} if step == "train" else {"model": model}
-        run = run_step(step, {**texts, **own, "threads": "1"})
+        run = run_step(step, {**nested(given, step), **texts, "threads": "1"})
         model = model or f"runs:/{run}/model"
     requests.Session.send = send  # type: ignore[method-assign]
     return dict(counts)

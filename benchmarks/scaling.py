@@ -15,27 +15,23 @@ import os
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Mapping
 from graphlib import TopologicalSorter
 from pathlib import Path
+from unittest import mock
 
 import pandas as pd
 import requests
 import torch
 
 from benchmarks.common import options
-from benchmarks.tracking import crowd, server
-from rampart.arms import Arm, grid
+from benchmarks.tracking import CURVES, crowd, server
+from rampart.arms import grid
 from rampart.console import configure_logging
-from rampart.settings import nested
+from rampart.settings import ARM_STEPS, nested
 from rampart.study import run_step
 from rampart.study.graph import Task, graph
 from rampart.tracking.queries import find_runs
-
-STEPS = ("train", "evaluate", "verify", "embed")
-# Requests that 12 metrics of an epoch take.
-EPOCH = 12
 
 
 def measured(workers: int, folder: Path, given: Mapping[str, str]) -> tuple[float, dict[tuple[str, str], float]]:
@@ -49,7 +45,7 @@ def measured(workers: int, folder: Path, given: Mapping[str, str]) -> tuple[floa
         run_step("main", {**given, "workers": str(workers), "threads": "1"})
     seconds = time.perf_counter() - started
     times: dict[tuple[str, str], float] = {}
-    for step in STEPS:
+    for step in ARM_STEPS:
         runs = find_runs("0", {"step": step})
         took = (pd.to_datetime(runs["end_time"]) - pd.to_datetime(runs["start_time"])).dt.total_seconds()
         times |= {(str(arm), step): second for arm, second in zip(runs["tags.rampart.arm"], took, strict=True)}
@@ -58,29 +54,21 @@ def measured(workers: int, folder: Path, given: Mapping[str, str]) -> tuple[floa
 
 def asked(address: str, given: Mapping[str, str]) -> dict[str, int]:
     """HTTP requests that each step of an arm makes."""
-    counts: Counter[str] = Counter()
-    step = ""
-    send = requests.Session.send
-
-    def counted(*words: object, **more: object) -> requests.Response:
-        counts[step] += 1
-        return send(*words, **more)  # type: ignore[arg-type]
-
     os.environ["MLFLOW_TRACKING_URI"] = address
-    requests.Session.send = counted  # type: ignore[method-assign]
-    model = ""
-    for step in STEPS:
+    counts, model = {}, ""
+    for step in ARM_STEPS:
         texts = {"method": "normal"} if step == "train" else {"model": model}
-        run = run_step(step, {**nested(given, step), **texts, "threads": "1"})
+        with mock.patch.object(requests.Session, "send", autospec=True, side_effect=requests.Session.send) as send:
+            run = run_step(step, {**nested(given, step), **texts, "threads": "1"})
+        counts[step] = send.call_count
         model = model or f"runs:/{run}/model"
-    requests.Session.send = send  # type: ignore[method-assign]
-    return dict(counts)
+    return counts
 
 
 def simulate(times: Mapping[tuple[str, str], float], workers: int, seeds: int) -> float:
     """Seconds that the study takes, its tasks given out as `rampart.study.scheduler` does."""
     arms = sorted({arm for arm, _ in times})
-    known = {arm.name: arm for arm in _all_arms()}
+    known = {arm.name: arm for arm in grid(("normal", "adversarial", "certified"), (False, True), ("none", "double"))}
     jobs = [(known[arm], seed) for seed in range(seeds) for arm in arms]
     needs = graph(jobs, False, 0, 1)
     order = TopologicalSorter(needs)
@@ -92,17 +80,13 @@ def simulate(times: Mapping[tuple[str, str], float], workers: int, seeds: int) -
         for task in order.get_ready():
             # Trainings before what looks at them, the longest first.
             number += 1
-            heapq.heappush(waiting, (STEPS.index(task.step), -times[task.arm.name, task.step], number, task))
+            heapq.heappush(waiting, (ARM_STEPS.index(task.step), -times[task.arm.name, task.step], number, task))
         while waiting and len(running) < workers:
             _, seconds, number_, task = heapq.heappop(waiting)
             heapq.heappush(running, (now - seconds, number_, task))
         now, _, task = heapq.heappop(running)
         order.done(task)
     return now
-
-
-def _all_arms() -> list[Arm]:
-    return grid(("normal", "adversarial", "certified"), (False, True), ("none", "double"))
 
 
 def main() -> None:
@@ -123,10 +107,10 @@ def main() -> None:
             metrics, _ = crowd(address, 4 if given.quick else 16, 20 if given.quick else 100)
             requests_of = asked(address, study)
         os.chdir("/")
-    capacity, each = metrics / EPOCH, sum(requests_of.values())
+    capacity, each = metrics / CURVES, sum(requests_of.values())
     work = sum(times.values())
     arms = len({arm for arm, _ in times})
-    longest = max(sum(times[arm, step] for step in STEPS) for arm in {arm for arm, _ in times})
+    longest = max(sum(times[arm, step] for step in ARM_STEPS) for arm in {arm for arm, _ in times})
     print(
         f"\nprofile quick, {arms} arms: {alone:.0f} s with one worker, {together:.0f} s with two, "
         f"ratio {alone / together:.2f}"

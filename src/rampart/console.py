@@ -15,3 +15,9 @@ def configure_logging(quiet: bool = False) -> None:
     for noisy in ("mlflow", "alembic"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     logging.getLogger("rampart").setLevel(logging.WARNING if quiet else logging.INFO)
+
+
+def hush() -> None:
+    """In a worker's process: only its parent draws a progress bar, and says more than warnings."""
+    os.environ["TQDM_DISABLE"] = "1"
+    configure_logging(quiet=True)

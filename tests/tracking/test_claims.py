@@ -13,10 +13,9 @@ import pytest
 from mlflow import MlflowClient
 
 from rampart.errors import RampartError
-from rampart.tracking import open_run, runs, store
-from rampart.tracking.claims import claimed
+from rampart.tracking import claims, open_run, store
+from rampart.tracking.claims import bury, claimed
 from rampart.tracking.queries import find_runs
-from rampart.tracking.runs import bury
 from rampart.tracking.store import PULSE, sweep
 
 TOP = Path(__file__).parents[2]
@@ -102,8 +101,27 @@ def test_a_run_tells_that_it_is_at_work(monkeypatch: pytest.MonkeyPatch) -> None
     assert abs(beat - time.time()) < 60
 
 
+def test_a_run_that_is_gone_on_in_has_the_pulse_and_the_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else another machine would take a long training for dead after its resumption."""
+    monkeypatch.setattr(store, "BEAT", 0.1)
+    client = MlflowClient()
+    with open_run("main") as study, open_run("train", study.id, "a.b") as run:
+        stopped = client.create_run(run.experiment).info.run_id
+        client.set_terminated(stopped, "KILLED")
+        run.go_on_in(stopped)
+        client.set_tag(stopped, PULSE, "0")
+        for _ in range(100):
+            time.sleep(0.1)
+            tags = client.get_run(stopped).data.tags
+            if tags[PULSE] != "0":
+                break
+    assert abs(int(tags[PULSE]) - time.time()) < 60
+    assert tags["rampart.task"] == "a.b"
+    assert client.get_run(stopped).info.status == "FINISHED"
+
+
 def test_what_a_lost_worker_left_running_is_ended_before_the_step_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "FAREWELL", 1)
+    monkeypatch.setattr(claims, "FAREWELL", 1)
     client = MlflowClient()
     with open_run("main") as run:
         left, foreign = (client.create_run(run.experiment).info.run_id for _ in range(2))

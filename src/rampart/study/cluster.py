@@ -9,11 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from rampart.console import configure_logging
+from rampart.console import hush
 from rampart.errors import RampartError, require
 from rampart.study.workers import PATIENCE, WorkerLost
-
-log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -89,8 +87,7 @@ class RayWorkers:
 
 
 def _quiet(work: Callable[..., T], *given: object) -> T:
-    os.environ["TQDM_DISABLE"] = "1"
-    configure_logging(quiet=True)
+    hush()
     return work(*given)
 
 

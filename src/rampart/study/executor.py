@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import TypedDict
 
 import pandas as pd
@@ -59,7 +58,7 @@ def run_study(run: Run, settings: StudySettings, given: Mapping[str, str]) -> No
             return
         _ask(steps, settings)
         parts = _parts(shared, jobs, workers.count)
-        scheduler = Scheduler(graph(jobs, settings.tuned, settings.seed, parts), partial(do, shared), workers)
+        scheduler = Scheduler(graph(jobs, settings.tuned, settings.seed, parts), shared.do, workers)
         with _hushed():
             scheduler.run()
     finally:
@@ -139,9 +138,3 @@ def _members(done: Mapping[Task, Done]) -> list[Member]:
         for task, result in done.items()
         if task.step != "tune" and not task.part
     ]
-
-
-def do(shared: Shared, task: Task, before: Mapping[str, Done]) -> Done:
-    """What a worker does."""
-    shared.settle()
-    return shared.do(task, before)

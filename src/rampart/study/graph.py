@@ -17,9 +17,8 @@ from rampart.settings import Common, nested, resolve
 from rampart.study.identity import code_versions, identity, what
 from rampart.study.opening import data_of
 from rampart.study.steps import run_step
-from rampart.tracking.claims import claimed
+from rampart.tracking.claims import bury, claimed
 from rampart.tracking.queries import find_runs
-from rampart.tracking.runs import bury
 from rampart.tracking.store import this_process
 from rampart.tuning import tuned_texts
 
@@ -125,6 +124,7 @@ class Shared:
         What was done with the same settings, data, model and code is not done again, and what another study does at
         this moment is waited for.
         """
+        self.settle()
         if task.step == "tune":  # several may tune: they share the trials
             return Done(texts=tuned_texts(run_step("tune", self.texts(task), self.study)))
         model = f"runs:/{before['train'].run}/model" if "train" in before else ""

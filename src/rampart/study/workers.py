@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from rampart.console import configure_logging
+from rampart.console import hush
 from rampart.errors import require
 
 T = TypeVar("T")
@@ -131,11 +131,10 @@ def _interruptible(work: Callable[..., T], *given: object) -> T:
 
 
 def _begin(devices: str) -> None:
-    """A worker's process: only its parent draws a progress bar, and it does not outlive that."""
-    os.environ["TQDM_DISABLE"] = "1"
+    """A worker's process, which does not outlive its parent."""
     if devices:
         os.environ["CUDA_VISIBLE_DEVICES"] = devices
-    configure_logging(quiet=True)
+    hush()
     threading.Thread(target=_follow, name="rampart-parent", daemon=True).start()
 
 

@@ -9,13 +9,15 @@ from contextlib import contextmanager
 
 from mlflow import MlflowClient
 
-from rampart.tracking.store import asking, sweep
+from rampart.tracking.store import alive, asking, end_lost, sweep
 
 log = logging.getLogger(__name__)
 
 CHOOSING = "choosing"
 # Seconds between two looks at those who are ahead: the first, and the longest.
 PAUSES = (0.2, 5.0)
+# Seconds that a process whose study is gone has to leave a checkpoint.
+FAREWELL = 60
 
 
 @contextmanager
@@ -60,3 +62,18 @@ def _claims(experiment: str, tag: str) -> dict[str, str]:
     found = MlflowClient().search_runs([experiment], f"attributes.status = 'RUNNING' and tags.`{tag}` LIKE '%'")
     # One that was found may have taken its claim back before its tags were read.
     return {run.info.run_id: run.data.tags[tag] for run in found if tag in run.data.tags}
+
+
+def bury(experiment: str, task: str) -> None:
+    """Ends the runs of a step that nobody works at any more, though they say that they are RUNNING. For whoever has
+    claimed the step: what still works at it belongs to a study that is gone, and has been told to stop."""
+    client = MlflowClient()
+    running = f"attributes.status = 'RUNNING' and tags.`rampart.task` = '{task}'"
+    for left in client.search_runs([experiment], running):
+        process = f"{left.data.tags['rampart.process']}@{left.data.tags['rampart.host']}"
+        for _ in range(FAREWELL):
+            if not alive(process):
+                break
+            time.sleep(1.0)
+        if client.get_run(left.info.run_id).info.status == "RUNNING":
+            end_lost(left.info.run_id)

@@ -31,7 +31,7 @@ from rampart import __version__
 from rampart.data import Dataset
 from rampart.errors import RampartError
 from rampart.models import Classifier, save_model
-from rampart.tracking.store import alive, beating, experiment_id, initialise, process_tags, sweep
+from rampart.tracking.store import beating, experiment_id, initialise, process_tags, sweep, take_over
 from rampart.training import State
 
 if TYPE_CHECKING:
@@ -59,11 +59,21 @@ class Run:
     Args:
         parent: the run that it is nested in, if any.
         given: `mlflow run` has started it.
+        task: of the study that it is.
     """
 
-    def __init__(self, run_id: str, experiment: str, step: str, parent: str | None = None, given: bool = False) -> None:
+    def __init__(
+        self,
+        run_id: str,
+        experiment: str,
+        step: str,
+        parent: str | None = None,
+        given: bool = False,
+        task: str | None = None,
+    ) -> None:
         self.id, self.experiment, self.step, self.parent, self.given = run_id, experiment, step, parent, given
-        self.open = 1  # runs that this one's end is the end of
+        self.task = task
+        self.open = [run_id]  # whose end this one's end is
         self.client = MlflowClient()
         self.subject: dict[str, str] = {}
         self.splits: dict[str, dict[str, str]] = {}
@@ -78,16 +88,17 @@ class Run:
         if self.given:
             self.name(f"{self.step}, goes on in {run_id[:8]}")
             self.tags({"step": "resume", "goes_on_in": run_id})
-            self.open += 1
         else:
             mlflow.end_run("KILLED")
             self.client.delete_run(self.id)
+            self.open.clear()
+        self.open.append(run_id)
         self.id = run_id
         if self.parent:
-            self.tags({"study": self.parent})
+            self.tags({"study": self.parent} | ({"task": self.task} if self.task else {}))
             self.client.set_tag(run_id, "mlflow.parentRunId", self.parent)
         mlflow.start_run(run_id, nested=True, log_system_metrics=self.step in MEASURED)
-        self.client.log_batch(run_id, tags=[RunTag(k, v) for k, v in process_tags().items()])
+        take_over(run_id)
         with suppress(MlflowException):  # of the process that was stopped
             self.client.delete_tag(run_id, "rampart.error")
 
@@ -266,15 +277,15 @@ def open_run(step: str, parent: str | None = None, task: str | None = None) -> I
         )
         if parent:  # MLflow would take the active run or none, but a trial's belongs to the run that began its study
             MlflowClient().set_tag(active.info.run_id, "mlflow.parentRunId", parent)
-    run = Run(active.info.run_id, experiment, step, parent, bool(resumed))
+    run = Run(active.info.run_id, experiment, step, parent, bool(resumed), task)
     status = "FAILED"
     try:
         run.tags({"step": step, **versions(), **git()})
         if resumed:
-            run.client.log_batch(run.id, tags=[RunTag(k, v) for k, v in process_tags().items()])
+            take_over(run.id)
         sweep(experiment)
         run.check_place(active.info.artifact_uri)
-        with beating(run.id):
+        with beating(run.open):
             yield run
         status = "FINISHED"
     except KeyboardInterrupt:
@@ -286,7 +297,7 @@ def open_run(step: str, parent: str | None = None, task: str | None = None) -> I
         raise
     finally:
         run.close()
-        for _ in range(run.open):
+        for _ in run.open:
             mlflow.end_run(status)
 
 
@@ -333,10 +344,11 @@ def reopened(run: Run) -> Iterator[None]:
         yield
         return
     run.client.update_run(run.id, "RUNNING")
-    run.client.log_batch(run.id, tags=[RunTag(k, v) for k, v in process_tags().items()])
+    take_over(run.id)
     status = "FAILED"
     try:
-        yield
+        with beating(run.open):
+            yield
         status = "FINISHED"
         with suppress(MlflowException):  # of the process that was killed
             run.client.delete_tag(run.id, "rampart.error")
@@ -345,26 +357,6 @@ def reopened(run: Run) -> Iterator[None]:
         raise
     finally:
         run.client.set_terminated(run.id, status)
-
-
-def bury(experiment: str, task: str) -> None:
-    """Ends the runs of a step that nobody works at any more, though they say that they are RUNNING. For whoever has
-    claimed the step: what still works at it belongs to a study that is gone, and has been told to stop."""
-    client = MlflowClient()
-    running = f"attributes.status = 'RUNNING' and tags.`rampart.task` = '{task}'"
-    for left in client.search_runs([experiment], running):
-        process = f"{left.data.tags['rampart.process']}@{left.data.tags['rampart.host']}"
-        for _ in range(FAREWELL):
-            if not alive(process):
-                break
-            time.sleep(1.0)
-        if client.get_run(left.info.run_id).info.status == "RUNNING":
-            client.set_tag(left.info.run_id, "rampart.error", "killed: its process ended without a word")
-            client.set_terminated(left.info.run_id, "KILLED")
-
-
-# Seconds that a process whose study is gone has to leave a checkpoint.
-FAREWELL = 60
 
 
 def fail_run(run_id: str, reason: str, tags: Mapping[str, str]) -> None:

@@ -7,7 +7,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 
@@ -15,6 +15,7 @@ import mlflow
 import psutil
 from filelock import FileLock
 from mlflow import MlflowClient
+from mlflow.entities import RunTag
 from mlflow.exceptions import MlflowException
 
 from rampart.errors import RampartError
@@ -114,6 +115,11 @@ def process_tags() -> dict[str, str]:
     return {"rampart.host": host, "rampart.process": process, PULSE: str(int(time.time()))}
 
 
+def take_over(run_id: str) -> None:
+    """From now on this process is the one behind a run."""
+    MlflowClient().log_batch(run_id, tags=[RunTag(name, text) for name, text in process_tags().items()])
+
+
 def this_process() -> str:
     """pid:start@host."""
     process = psutil.Process()
@@ -134,16 +140,18 @@ BEAT, SILENCE = 60.0, 600.0
 
 
 @contextmanager
-def beating(run_id: str) -> Iterator[None]:
-    """Tells the server meanwhile that the run is at work: no other machine could know."""
+def beating(runs: Sequence[str]) -> Iterator[None]:
+    """Tells the server meanwhile that the runs in the list, as it is by then, are at work: no other machine could
+    know."""
     over, client = threading.Event(), MlflowClient()
 
     def beat() -> None:
         while not over.wait(BEAT):
-            try:
-                client.set_tag(run_id, PULSE, str(int(time.time())))
-            except MlflowException as error:  # away, or the run was deleted: what works in it will hear of that
-                log.debug("no pulse of run %s: %s", run_id, error)
+            for run_id in tuple(runs):
+                try:
+                    client.set_tag(run_id, PULSE, str(int(time.time())))
+                except MlflowException as error:  # away, or the run was deleted: what works in it will hear of that
+                    log.debug("no pulse of run %s: %s", run_id, error)
 
     # A beat under way may wait for a server; the end of a run does not wait for it.
     threading.Thread(target=beat, name="rampart-pulse", daemon=True).start()
@@ -162,8 +170,7 @@ def sweep(experiment: str, everywhere: bool = False) -> list[str]:
     for run in client.search_runs([experiment], f"attributes.status = 'RUNNING'{here}", max_results=1000):
         if _gone(run.data.tags):
             try:
-                client.set_tag(run.info.run_id, "rampart.error", "killed: its process ended without a word")
-                client.set_terminated(run.info.run_id, "KILLED")
+                end_lost(run.info.run_id)
             except MlflowException as error:  # deleted or ended by somebody else meanwhile
                 log.warning("run %s could not be marked KILLED: %s", run.info.run_id, error)
                 continue
@@ -171,6 +178,13 @@ def sweep(experiment: str, everywhere: bool = False) -> list[str]:
     if swept:
         log.info("marked %d run(s) KILLED whose process is gone", len(swept))
     return swept
+
+
+def end_lost(run_id: str) -> None:
+    """Ends a run as KILLED whose process is gone."""
+    client = MlflowClient()
+    client.set_tag(run_id, "rampart.error", "killed: its process ended without a word")
+    client.set_terminated(run_id, "KILLED")
 
 
 def _gone(tags: Mapping[str, str]) -> bool:

@@ -9,16 +9,18 @@ import altair as alt
 import pandas as pd
 
 from rampart.reports.drawing import Panels
-from rampart.reports.style import (
-    CLASS_SCHEMES,
-    DASHES,
-    METHOD_COLOURS,
-    OPACITIES,
-    SHAPES,
-    STATUS_COLOURS,
-    STATUS_SHAPES,
-    VERDICT_COLOURS,
+from rampart.reports.encoding import (
+    colours,
+    dashes,
+    lighter,
+    number,
+    radius_axis,
+    scale_of,
+    shapes,
+    status_colour,
+    status_shape,
 )
+from rampart.reports.style import CLASS_SCHEMES, VERDICT_COLOURS
 from rampart.settings import eps_text
 
 WIDTH, HEIGHT = 300, 240
@@ -39,16 +41,16 @@ def accuracy(summary: pd.DataFrame) -> Panels:
         layers = [
             base.mark_bar(stroke="black").encode(
                 y=y,
-                color=_colours(ours, legend=False),
-                opacity=_lighter(ours),
-                tooltip=["arm", _number("percent", "accuracy %"), _number("spread", "±"), "seeds"],
+                color=colours(ours, legend=False),
+                opacity=lighter(ours),
+                tooltip=["arm", number("percent", "accuracy %"), number("spread", "±"), "seeds"],
             ),
             base.mark_rule().encode(y="low:Q", y2="high:Q"),
             base.mark_text(dy=-6, baseline="bottom").encode(y="high:Q", text=alt.Text("percent:Q", format=".1f")),
         ]
         if len(published):
             stroke = alt.Chart(published).mark_tick(color="black", thickness=2, width=26)
-            layers.append(stroke.encode(x=x, y=y, tooltip=["arm", _number("percent", "published accuracy %")]))
+            layers.append(stroke.encode(x=x, y=y, tooltip=["arm", number("percent", "published accuracy %")]))
         return alt.layer(*layers)
 
     return _by_augmentation(rows, panel)
@@ -63,23 +65,23 @@ def robust_curves(summary: pd.DataFrame) -> Panels:
     rows = _percent(chosen.fillna({"eps": 0.0}))
     brackets = _brackets(summary)
     radii = sorted({*rows["eps"], *brackets["eps"]})
-    x = _radius_axis(radii)
+    x = radius_axis(radii)
 
     def panel(part: pd.DataFrame) -> alt.LayerChart:
         ours = part[part["step"] == "evaluate"].assign(place=lambda f: f["eps"].map(radii.index))
         published = part[part["step"] == "published"].assign(place=lambda f: f["eps"].map(radii.index))
         y = alt.Y("percent:Q", title="robust accuracy (%)", scale=alt.Scale(domain=ALL))
-        keyed = {"x": x, "color": _colours(ours), "detail": "arm:N"}
-        tip = ["arm", "ε", _number("percent", "robust accuracy %"), _number("spread", "±"), "seeds"]
+        keyed = {"x": x, "color": colours(ours), "detail": "arm:N"}
+        tip = ["arm", "ε", number("percent", "robust accuracy %"), number("spread", "±"), "seeds"]
         base = alt.Chart(ours).encode(**keyed)
         layers: list[Any] = [
-            base.mark_line().encode(y=y, strokeDash=_dashes(ours)),
-            base.mark_point(filled=True, size=40).encode(y=y, shape=_shapes(ours), tooltip=tip),
+            base.mark_line().encode(y=y, strokeDash=dashes(ours)),
+            base.mark_point(filled=True, size=40).encode(y=y, shape=shapes(ours), tooltip=tip),
             base.mark_rule().encode(y="low:Q", y2="high:Q"),
         ]
         if len(published):
             dotted = alt.Chart(published).encode(**keyed, y=y)
-            tip = ["arm", "ε", _number("percent", "published %")]
+            tip = ["arm", "ε", number("percent", "published %")]
             layers += [
                 dotted.mark_line(strokeDash=[1, 3], opacity=0.7),
                 dotted.mark_point(size=20, opacity=0.7).encode(tooltip=tip),
@@ -90,8 +92,8 @@ def robust_curves(summary: pd.DataFrame) -> Panels:
             shift = known["arm"].map(order) - (len(order) - 1) / 2
             known = known.assign(place=known["eps"].map(radii.index) + 0.5 * shift / max(len(order), 4))
             bars = alt.Chart(known).mark_bar(width=3, opacity=0.55).encode(
-                x=x, y="certified:Q", y2="attacked:Q", color=_colours(known), detail="arm:N",
-                tooltip=["arm", "ε", _number("certified", "proved %"), _number("attacked", "not broken %")],
+                x=x, y="certified:Q", y2="attacked:Q", color=colours(known), detail="arm:N",
+                tooltip=["arm", "ε", number("certified", "proved %"), number("attacked", "not broken %")],
             )  # fmt: skip
             layers.insert(0, bars)
         return alt.layer(*layers)
@@ -111,13 +113,13 @@ def pareto(summary: pd.DataFrame) -> Panels:
     def panel(part: pd.DataFrame) -> alt.LayerChart:
         x = alt.X("accuracy:Q", title="test accuracy (%)", scale=alt.Scale(zero=False, padding=12))
         y = alt.Y("percent:Q", title="certified accuracy (%)", scale=alt.Scale(padding=12))
-        tip = ["arm", _number("accuracy", "accuracy %"), _number("percent", "certified %"), "seeds"]
+        tip = ["arm", number("accuracy", "accuracy %"), number("percent", "certified %"), "seeds"]
         points = alt.Chart(part).encode(x=x, y=y)
         front = alt.Chart(part[_undominated(part)]).mark_line(color="#888888", strokeDash=[4, 3])
         return alt.layer(
             front.encode(x=x, y=y),
             points.mark_point(filled=True, size=90, opacity=1).encode(
-                color=_colours(part), shape=_shapes(part), tooltip=tip
+                color=colours(part), shape=shapes(part), tooltip=tip
             ),
             points.mark_text(align="left", dx=8, fontSize=9).encode(
                 text=alt.condition(alt.datum.augment, alt.value("aug"), alt.value(""))
@@ -143,7 +145,7 @@ def verdicts(summary: pd.DataFrame) -> Panels:
     rows["middle"] = rows["end"] - rows["count"] / 2
     order = list(dict.fromkeys(_row_names(summary[summary["step"] == "verify"])))
     y = alt.Y("row:N", sort=order, title=None, axis=alt.Axis(labelLimit=260))
-    colour = alt.Color("verdict:N", scale=_scale(VERDICT_COLOURS, rows["verdict"]), title=None)
+    colour = alt.Color("verdict:N", scale=scale_of(VERDICT_COLOURS, rows["verdict"]), title=None)
     base = alt.Chart(rows).encode(y=y)
     bars = base.mark_bar(stroke="white").encode(
         x=alt.X("count:Q", title="images", axis=alt.Axis(tickMinStep=1), scale=alt.Scale(nice=False)),
@@ -179,7 +181,7 @@ def verification_times(settled: pd.DataFrame) -> Panels:
             rows.append({**keys, "seconds": seconds, "percent": percent})
 
     x = alt.X("seconds:Q", scale=alt.Scale(type="log"), title="seconds an image", axis=alt.Axis(format="~g"))
-    tips = ["arm", "engine", _number("percent", "settled %"), alt.Tooltip("seconds:Q", format=".3g")]
+    tips = ["arm", "engine", number("percent", "settled %"), alt.Tooltip("seconds:Q", format=".3g")]
     return _steps(pd.DataFrame(rows), x, "images settled (%)", tips)
 
 
@@ -195,7 +197,7 @@ def radius_curves(radii: pd.DataFrame) -> Panels:
             rows.append({**keys, "radius": 255 * radius, "percent": 100 * (len(found) - i - 1) / len(part)})
 
     x = alt.X("radius:Q", title="ε × 255 (pixels in [0, 1])")
-    tips = ["arm", alt.Tooltip("radius:Q", format=".3f", title="ε × 255"), _number("percent", "proved %")]
+    tips = ["arm", alt.Tooltip("radius:Q", format=".3f", title="ε × 255"), number("percent", "proved %")]
     return _steps(pd.DataFrame(rows), x, "proved robust (% of images)", tips)
 
 
@@ -209,8 +211,8 @@ def _steps(rows: pd.DataFrame, x: alt.X, title: str, tips: list[Any]) -> Panels:
             .encode(
                 x=x,
                 y=alt.Y("percent:Q", title=title, scale=alt.Scale(domain=ALL)),
-                color=_colours(part),
-                strokeDash=_dashes(part),
+                color=colours(part),
+                strokeDash=dashes(part),
                 detail=["arm:N", "engine:N"],
                 tooltip=tips,
             )
@@ -259,7 +261,7 @@ def umap(points: Mapping[str, pd.DataFrame], classes: Sequence[str]) -> Panels:
 
 def umap_status(points: Mapping[str, pd.DataFrame]) -> Panels:
     """The same, coloured by `status`: what is known of the image at one ε."""
-    return _by_arm(points, lambda frame: _scatter(frame, _status_colour(), _status_shape(), "status"))
+    return _by_arm(points, lambda frame: _scatter(frame, status_colour(), status_shape(), "status"))
 
 
 def geometry(points: pd.DataFrame) -> Panels:
@@ -274,8 +276,8 @@ def geometry(points: pd.DataFrame) -> Panels:
             .encode(
                 x=alt.X("separation:Q", title="between − within"),
                 y=alt.Y("certificate:Q", title=title),
-                color=_status_colour(),
-                shape=_status_shape(),
+                color=status_colour(),
+                shape=status_shape(),
                 tooltip=["image", "status", alt.Tooltip("separation:Q", format=".3f"),
                          alt.Tooltip("certificate:Q", format=".4g")],
             )
@@ -297,8 +299,8 @@ def training_curves(curves: pd.DataFrame) -> Panels:
                 .encode(
                     x=alt.X("epoch:Q", title="epoch", axis=alt.Axis(tickMinStep=1)),
                     y=alt.Y("value:Q", title=f"{metric} (%)" if percent else str(metric), scale=scale),
-                    color=_colours(lines),
-                    strokeDash=_dashes(lines),
+                    color=colours(lines),
+                    strokeDash=dashes(lines),
                     detail=["arm:N", "stage:N"],
                     tooltip=["arm", "stage", "epoch", alt.Tooltip("value:Q", format=".4g")],
                 )
@@ -374,56 +376,9 @@ def _undominated(rows: pd.DataFrame) -> list[bool]:
     return [not any(o != p and o[0] >= p[0] and o[1] >= p[1] for o in pairs) for p in pairs]
 
 
-def _radius_axis(radii: Sequence[float]) -> alt.X:
-    """Places 0, 1, … that are labelled with the radii: they grow by factors, and 0 is among them."""
-    texts = [eps_text(eps) for eps in radii]
-    axis = alt.Axis(values=list(range(len(radii))), labelExpr=f"{texts}[datum.value]", labelAngle=-30)
-    scale = alt.Scale(domain=[-0.3, len(radii) - 0.7], nice=False)
-    return alt.X("place:Q", title="radius ε of the attack (pixels in [0, 1])", axis=axis, scale=scale)
-
-
 def _scatter(frame: pd.DataFrame, colour: alt.Color, shape: alt.Shape, said: str) -> alt.Chart:
     bare = {"axis": None, "scale": alt.Scale(zero=False)}
     columns = ["image", "x", "y", said, *(["right"] if "right" in frame else [])]
     points = alt.Chart(frame[columns].round({"x": 3, "y": 3})).mark_point(filled=True, size=22, opacity=0.85)
     x, y = alt.X("x:Q", **bare), alt.Y("y:Q", **bare)
     return points.encode(x=x, y=y, color=colour, shape=shape, tooltip=["image", said])
-
-
-def _scale(looks: Mapping[str, Any], used: pd.Series | None = None) -> alt.Scale:
-    """What stands for what, of the names that are used; of all where the same legend is to stand in every panel."""
-    names = [name for name in looks if used is None or name in set(used)]
-    return alt.Scale(domain=names, range=[looks[name] for name in names])
-
-
-def _status_colour() -> alt.Color:
-    return alt.Color("status:N", scale=_scale(STATUS_COLOURS), title=None)
-
-
-def _status_shape() -> alt.Shape:
-    return alt.Shape("status:N", scale=_scale(STATUS_SHAPES), title=None)
-
-
-def _colours(rows: pd.DataFrame, legend: bool = True) -> alt.Color:
-    scale = _scale(METHOD_COLOURS, rows["method"])
-    return alt.Color("method:N", scale=scale, title=None, **({} if legend else {"legend": None}))
-
-
-_SUPCON = alt.Legend(title=None, labelExpr="datum.label == 'none' ? 'no SupCon' : 'SupCon ' + datum.label")
-
-
-def _dashes(rows: pd.DataFrame) -> alt.StrokeDash:
-    return alt.StrokeDash("contrastive:N", scale=_scale(DASHES, rows["contrastive"]), legend=_SUPCON)
-
-
-def _shapes(rows: pd.DataFrame) -> alt.Shape:
-    return alt.Shape("contrastive:N", scale=_scale(SHAPES, rows["contrastive"]), legend=_SUPCON)
-
-
-def _lighter(rows: pd.DataFrame) -> alt.Opacity:
-    scale = _scale(OPACITIES, rows["contrastive"])
-    return alt.Opacity("contrastive:O", sort=scale.domain, scale=scale, legend=None)
-
-
-def _number(column: str, title: str) -> alt.Tooltip:
-    return alt.Tooltip(f"{column}:Q", title=title, format=".2f")

@@ -1,18 +1,13 @@
-"""One MLflow run for one step, whatever becomes of it."""
+"""What a step tells of itself: parameters, metrics, tables, figures, models."""
 
 from __future__ import annotations
 
 import hashlib
-import logging
-import os
-import platform
 import shutil
-import subprocess
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from functools import lru_cache
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -27,17 +22,14 @@ from mlflow.utils.file_utils import local_file_uri_to_path
 from mlflow.utils.uri import is_local_uri
 from mlflow.utils.validation import MAX_METRICS_PER_BATCH
 
-from rampart import __version__
 from rampart.data import Dataset
 from rampart.errors import RampartError
 from rampart.models import Classifier, save_model
-from rampart.tracking.store import beating, experiment_id, initialise, process_tags, sweep, take_over
+from rampart.tracking.store import take_over
 from rampart.training import State
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-log = logging.getLogger(__name__)
 
 # The newest is in one of them while the other one is written.
 CHECKPOINTS = ("checkpoints/even.safetensors", "checkpoints/odd.safetensors")
@@ -245,125 +237,3 @@ class Run:
             if self.client.get_logged_model(known.model_id).status == LoggedModelStatus.READY:
                 return str(known.model_id)
         return log_model(model, example, self.scratch)
-
-
-@contextmanager
-def open_run(step: str, parent: str | None = None, task: str | None = None) -> Iterator[Run]:
-    """Starts a run (or goes on with the one that `mlflow run` has started) and ends it as what became of it.
-
-    An error ends it FAILED, an interrupt KILLED; both leave their message in the tag rampart.error.
-
-    Args:
-        parent: the study that it belongs to.
-        task: what tells the study's step from every other.
-    """
-    initialise()
-    # How busy the machine was; with MLflow's own ten seconds a short training would have nothing of that.
-    measured = step in MEASURED
-    if measured:
-        mlflow.set_system_metrics_sampling_interval(2)
-    # Taken out: it is this run's alone, not that of runs nested in it or of child processes.
-    resumed = os.environ.pop("MLFLOW_RUN_ID", None)
-    if resumed:
-        experiment = MlflowClient().get_run(resumed).info.experiment_id
-        active = mlflow.start_run(resumed, log_system_metrics=measured)
-    else:
-        # A comparison has nothing to look for in an experiment that it would have to create.
-        experiment = experiment_id(create=step != "compare")
-        # With the tags from its first moment: a server that dies then leaves no run that nobody knows the process of.
-        tags = process_tags() | {f"rampart.{k}": v for k, v in (("study", parent), ("task", task)) if v}
-        active = mlflow.start_run(
-            experiment_id=experiment, run_name=step, nested=True, tags=tags, log_system_metrics=measured
-        )
-        if parent:  # MLflow would take the active run or none, but a trial's belongs to the run that began its study
-            MlflowClient().set_tag(active.info.run_id, "mlflow.parentRunId", parent)
-    run = Run(active.info.run_id, experiment, step, parent, bool(resumed), task)
-    status = "FAILED"
-    try:
-        run.tags({"step": step, **versions(), **git()})
-        if resumed:
-            take_over(run.id)
-        sweep(experiment)
-        run.check_place(active.info.artifact_uri)
-        with beating(run.open):
-            yield run
-        status = "FINISHED"
-    except KeyboardInterrupt:
-        status = "KILLED"
-        run.tags({"error": "interrupted"})
-        raise
-    except BaseException as error:
-        run.tags({"error": f"{'' if isinstance(error, RampartError) else type(error).__name__ + ': '}{error}"[:4000]})
-        raise
-    finally:
-        run.close()
-        for _ in run.open:
-            mlflow.end_run(status)
-
-
-@lru_cache(maxsize=1)
-def versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    found = {name: version(name) for name in ("mlflow", "numpy", "torchvision")}
-    found |= {"torch": torch.__version__, "python": platform.python_version(), "version": __version__}
-    return {f"version.{name}": text for name, text in found.items()} | {"machine": _machine()}
-
-
-def _machine() -> str:
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{os.cpu_count()} cores {platform.machine()}{gpu}"
-
-
-@lru_cache(maxsize=1)
-def git() -> dict[str, str]:
-    """Commit and whether the working tree differs from it; empty outside of a checkout or without git."""
-
-    def ask(*words: str) -> str:
-        top = Path(__file__).parents[3]
-        return subprocess.run(["git", *words], cwd=top, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return {"git.commit": ask("rev-parse", "HEAD"), "git.dirty": str(bool(ask("status", "--porcelain")))}
-    except (OSError, subprocess.CalledProcessError):
-        return {}
-
-
-def exists(run_id: str) -> bool:
-    """Whether the server has the run, and nobody has deleted it."""
-    try:
-        return MlflowClient().get_run(run_id).info.lifecycle_stage == "active"
-    except MlflowException:
-        return False
-
-
-@contextmanager
-def reopened(run: Run) -> Iterator[None]:
-    """Shows a run that had ended as RUNNING, and ends it again; one that somebody has at work is left to them."""
-    if run.client.get_run(run.id).info.status == "RUNNING":
-        yield
-        return
-    run.client.update_run(run.id, "RUNNING")
-    take_over(run.id)
-    status = "FAILED"
-    try:
-        with beating(run.open):
-            yield
-        status = "FINISHED"
-        with suppress(MlflowException):  # of the process that was killed
-            run.client.delete_tag(run.id, "rampart.error")
-    except KeyboardInterrupt:
-        status = "KILLED"
-        raise
-    finally:
-        run.client.set_terminated(run.id, status)
-
-
-def fail_run(run_id: str, reason: str, tags: Mapping[str, str]) -> None:
-    """Ends a run as FAILED whose process cannot do so any more."""
-    client = MlflowClient()
-    try:
-        client.log_batch(run_id, tags=[RunTag(f"rampart.{k}", v) for k, v in {"error": reason, **tags}.items()])
-        client.set_terminated(run_id, "FAILED")
-    except MlflowException as error:  # deleted meanwhile
-        log.warning("run %s could not be marked FAILED: %s", run_id, error)

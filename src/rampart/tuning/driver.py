@@ -28,7 +28,7 @@ from rampart.errors import RampartError
 from rampart.settings import TrainSettings, TuneSettings, names, resolve
 from rampart.study.opening import data_of, prepare
 from rampart.tracking import Run
-from rampart.tracking.runs import exists, fail_run, reopened
+from rampart.tracking.lifecycle import exists, fail_run, reopened
 from rampart.tracking.store import alive
 from rampart.training.methods import METHODS
 from rampart.tuning.publish import publish

@@ -18,9 +18,9 @@ from rampart.arms import Arm
 from rampart.errors import RampartError
 from rampart.settings import EPS_NAMES, PIXELS, SECTIONS, TrainSettings, TuneSettings, load_profile, parse_eps, resolve
 from rampart.tracking import Run
+from rampart.tracking.lifecycle import exists
 from rampart.tracking.models import register, registered_name
 from rampart.tracking.queries import run_tags
-from rampart.tracking.runs import exists
 from rampart.tuning.space import said, texts
 from rampart.tuning.storage import RUN
 

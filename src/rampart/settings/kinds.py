@@ -1,38 +1,20 @@
-"""Typed settings of every entry point: profiles, overrides given as text, and the one place where ε is converted.
-
-A value comes from, in this order: what the user gives, the profile's rule for the arm, the profile's section of the
-entry point, its `common` section, the default in code. Each of the first four may speak of ε on the study's scale
-(`eps_space: normalized`); settings hold pixels.
-"""
+"""Typed settings of every entry point."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
-
-import yaml
-from pydantic import TypeAdapter, ValidationError
+from typing import Literal
 
 from rampart.data import Augmentation
-from rampart.errors import SettingsError, require, unknown, without_password
+from rampart.errors import require
 from rampart.evaluation import AttackPlan, CertificationPlan, CorruptionPlan, EmbeddingPlan, TrustPlan
+from rampart.settings.scale import EpsSpace
 from rampart.training.recipe import Contrastive, MethodName, Recipe
 from rampart.verification import VerificationPlan
 
-EpsSpace = Literal["pixel", "normalized"]
-# Names of settings that are radii; each is logged twice: as `eps` in the user's space and `eps_pixel`.
-EPS_NAMES = ("eps", "survive_eps", "certify_eps", "radius", "objective_eps")
-# The study's data were normalised with std 0.5, so that its radii are twice as long as in pixels.
-PIXELS = {"pixel": 1.0, "normalized": 0.5}
 DEFAULT_PROFILE = "quick"
-PROFILES = Path(__file__).parents[2] / "configs"
-# What gives the text of a profile whose name begins like this; `tracking` adds runs:/, which needs MLflow.
-PROFILE_READERS: dict[str, Callable[[str], str]] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,7 +244,6 @@ STEPS: dict[str, type[Settings]] = {
 # The steps that a study runs for each arm, and what it decides for them itself.
 ARM_STEPS = ("train", "evaluate", "verify", "embed")
 DECIDED = {"model", "method", "augment", "contrastive", "seed", "profile", "workers", "part"}
-SECTIONS = ("about", "common", *STEPS, "arms")
 
 
 def names(step: str) -> list[str]:
@@ -276,164 +257,3 @@ def names(step: str) -> list[str]:
     nested = [f"{s}.{n}" for s in ("tune", *ARM_STEPS) for n in names(s) if n not in DECIDED]
     bare = [n.split(".", 1)[1] for n in nested]
     return list(dict.fromkeys([*own, *bare, *nested]))
-
-
-def resolve(step: str, given: Mapping[str, str]) -> Settings:
-    """The settings of a step from its profile and the texts that the user gave.
-
-    Raises:
-        SettingsError: an unknown name (the nearest valid one is named), or a value that does not fit.
-    """
-    for name in given:
-        require(name in names(step), unknown("setting", name, names(step)))
-    profile = load_profile(given.get("profile", DEFAULT_PROFILE))
-    fields = {field.name for field in dataclasses.fields(STEPS[step])}
-    section = {**_known(profile["common"], fields), **profile[step]}
-    if step == "train":
-        arm = {f.name: f.default for f in dataclasses.fields(TrainSettings)} | section | dict(given)
-        for rule in profile["arms"]:
-            if all(_same(arm.get(name), value) for name, value in rule["when"].items()):
-                section |= rule["set"]
-    own = {name: text for name, text in given.items() if name in fields}
-    space = own.get("eps_space", section.get("eps_space", "pixel"))
-    require(space in PIXELS, unknown("eps_space", space, PIXELS))
-    values: dict[str, Any] = {**_parsed(section, section.get("eps_space", "pixel")), **_parsed(own, space)}
-    return _validated(step, {**values, "profile": given.get("profile", DEFAULT_PROFILE)})
-
-
-def nested(given: Mapping[str, str], step: str) -> dict[str, str]:
-    """What a study's texts say to one of its steps: bare names first, step.name above them."""
-    valid = set(names(step)) - DECIDED
-    bare = {name: text for name, text in given.items() if name in valid}
-    dotted = {name.split(".", 1)[1]: text for name, text in given.items() if name.startswith(f"{step}.")}
-    return {**bare, **dotted}
-
-
-def as_text(settings: Settings, given: Mapping[str, str]) -> dict[str, str]:
-    """Every setting as a run's parameter; a value that the user gave stands as it was typed."""
-    space = getattr(settings, "eps_space", "pixel")
-    texts = {}
-    for field in dataclasses.fields(settings):
-        value = getattr(settings, field.name)
-        if field.name in EPS_NAMES:
-            radii = value if isinstance(value, tuple) else (value,)
-            texts[field.name] = ",".join(eps_text(radius / PIXELS[space]) for radius in radii)
-            texts[f"{field.name}_pixel"] = ",".join(eps_text(radius) for radius in radii)
-        else:
-            texts[field.name] = ",".join(_text(v) for v in value) if isinstance(value, tuple) else _text(value)
-    return {name: without_password(text) for name, text in {**texts, **given}.items()}
-
-
-def eps_text(eps: float) -> str:
-    """A radius as people write it: 8/255, 1/510, or a decimal; also from the six digits that metric names keep."""
-    if abs(eps - round(eps, 3)) < 1e-9:
-        return f"{eps:g}"
-    for denominator in (255, 510):
-        count = eps * denominator
-        if abs(count - round(count)) < 1e-4:
-            return f"{round(count)}/{denominator}"
-    return f"{eps:.6g}"
-
-
-def _text(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def parse_eps(name: str, text: Any, space: str) -> float:
-    """One radius in pixels from '8/255', '0.03' or a number on the scale of `space`."""
-    match = re.fullmatch(r"\s*([^/\s]+)\s*(?:/\s*([^/\s]+)\s*)?", str(text))
-    try:
-        assert match is not None
-        value = float(match[1]) / float(match[2] or 1) * PIXELS[space]
-    except (AssertionError, ValueError, ZeroDivisionError):
-        raise SettingsError(f"{name} must be a number or a fraction such as 8/255, not '{text}'") from None
-    if math.isnan(value) or not 0 <= value <= 1:
-        top = f"{1 / PIXELS[space]:g} (normalized)" if space == "normalized" else "1 (pixels)"
-        raise SettingsError(f"{name} must lie between 0 and {top}, not '{text}'")
-    return value
-
-
-def load_profile(name: str) -> dict[str, Any]:
-    """A profile's sections; `name` is that of one in configs/, the path of a file, or what a reader knows.
-
-    Raises:
-        SettingsError: there is none of that name, or it names an unknown section or setting.
-    """
-    try:
-        read = yaml.safe_load(_profile_text(name)) or {}
-    except (OSError, yaml.YAMLError) as error:
-        raise SettingsError(f"profile '{name}' cannot be read: {' '.join(str(error).split())}") from error
-    require(isinstance(read, dict), f"profile '{name}' must be a YAML mapping of sections: {', '.join(SECTIONS)}")
-    for section in read:
-        require(section in SECTIONS, unknown(f"section of profile {name}", str(section), SECTIONS))
-    profile = {section: read.get(section) or {} for section in SECTIONS} | {"arms": read.get("arms") or []}
-    for step in STEPS:
-        for key in profile[step]:
-            require(key in names(step), unknown(f"setting in section {step} of profile {name}", key, names(step)))
-    every = {key for step in STEPS for key in names(step)}
-    for key in profile["common"]:
-        require(key in every, unknown(f"setting in section common of profile {name}", key, every))
-    for rule in profile["arms"]:
-        require(set(rule) == {"when", "set"}, f"an arm's rule in profile {name} has 'when' and 'set'")
-        for key in (*rule["when"], *rule["set"]):
-            require(key in names("train"), unknown(f"setting in a rule of profile {name}", key, names("train")))
-    return profile
-
-
-def _profile_text(name: str) -> str:
-    for prefix, reader in PROFILE_READERS.items():
-        if name.startswith(prefix):
-            return reader(name)
-    file = Path(name)
-    if file.suffix not in (".yaml", ".yml"):
-        known = {path.stem: path for path in PROFILES.glob("*.yaml")}
-        require(name in known, unknown("profile", name, known))
-        file = known[name]
-    return file.read_text()
-
-
-def _known(section: Mapping[str, Any], fields: set[str]) -> dict[str, Any]:
-    return {name: value for name, value in section.items() if name in fields}
-
-
-def _same(value: Any, wanted: Any) -> bool:
-    """Whether a setting, maybe still a text, has one of the wanted values."""
-    options = wanted if isinstance(wanted, list) else [wanted]
-    return str(value).lower() in [str(option).lower() for option in options]
-
-
-def _parsed(values: Mapping[str, Any], space: str) -> dict[str, Any]:
-    """Texts of lists split, radii in pixels."""
-    parsed: dict[str, Any] = {}
-    for name, value in values.items():
-        if name in EPS_NAMES:
-            parts = value if isinstance(value, list) else str(value).split(",")
-            parsed[name] = [parse_eps(name, part, space) for part in parts]
-        else:
-            parsed[name] = value
-    return parsed
-
-
-def _validated(step: str, values: dict[str, Any]) -> Settings:
-    kind = STEPS[step]
-    for field in dataclasses.fields(kind):
-        value = values.get(field.name)
-        listed = "tuple" in str(field.type)
-        if listed and isinstance(value, str | int | float):
-            values[field.name] = [part.strip() for part in str(value).split(",")]
-        elif not listed and isinstance(value, list):
-            require(len(value) == 1, f"{field.name} takes one value here, not {len(value)}")
-            values[field.name] = value[0]
-    try:
-        return TypeAdapter(kind).validate_python(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"][:1])
-        raise SettingsError(f"{name}: {_say(first)}, not '{first['input']}'") from None
-
-
-def _say(error: Any) -> str:
-    if error["type"] == "literal_error":
-        options = re.findall(r"'([^']*)'", error["ctx"]["expected"])
-        return unknown("value", str(error["input"]), options)
-    return str(error["msg"][:1].lower() + error["msg"][1:])

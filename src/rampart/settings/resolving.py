@@ -1,0 +1,117 @@
+"""From what the user gives as text, and the profile, to settings; and back to the text that a run logs.
+
+A value comes from, in this order: what the user gives, the profile's rule for the arm, the profile's section of the
+entry point, its `common` section, the default in code. Each of the first four may speak of ε on the study's scale
+(`eps_space: normalized`); settings hold pixels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from rampart.errors import SettingsError, require, unknown, without_password
+from rampart.settings.kinds import DECIDED, DEFAULT_PROFILE, STEPS, Settings, TrainSettings, names
+from rampart.settings.profiles import load_profile
+from rampart.settings.scale import EPS_NAMES, PIXELS, eps_text, parse_eps
+
+
+def resolve(step: str, given: Mapping[str, str]) -> Settings:
+    """The settings of a step from its profile and the texts that the user gave.
+
+    Raises:
+        SettingsError: an unknown name (the nearest valid one is named), or a value that does not fit.
+    """
+    for name in given:
+        require(name in names(step), unknown("setting", name, names(step)))
+    profile = load_profile(given.get("profile", DEFAULT_PROFILE))
+    fields = {field.name for field in dataclasses.fields(STEPS[step])}
+    section = {**_known(profile["common"], fields), **profile[step]}
+    if step == "train":
+        arm = {f.name: f.default for f in dataclasses.fields(TrainSettings)} | section | dict(given)
+        for rule in profile["arms"]:
+            if all(_same(arm.get(name), value) for name, value in rule["when"].items()):
+                section |= rule["set"]
+    own = {name: text for name, text in given.items() if name in fields}
+    space = own.get("eps_space", section.get("eps_space", "pixel"))
+    require(space in PIXELS, unknown("eps_space", space, PIXELS))
+    values: dict[str, Any] = {**_parsed(section, section.get("eps_space", "pixel")), **_parsed(own, space)}
+    return _validated(step, {**values, "profile": given.get("profile", DEFAULT_PROFILE)})
+
+
+def nested(given: Mapping[str, str], step: str) -> dict[str, str]:
+    """What a study's texts say to one of its steps: bare names first, step.name above them."""
+    valid = set(names(step)) - DECIDED
+    bare = {name: text for name, text in given.items() if name in valid}
+    dotted = {name.split(".", 1)[1]: text for name, text in given.items() if name.startswith(f"{step}.")}
+    return {**bare, **dotted}
+
+
+def as_text(settings: Settings, given: Mapping[str, str]) -> dict[str, str]:
+    """Every setting as a run's parameter; a value that the user gave stands as it was typed."""
+    space = getattr(settings, "eps_space", "pixel")
+    texts = {}
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if field.name in EPS_NAMES:
+            radii = value if isinstance(value, tuple) else (value,)
+            texts[field.name] = ",".join(eps_text(radius / PIXELS[space]) for radius in radii)
+            texts[f"{field.name}_pixel"] = ",".join(eps_text(radius) for radius in radii)
+        else:
+            texts[field.name] = ",".join(_text(v) for v in value) if isinstance(value, tuple) else _text(value)
+    return {name: without_password(text) for name, text in {**texts, **given}.items()}
+
+
+def _text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _known(section: Mapping[str, Any], fields: set[str]) -> dict[str, Any]:
+    return {name: value for name, value in section.items() if name in fields}
+
+
+def _same(value: Any, wanted: Any) -> bool:
+    """Whether a setting, maybe still a text, has one of the wanted values."""
+    options = wanted if isinstance(wanted, list) else [wanted]
+    return str(value).lower() in [str(option).lower() for option in options]
+
+
+def _parsed(values: Mapping[str, Any], space: str) -> dict[str, Any]:
+    """Texts of lists split, radii in pixels."""
+    parsed: dict[str, Any] = {}
+    for name, value in values.items():
+        if name in EPS_NAMES:
+            parts = value if isinstance(value, list) else str(value).split(",")
+            parsed[name] = [parse_eps(name, part, space) for part in parts]
+        else:
+            parsed[name] = value
+    return parsed
+
+
+def _validated(step: str, values: dict[str, Any]) -> Settings:
+    kind = STEPS[step]
+    for field in dataclasses.fields(kind):
+        value = values.get(field.name)
+        listed = "tuple" in str(field.type)
+        if listed and isinstance(value, str | int | float):
+            values[field.name] = [part.strip() for part in str(value).split(",")]
+        elif not listed and isinstance(value, list):
+            require(len(value) == 1, f"{field.name} takes one value here, not {len(value)}")
+            values[field.name] = value[0]
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"][:1])
+        raise SettingsError(f"{name}: {_say(first)}, not '{first['input']}'") from None
+
+
+def _say(error: Any) -> str:
+    if error["type"] == "literal_error":
+        options = re.findall(r"'([^']*)'", error["ctx"]["expected"])
+        return unknown("value", str(error["input"]), options)
+    return str(error["msg"][:1].lower() + error["msg"][1:])

@@ -7,7 +7,7 @@ RUN := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/mlflow run . --env-manager local
 # Bytecode is written, whatever the environment says: every process would compile what it imports anew, 15 seconds long.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: setup demo test test-all check ui dashboard audit clean
+.PHONY: setup demo test test-all check ui dashboard results audit clean
 
 setup: $(READY)
 
@@ -47,6 +47,10 @@ ui: setup
 # Optuna's own view of the studies that tune keeps.
 dashboard: setup
 	$(BIN)/optuna-dashboard $${STORAGE:-sqlite:///tuning.db} --port $${PORT:-8080}
+
+# The tables of RESULTS.md and README from the evidence in results/.
+results: setup
+	$(BIN)/python -m rampart.reports.document RESULTS.md README.md
 
 # What the package advisories say of what is installed.
 audit: setup

@@ -1,35 +1,52 @@
-"""RESULTS.md says of profile `paper` what the ledgers in results/ say: python -m tests.test_results prints it."""
+"""RESULTS.md and README say what results/ says: python -m rampart.reports.document RESULTS.md README.md"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import pandas as pd
+import pytest
 
-from rampart.ledger import attack_rates, eps_key
+from rampart.ledger import attack_rates, eps_key, verdict_counts
+from rampart.reports.document import PLACE, filled
+from rampart.reports.record import read
 
 ROOT = Path(__file__).parents[1]
-# The study's radii, on its scale, and in pixels.
-RADII = {f"{k}/255": k / 510 for k in (1, 2, 4, 8, 16)}
+RESULTS = ROOT / "results"
+PROFILES = sorted(path.parent.name for path in RESULTS.glob("*/runs.csv"))
 
 
-def table() -> str:
-    """A row an arm and seed: accuracy, and attack success at the study's radii, in percent."""
-    rows = []
-    for run in pd.read_csv(ROOT / "results" / "runs.csv").to_dict("records"):
-        rates = attack_rates(
-            pd.read_parquet(ROOT / "results" / run["profile"] / f"{run['arm']}-s{run['seed']}.parquet")
-        )
-        shown = [rates["accuracy"], *(rates[f"asr/{eps_key(eps)}"] for eps in RADII.values())]
-        runs = f"{run['training'][:8]}, {run['evaluation'][:8]}"
-        rows.append([run["arm"], run["seed"], *(f"{100 * share:.2f}" for share in shown), runs])
-    columns = ["arm", "seed", "accuracy", *(f"ASR {radius}" for radius in RADII), "runs"]
-    return pd.DataFrame(rows, columns=columns).to_markdown(index=False, disable_numparse=True)
+@pytest.mark.parametrize("name", ["RESULTS.md", "README.md"])
+def test_tables_are_those_of_the_evidence(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert PLACE.search(text)
+    assert filled(text, ROOT) == text
 
 
-def test_results_say_what_the_ledgers_say() -> None:
-    assert table() in (ROOT / "RESULTS.md").read_text()
+def test_every_table_of_results_has_its_evidence() -> None:
+    assert "\n|" not in PLACE.sub("", (ROOT / "RESULTS.md").read_text(encoding="utf-8"))
 
 
-if __name__ == "__main__":
-    print(table())
+@pytest.mark.parametrize("profile", PROFILES)
+def test_numbers_are_those_of_the_ledgers(profile: str) -> None:
+    evidence = read(RESULTS / profile).evidence
+    assert {path.stem for path in (RESULTS / profile / "ledgers").iterdir()} == set(evidence.ledgers)
+    told = evidence.values.assign(key=evidence.values["eps"].map(eps_key)).set_index(["run", "metric", "key"])["value"]
+    for run in evidence.of("evaluate", "verify").to_dict("records"):
+        ledger = evidence.ledgers[run["run_id"]]
+        found = attack_rates(ledger) if run["step"] == "evaluate" else verdict_counts(ledger)
+        checked = 0
+        for name, value in found.items():
+            metric, _, rest = name.partition("/")
+            eps = float(rest) if run["step"] == "evaluate" and rest else float("nan")
+            if run["step"] == "verify":
+                metric, eps = rest, float(ledger["eps"].dropna().iloc[0])
+            if (run["run_id"], metric, eps_key(eps)) in told.index:
+                assert told[run["run_id"], metric, eps_key(eps)] == pytest.approx(value), (run["run_id"], name)
+                checked += 1
+        assert checked > 5
+
+
+def test_results_are_small() -> None:
+    """A reader downloads them with the code."""
+    files = [path for path in RESULTS.rglob("*") if path.is_file() and "models" not in path.parts]
+    assert sum(path.stat().st_size for path in files) < 5e6

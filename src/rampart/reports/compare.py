@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -13,9 +14,10 @@ import pandas as pd
 from rampart.reports import tables
 from rampart.reports.baseline import read_baseline
 from rampart.reports.drawing import Panels, save, script
-from rampart.reports.evidence import Evidence, collect, summarise
+from rampart.reports.evidence import Evidence, collect
+from rampart.reports.record import keep
 from rampart.reports.registry import name_best
-from rampart.reports.sections import Material, Section, sections
+from rampart.reports.sections import Section, material_of, sections
 from rampart.settings import CompareSettings, load_profile
 from rampart.tracking import Run
 from rampart.tracking.queries import artifact_place, find_models, run_page
@@ -36,11 +38,9 @@ def compare(run: Run, settings: CompareSettings) -> None:
     published, said = read_baseline(settings.baseline) if settings.baseline else (None, [])
     evidence = collect(run.experiment, settings)
     evidence.notes.extend(said)
-    if published is None:
-        published = evidence.values.head(0)
-    # Arms that we do not have are not shown.
-    published = published[published["arm"].isin(evidence.values["arm"])]
-    material = Material(evidence, summarise(pd.concat([evidence.values, published], ignore_index=True)), published)
+    material = material_of(evidence, published)
+    if settings.export:
+        keep(material, Path(settings.export))
     chosen = sections(material)
     for section in chosen:
         if section.table is not None and section.printed:
@@ -58,6 +58,9 @@ def compare(run: Run, settings: CompareSettings) -> None:
         (folder / REPORT).write_text(page(chosen, evidence, settings, run, folder), encoding="utf-8")
         for path in sorted(folder.iterdir()):
             run.file(path)
+        for section in chosen if settings.export else ():
+            if section.printed and section.drawing:
+                shutil.copy(folder / f"{section.name}.png", settings.export)
     models = find_models(run.experiment).set_index("run_id")["model_id"]
     run.uses(models[models.index.isin(evidence.of("train")["run_id"])])
     name_best(evidence, settings.profile, set(models.index))

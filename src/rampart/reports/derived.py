@@ -134,6 +134,19 @@ def costs(evidence: Evidence) -> pd.DataFrame:
     return rows[[*KEYS, "seed", "step"]].assign(run=rows["run_id"], seconds=seconds, images_per_second=speed)
 
 
+def commands(evidence: Evidence) -> pd.DataFrame:
+    """How every arm's first seed is trained, and how it was evaluated and verified (step, arm, command, runs); one row
+    where all arms share a command."""
+    rows = []
+    for step in ("train", "evaluate", "verify"):
+        runs = evidence.first(step)
+        runs = runs[runs["engine"] == "native"]
+        for text, alike in runs.groupby("command", sort=False):
+            arms = "all" if len(alike) == len(runs) > 1 else ", ".join(alike["arm"])
+            rows.append({"step": step, "arm": arms, "command": text, "runs": " ".join(alike["run_id"])})
+    return pd.DataFrame(rows, columns=["step", "arm", "command", "runs"])
+
+
 class Twins(NamedTuple):
     """Images [N, C, H, W] in [0, 1] and their adversarial examples, with what they are and what they are taken for."""
 

@@ -13,6 +13,7 @@ import pandas as pd
 from rampart.errors import RampartError
 from rampart.ledger import VERDICTS, eps_key
 from rampart.reports.checks import Note, differences, ledgers, named, unfinished
+from rampart.reports.repeating import command
 from rampart.settings import CompareSettings, parse_eps
 from rampart.tracking.queries import find_runs, metric_history, read_arrays, read_table, run_tags, runs_by_id
 from rampart.tracking.runs import ADVERSARIAL, PLACES, POINTS
@@ -30,8 +31,8 @@ class Evidence:
     """What a comparison rests on; a row's `engine` is that of a verification, `native` for all else.
 
     Args:
-        runs: one row a run (KEYS, seed, step, weights, run_id, start_time, end_time, params.*, tags.*, metrics.*), also
-            for those that trained the compared models.
+        runs: one row a run (KEYS, seed, step, weights, command, run_id, start_time, end_time, params.*, tags.*,
+            metrics.*), also for those that trained the compared models.
         ledgers: of evaluations and verifications, by run.
         values: one row a number (KEYS, seed, step, metric, eps, value, run, and whether it is suspect: it comes from an
             attack that has failed a check).
@@ -93,7 +94,7 @@ def collect(experiment: str, settings: CompareSettings) -> Evidence:
     first = runs.iloc[0]
     embedded, evaluated = (runs[runs["step"] == step].drop_duplicates("arm") for step in ("embed", "evaluate"))
     return Evidence(
-        runs=pd.concat([trained, runs], ignore_index=True),
+        runs=_with_commands(pd.concat([trained, runs], ignore_index=True)),
         ledgers=tables,
         values=values,
         points=_read(embedded, _points),
@@ -140,6 +141,15 @@ def _trained(experiment: str, runs: pd.DataFrame) -> pd.DataFrame:
     models = runs[runs["model_run"] != ""].drop_duplicates(["arm", "seed"])
     keys = models[[*KEYS, "seed", "digest", "model_run"]].assign(engine="native", step="train")
     return keys.merge(runs_by_id(experiment, models["model_run"]), left_on="model_run", right_on="run_id")
+
+
+def _with_commands(runs: pd.DataFrame) -> pd.DataFrame:
+    """How each is repeated."""
+    found = [
+        command(run["step"], {str(name).removeprefix("params."): value for name, value in run.items()})
+        for run in runs.to_dict("records")
+    ]
+    return runs.assign(command=found)
 
 
 def _curves(trained: pd.DataFrame) -> pd.DataFrame:

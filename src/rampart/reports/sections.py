@@ -11,7 +11,7 @@ import pandas as pd
 from rampart.evaluation.trust import MEANING
 from rampart.reports import charts, derived, pictures, statistics, tables
 from rampart.reports.drawing import Drawing
-from rampart.reports.evidence import Evidence
+from rampart.reports.evidence import Evidence, summarise
 from rampart.settings import eps_text
 
 SUSPECT = f" {tables.MARK}: the attack has failed a check and may have missed much."
@@ -51,6 +51,14 @@ class Material:
     def has(self, metric: str, step: str) -> bool:
         found = self.summary["metric"].str.startswith(metric) & (self.summary["step"] == step)
         return bool(found.any())
+
+
+def material_of(evidence: Evidence, published: pd.DataFrame | None = None) -> Material:
+    """Published numbers of arms that we do not have are not shown."""
+    if published is None:
+        published = evidence.values.head(0)
+    published = published[published["arm"].isin(evidence.values["arm"])]
+    return Material(evidence, summarise(pd.concat([evidence.values, published], ignore_index=True)), published)
 
 
 def sections(material: Material) -> list[Section]:
@@ -271,6 +279,14 @@ def _trainings(given: Material) -> Iterator[Section]:
             "Training curves",
             "Loss and validation metrics by epoch, means over seeds. Losses of different methods are different things.",
             drawing=charts.training_curves(curves),
+        )
+    commands = derived.commands(given.evidence)
+    if len(commands):
+        yield Section(
+            "commands",
+            "How to repeat it",
+            "The first seed's runs; -P seed=N gives the others. What a profile says already is left out.",
+            commands,
         )
     costs = derived.costs(given.evidence)
     if len(costs):

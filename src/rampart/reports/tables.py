@@ -16,7 +16,7 @@ ARM = ["method", "augmentation", "SupCon"]
 # Beside what comes from an attack that has failed a check, and beside that check.
 MARK = "†"
 # Columns of words; all others hold numbers.
-WORDS = {*ARM, "changed", "among", "metric", "finding", "n", "runs", "verifier"}
+WORDS = {*ARM, "changed", "among", "metric", "finding", "n", "runs", "verifier", "step", "arm", "command"}
 # What tells the rows of a table apart.
 ROW = ["arm", "engine"]
 
@@ -152,6 +152,8 @@ def verdicts(summary: pd.DataFrame) -> pd.DataFrame:
 
 
 def markdown(table: pd.DataFrame) -> str:
+    if "command" in table:
+        table = table.assign(command="`" + table["command"] + "`")
     return table.to_markdown(index=False, disable_numparse=True)
 
 

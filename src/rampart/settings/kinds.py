@@ -125,11 +125,14 @@ class CompareSettings:
         profile: only runs of this profile.
         study: only the runs of this study (its run id); empty: the newest finished run of every arm and seed.
         baseline: JSON file with published figures that are shown beside ours.
+        export: folder that gets the evidence as CSV and Parquet files, from which the tables can be computed again, and
+            the main figures.
     """
 
     profile: str = DEFAULT_PROFILE
     study: str = ""
     baseline: str = ""
+    export: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,133 @@
+"""Evidence in files gives the tables that the tracking server gave; documents hold them; commands repeat runs."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from rampart.errors import RampartError, SettingsError
+from rampart.reports import document
+from rampart.reports.evidence import Evidence, collect
+from rampart.reports.record import keep, read
+from rampart.reports.repeating import command
+from rampart.reports.sections import material_of, sections
+from rampart.settings import CompareSettings, as_text, names, resolve
+from tests.conftest import Study
+from tests.reports.made import evaluation, finished
+
+# What rests on curves, embeddings or examples, which are not kept.
+PICTURED = {"geometry"}
+
+
+def tables_of(evidence: Evidence) -> dict[str, pd.DataFrame]:
+    return {s.name: s.table for s in sections(material_of(evidence)) if s.table is not None and s.name not in PICTURED}
+
+
+def test_evidence_in_files_gives_the_same_tables(study: Study, tmp_path: Path) -> None:
+    evidence = collect("0", CompareSettings())
+    keep(material_of(evidence), tmp_path / "kept")
+    tables, again = tables_of(evidence), tables_of(read(tmp_path / "kept").evidence)
+    assert {"accuracy", "attack_success", "verdicts", "claims", "costs", "commands", "trust", "corruptions"} <= set(
+        tables
+    )
+    assert set(again) == set(tables)
+    for name, table in tables.items():
+        pd.testing.assert_frame_equal(again[name], table, check_dtype=False, obj=name)
+
+
+def test_what_is_kept_tells_no_folder(tmp_path: Path) -> None:
+    with_folder = {"profile": "quick", "dataset": "folder:/home/ann/images", "model": "runs:/x/model"}
+    run = finished("evaluate", evaluation("1110", "0100"))
+    run.params(as_text(resolve("evaluate", with_folder), with_folder))
+    folder = tmp_path / "kept"
+    keep(material_of(collect("0", CompareSettings())), folder)
+    assert "dataset=folder:PATH" in (folder / "runs.csv").read_text()
+    assert not [path for path in folder.rglob("*") if path.is_file() and b"/home/ann" in path.read_bytes()]
+
+
+def test_evidence_that_cannot_be_written_or_read_is_named(tmp_path: Path) -> None:
+    finished("evaluate", evaluation("1110", "0100"))
+    material = material_of(collect("0", CompareSettings()))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RampartError, match="cannot be written"):
+        keep(material, tmp_path / "file")
+    with pytest.raises(SettingsError, match=r"no evidence in .*: let compare export it there"):
+        read(tmp_path / "nowhere")
+    keep(material, tmp_path / "kept")
+    next((tmp_path / "kept" / "ledgers").iterdir()).unlink()
+    with pytest.raises(SettingsError, match="no evidence in"):
+        read(tmp_path / "kept")
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Path:
+    """A folder with evidence in `kept` and a document."""
+    finished("evaluate", evaluation("1110", "0100"))
+    keep(material_of(collect("0", CompareSettings())), tmp_path / "kept")
+    (tmp_path / "speed.csv").write_text("row,ratio\na,1.50\n")
+    text = (
+        "# Ours\n\n<!-- table: kept accuracy -->\n\n| old |\n| --- |\n| 3 |\n\nAnd\n\n<!-- table: speed.csv -->\nmore\n"
+    )
+    (tmp_path / "OURS.md").write_text(text)
+    return tmp_path
+
+
+def test_a_document_gets_its_tables_and_keeps_its_words(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = kept / "OURS.md"
+    monkeypatch.setattr("sys.argv", ["document", str(path)])
+    assert document.main() == 0
+    text = path.read_text()
+    assert "75.00" in text
+    assert "old" not in text
+    assert "| row   | ratio   |" in text
+    assert "1.50" in text
+    assert text.startswith("# Ours\n")
+    assert "|\n\nAnd\n\n" in text
+    assert text.endswith("|\n\nmore\n")
+    assert document.main() == 0
+    assert path.read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("kept acuracy", "accuracy"),
+        ("nowhere accuracy", "no evidence in"),
+        ("nothing.csv", "cannot be read"),
+    ],
+)
+def test_a_table_that_is_not_there_is_named(
+    kept: Path, place: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = kept / "OURS.md"
+    path.write_text(f"<!-- table: {place} -->\n")
+    monkeypatch.setattr("sys.argv", ["document", str(path)])
+    assert document.main() == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert message in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("step", ["train", "evaluate", "verify"])
+@pytest.mark.parametrize("profile", ["quick", "paper", "best"])
+def test_a_command_repeats_a_run(step: str, profile: str) -> None:
+    arm = {"method": "certified", "augment": "True", "contrastive": "double", "lr": "0.0005", "jitter": "0.1,0,0,0"}
+    given = {"profile": profile, "seed": "3", "dataset": "folder:/a b/c", "threads": "2"}
+    given |= arm if step == "train" else {"model": "runs:/0123/model", "eps": "1/255", "eps_space": "pixel"}
+    settings = resolve(step, given)
+    words = shlex.split(command(step, {**as_text(settings, given), "of_an_older_version": "1"}))
+    assert words[:5] == ["mlflow", "run", ".", "-e", step]
+    parsed = dict(text.split("=", 1) for text in words[6::2])
+    assert (
+        resolve(step, {**parsed, "threads": "2", **({} if step == "train" else {"model": given["model"]})}) == settings
+    )
+    assert len(parsed) <= len(given) + 1  # what the profile says already is not said again
+
+
+def test_a_command_with_settings_of_another_version_is_not_told() -> None:
+    assert command("train", {"profile": "quick", "method": "gone"}) == "-"
+    assert "gone" not in names("train")

@@ -69,7 +69,7 @@ def kept(tmp_path: Path) -> Path:
     keep(material_of(collect("0", CompareSettings())), tmp_path / "kept")
     (tmp_path / "speed.csv").write_text("row,ratio\na,1.50\n")
     text = (
-        "# Ours\n\n<!-- table: kept accuracy -->\n\n| old |\n| --- |\n| 3 |\n\nAnd\n\n<!-- table: speed.csv -->\nmore\n"
+        "# Ours\n\n<!-- table: kept accuracy -->\n\n| old |\n| --- |\n| 3 |\n\nAnd\n\n<!-- table: speed.csv -->\n\nmore\n"
     )
     (tmp_path / "OURS.md").write_text(text)
     return tmp_path

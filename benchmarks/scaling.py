@@ -104,7 +104,7 @@ def main() -> None:
         place = Path(folder)
         (alone, times), (together, _) = measured(1, place, study), measured(2, place, study)
         with server(given.backend or f"sqlite:///{folder}/server.db", place, 5712) as address:
-            metrics, _ = crowd(address, 4 if given.quick else 16, 20 if given.quick else 100)
+            metrics, kept = crowd(address, 4 if given.quick else 16, 20 if given.quick else 100)
             requests_of = asked(address, study)
         os.chdir("/")
     capacity, each = metrics / CURVES, sum(requests_of.values())
@@ -116,7 +116,7 @@ def main() -> None:
         f"ratio {alone / together:.2f}"
     )
     print(f"an arm: {work / arms:.1f} s of work, {each} requests ({requests_of}); the longest: {longest:.1f} s")
-    print(f"the server takes {capacity:.0f} requests a second (an epoch's metrics each)")
+    print(f"the server takes {capacity:.0f} requests a second (an epoch's metrics each), and has {kept:.2%} of them")
     rows = []
     for workers in (1, 2, 10, 100, 1000):
         seconds = simulate(times, workers, given.seeds)

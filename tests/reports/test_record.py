@@ -68,9 +68,8 @@ def kept(tmp_path: Path) -> Path:
     finished("evaluate", evaluation("1110", "0100"))
     keep(material_of(collect("0", CompareSettings())), tmp_path / "kept")
     (tmp_path / "speed.csv").write_text("row,ratio\na,1.50\n")
-    text = (
-        "# Ours\n\n<!-- table: kept accuracy -->\n\n| old |\n| --- |\n| 3 |\n\nAnd\n\n<!-- table: speed.csv -->\n\nmore\n"
-    )
+    place = "<!-- table: speed.csv -->"
+    text = f"# Ours\n\n<!-- table: kept accuracy -->\n\n| old |\n| --- |\n| 3 |\n\nAnd\n\n{place}\n\nmore\n"
     (tmp_path / "OURS.md").write_text(text)
     return tmp_path
 

@@ -93,6 +93,18 @@ def test_the_best_epoch_is_returned_or_the_last(few_digits: Dataset) -> None:
     assert last.series("train/best_epoch") == [4]
 
 
+def test_an_encoder_that_supcon_trains_alone_is_its_last_epochs(few_digits: Dataset, recorder: ListRecorder) -> None:
+    """On validation labels of chance, whose SupCon rises as the encoder learns."""
+    chance = torch.randint(10, few_digits.val.labels.shape, generator=torch.Generator().manual_seed(0))
+    data = replace(few_digits, val=Split(few_digits.val.images, chance))
+    how = {"batch_size": 20, "lr": 1e-2, "encoder_epochs": 4, "head_epochs": 1}
+    model = train(recipe(contrastive="double", **how), data, recorder)
+    losses = recorder.series("val/supcon_loss")
+    assert min(losses) < losses[-1], "the last epoch is the best one: this test shows nothing"
+    assert recorder.series("encoder/best_epoch") == [4]
+    assert same(model.state_dict(), recorder.states[4], "encoder.")
+
+
 def test_of_equal_epochs_the_later_one_is_kept(few_digits: Dataset, recorder: ListRecorder) -> None:
     """A ball of which no image is certified: all epochs score 0."""
     model = train(recipe("margin", eps=1.0, epochs=3), few_digits, recorder)

@@ -159,8 +159,9 @@ def fit(
                 },
                 step=at.epoch,
             )
-            if recipe.select == "last" or score >= at.best_score:
-                # Of equal epochs the later one: it has seen more images at full ε.
+            # SupCon on validation images is lowest long before heads on the encoder are best: its last epoch counts. Of
+            # equal epochs the later one: it has seen more images at full ε.
+            if recipe.select == "last" or not stage.criterion.needs_logits or score >= at.best_score:
                 at.choose(score)
             at.next_epoch()
             kept = recorder.checkpoint(model, at.state(stage.name, live))

@@ -76,7 +76,7 @@ class Recipe:
             `fp32`, or `bf16` (autocast; not for methods with bounds). Losses, validation and all that comes after
             training are in fp32 either way.
         select: which epoch's weights are kept: `best` on validation (accuracy, robust or certified accuracy as the
-            method has it, the loss for a SupCon encoder) or `last`.
+            method has it; of an encoder that SupCon alone trains always the last) or `last`.
     """
 
     method: MethodName = "normal"

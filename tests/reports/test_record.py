@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 
@@ -10,10 +11,11 @@ import pytest
 
 from rampart.errors import RampartError, SettingsError
 from rampart.reports import document
-from rampart.reports.evidence import Evidence, collect
+from rampart.reports.baseline import read_baseline
+from rampart.reports.evidence import collect
 from rampart.reports.record import keep, read
 from rampart.reports.repeating import command
-from rampart.reports.sections import material_of, sections
+from rampart.reports.sections import Material, material_of, sections
 from rampart.settings import CompareSettings, as_text, names, resolve
 from tests.conftest import Study
 from tests.reports.made import evaluation, finished
@@ -22,17 +24,20 @@ from tests.reports.made import evaluation, finished
 PICTURED = {"geometry"}
 
 
-def tables_of(evidence: Evidence) -> dict[str, pd.DataFrame]:
-    return {s.name: s.table for s in sections(material_of(evidence)) if s.table is not None and s.name not in PICTURED}
+def tables_of(material: Material) -> dict[str, pd.DataFrame]:
+    return {s.name: s.table for s in sections(material) if s.table is not None and s.name not in PICTURED}
 
 
-def test_evidence_in_files_gives_the_same_tables(study: Study, tmp_path: Path) -> None:
-    evidence = collect("0", CompareSettings())
-    keep(material_of(evidence), tmp_path / "kept")
-    tables, again = tables_of(evidence), tables_of(read(tmp_path / "kept").evidence)
-    assert {"accuracy", "attack_success", "verdicts", "claims", "costs", "commands", "trust", "corruptions"} <= set(
-        tables
-    )
+@pytest.mark.parametrize("published", [True, False])
+def test_evidence_in_files_gives_the_same_tables(published: bool, study: Study, tmp_path: Path) -> None:
+    figures = {"test_accuracy": 79.2, "pgd_asr": {"8/255": 14.9}, "abcrown_20_images": {"timeout": 12, "safe": 8}}
+    baseline = tmp_path / "baseline.json"
+    baseline.write_text(json.dumps({"eps_space": "pixel", "models": {"plain/normal": figures}}))
+    material = material_of(collect("0", CompareSettings()), read_baseline(str(baseline))[0] if published else None)
+    keep(material, tmp_path / "kept")
+    tables, again = tables_of(material), tables_of(read(tmp_path / "kept"))
+    assert {"accuracy", "attack_success", "verdicts", "claims", "costs", "commands", "trust"} <= set(tables)
+    assert ("published" in tables) == published
     assert set(again) == set(tables)
     for name, table in tables.items():
         pd.testing.assert_frame_equal(again[name], table, check_dtype=False, obj=name)

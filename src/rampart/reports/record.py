@@ -20,7 +20,8 @@ COLUMNS = (
 SPEED = "/images_per_second"
 # Of a ledger, what is computed here already and takes most of its room.
 LEFT_OUT = "withstood/"
-TEXTS = dict.fromkeys(("seed", "run", "run_id", "model_run", "weights", "command", "params.selection"), str)
+TEXTS = ("seed", "run", "run_id", "model_run", "weights", "command", "params.selection")
+TYPES = dict.fromkeys(TEXTS, str) | {"augment": bool, "suspect": bool, "eps": float, "value": float}
 
 
 def keep(material: Material, folder: Path) -> None:
@@ -56,6 +57,11 @@ def _small(ledger: pd.DataFrame) -> pd.DataFrame:
     return ledger.astype({name: pd.to_numeric(ledger[name], downcast="integer").dtype for name in whole})
 
 
+def _table(path: Path) -> pd.DataFrame:
+    table = pd.read_csv(path, dtype=TYPES, float_precision="round_trip")
+    return table.fillna({name: "" for name in TEXTS if name in table})
+
+
 def read(folder: Path) -> Material:
     """What `keep` has written; without embeddings, adversarial examples and training curves.
 
@@ -63,13 +69,10 @@ def read(folder: Path) -> Material:
         SettingsError: there is no such folder, or it lacks a file.
     """
     try:
-        runs, values, published = (
-            pd.read_csv(folder / name, dtype=TEXTS, float_precision="round_trip") for name in (RUNS, VALUES, PUBLISHED)
-        )
+        runs, values, published = (_table(folder / name) for name in (RUNS, VALUES, PUBLISHED))
         about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
         for name in ("start_time", "end_time"):
             runs[name] = pd.to_datetime(runs[name])
-        runs["model_run"] = runs["model_run"].fillna("")
         tried = runs.loc[runs["step"].isin(["evaluate", "verify"]), "run_id"]
         ledgers = {run: pd.read_parquet(folder / LEDGERS / f"{run}.parquet") for run in tried}
     except (OSError, ValueError, KeyError) as error:

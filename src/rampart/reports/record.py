@@ -18,6 +18,8 @@ COLUMNS = (
     *("params.selection", "tags.rampart.git.commit", "tags.rampart.machine", "tags.rampart.version.torch"),
 )
 SPEED = "/images_per_second"
+# As a shell's word, quoted or not.
+FOLDER = r"'dataset=folder:[^']*'|dataset=folder:\S*"
 # Of a ledger, what is computed here already and takes most of its room.
 LEFT_OUT = "withstood/"
 TEXTS = ("seed", "run", "run_id", "model_run", "weights", "command", "params.selection")
@@ -35,7 +37,7 @@ def keep(material: Material, folder: Path) -> None:
     runs = evidence.runs
     kept = [name for name in runs.columns if name in COLUMNS or str(name).endswith(SPEED)]
     runs = runs[kept].dropna(axis=1, how="all")
-    hidden = runs["command"].str.replace(r"dataset=folder:[^ ']*", "dataset=folder:PATH", regex=True)
+    hidden = runs["command"].str.replace(FOLDER, "dataset=folder:PATH", regex=True)
     about = {"dataset": evidence.dataset, "classes": evidence.classes}
     try:
         (folder / LEDGERS).mkdir(parents=True, exist_ok=True)
@@ -47,9 +49,7 @@ def keep(material: Material, folder: Path) -> None:
             columns = [name for name in ledger.columns if not str(name).startswith(LEFT_OUT)]
             _small(ledger[columns]).to_parquet(folder / LEDGERS / f"{run}.parquet", index=False, compression="zstd")
     except OSError as error:
-        raise RampartError(
-            f"the evidence cannot be written to {folder} ({error.strerror}): make it writable"
-        ) from error
+        raise RampartError(f"evidence cannot be written to {folder} ({error.strerror}): make it writable") from error
 
 
 def _small(ledger: pd.DataFrame) -> pd.DataFrame:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from rampart.errors import ModelError
 from rampart.models.classifier import Classifier, build_model
+from rampart.models.released import PREFIX, released
 
 # The study's module names -> ours.
 STUDY_NAMES = {"encoder.encoder.": "encoder.features.", "encoder.proj.": "encoder.projection.", "classifier.": ""}
@@ -88,12 +89,14 @@ def _foreign(path: str | Path, error: Exception) -> ModelError:
 
 
 def load_model(path: str | Path) -> Classifier:
-    """Reads `.safetensors` (ours) or `.npz` (the study's) into a Classifier in eval mode.
+    """Reads `.safetensors` (ours), `.npz` (the study's) or `rampart:<arm>` (what came with the checkout) into a
+    Classifier in eval mode.
 
     Raises:
         ModelError: the file is missing, of another kind, or does not fit the architecture.
     """
-    file = Path(path)
+    name = str(path)
+    file = released(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else Path(path)
     if not file.is_file():
         raise ModelError(f"no model file '{path}': give a .safetensors or .npz file, runs:/<run id>/model or models:/…")
     try:

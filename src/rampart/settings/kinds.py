@@ -66,7 +66,8 @@ class ModelSettings(Common):
     """Of entry points that need a model.
 
     Args:
-        model: `runs:/<run id>/model`, `models:/<name>/<version>`, or a .safetensors or .npz file.
+        model: `runs:/<run id>/model`, `models:/<name>/<version>`, a .safetensors or .npz file, or `rampart:<arm>`, one
+            that came with the checkout (results/models).
     """
 
     model: str = ""

@@ -1,0 +1,59 @@
+"""`python -m rampart.tracking.release PROFILE [FOLDER]`: the models of a profile's arms, first seed each, as files that
+come with a checkout; `load_model("rampart:<arm>")` finds those in results/models."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+from pathlib import Path
+
+from torch import nn
+
+from rampart.errors import RampartError
+from rampart.models import Classifier, save_model
+from rampart.models.released import FOLDER, SUFFIX, enter
+from rampart.tracking.models import fetch_model
+from rampart.tracking.queries import find_runs
+from rampart.tracking.store import experiment_id
+
+
+def release(model: Classifier, name: str, folder: Path = FOLDER) -> Path:
+    """Writes a model with its maps' weights in half precision (float16: eleven significant bits) and all else as it is,
+    and its checksum beside it.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    halved = copy.deepcopy(model)
+    for module in halved.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.half()
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / (name + SUFFIX)
+    save_model(halved, file)
+    enter(file)
+    return file
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m rampart.tracking.release", description=__doc__)
+    parser.add_argument("profile")
+    parser.add_argument("folder", nargs="?", type=Path, default=FOLDER)
+    given = parser.parse_args()
+    try:
+        runs = find_runs(experiment_id(create=False), {"step": "train", "profile": given.profile})
+        if runs.empty:
+            raise RampartError(f"no finished training of profile '{given.profile}': train its arms first")
+        runs = runs.assign(seed=runs["tags.rampart.seed"].astype(int)).sort_values("seed", kind="stable")
+        for run in runs.drop_duplicates("tags.rampart.arm").to_dict("records"):
+            file = release(fetch_model(f"runs:/{run['run_id']}/model"), run["tags.rampart.arm"], given.folder)
+            print(f"{file}: run {run['run_id']}, seed {run['seed']}")
+    except (RampartError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,86 @@
+"""Models that come with a checkout: half the size, the same answers, and nothing but what was released."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from rampart.errors import ModelError
+from rampart.models import build_model, load_model, released
+from rampart.models.classifier import Classifier
+from rampart.tracking import fetch_model
+from rampart.tracking.queries import find_runs
+from rampart.tracking.release import main, release
+from tests.conftest import Study
+from tests.nets import randomised
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where released models are looked for."""
+    monkeypatch.setattr(released, "FOLDER", tmp_path / "models")
+    return tmp_path / "models"
+
+
+@pytest.fixture
+def model() -> Classifier:
+    return randomised(build_model())
+
+
+def test_a_released_model_is_half_as_large_and_answers_alike(model: Classifier, folder: Path) -> None:
+    file = release(model, "certified+aug", folder)
+    assert file.stat().st_size < 0.55 * 4 * sum(p.numel() for p in model.parameters())
+    loaded = load_model("rampart:certified+aug")
+    assert not loaded.training
+    assert all(value.dtype == torch.float32 for value in loaded.parameters())
+    x = torch.rand(64, 3, 32, 32)
+    difference = (loaded(x) - model(x)).abs().max()
+    assert 0 < difference < 2e-3 * model(x).abs().max()
+    assert all(value.dtype == torch.float32 for value in model.parameters()), "the model itself was changed"
+
+
+def test_checksums_are_those_that_sha256sum_knows(model: Classifier, folder: Path) -> None:
+    for name in ("normal", "certified+aug", "normal"):
+        release(model, name, folder)
+    said = subprocess.run(
+        ["sha256sum", "--check", "SHA256SUMS"], cwd=folder, capture_output=True, text=True, check=True
+    )
+    assert said.stdout.splitlines() == ["certified+aug.safetensors: OK", "normal.safetensors: OK"]
+
+
+def test_a_file_that_is_not_the_released_one_is_refused(model: Classifier, folder: Path) -> None:
+    with pytest.raises(ModelError, match="none came with this installation"):
+        load_model("rampart:normal")
+    file = release(model, "normal", folder)
+    with pytest.raises(ModelError, match="did you mean 'normal'"):
+        load_model("rampart:norml")
+    with pytest.raises(ModelError, match="unknown released model"):
+        load_model("rampart:../models/normal")
+    other = release(model, "other", folder.parent / "elsewhere")
+    file.write_bytes(other.read_bytes()[:-1] + b"x")
+    with pytest.raises(ModelError, match="is not the file that was released"):
+        load_model("rampart:normal")
+    file.unlink()
+    with pytest.raises(ModelError, match="is not the file that was released"):
+        load_model("rampart:normal")
+
+
+def test_the_arms_of_a_study_are_released(
+    study: Study, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["release", "quick", str(folder)])
+    assert main() == 0
+    told = capsys.readouterr().out
+    trained = find_runs("0", {"step": "train"})
+    assert {path.stem for path in folder.glob("*.safetensors")} == set(trained["tags.rampart.arm"])
+    for run in trained.to_dict("records"):
+        assert run["run_id"] in told
+        ours, theirs = fetch_model(f"rampart:{run['tags.rampart.arm']}"), fetch_model(f"runs:/{run['run_id']}/model")
+        x = torch.rand(32, *ours.architecture.in_shape)
+        assert (ours(x).argmax(1) == theirs(x).argmax(1)).float().mean() > 0.9
+    monkeypatch.setattr("sys.argv", ["release", "best", str(folder)])
+    assert main() == 1
+    assert capsys.readouterr().err == "error: no finished training of profile 'best': train its arms first\n"

@@ -9,6 +9,7 @@ import torch
 
 from rampart.data import Dataset, load_dataset
 from rampart.errors import SettingsError
+from rampart.memory import keep_freed_memory
 from rampart.settings import Common
 from rampart.tracking import Run
 
@@ -16,7 +17,8 @@ log = logging.getLogger(__name__)
 
 
 def prepare(settings: Common) -> torch.device:
-    """Threads and device of this process; raises SettingsError where the device is not there."""
+    """Threads, memory and device of this process; raises SettingsError where the device is not there."""
+    keep_freed_memory()
     if settings.threads:
         torch.set_num_threads(settings.threads)
     name = settings.device

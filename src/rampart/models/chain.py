@@ -160,7 +160,9 @@ class Layout:
                 x = link.apply(x) if isinstance(link, Affine) else x.relu()
             if isinstance(link, Scale):
                 before = chain.links[sources[0]] if sources[0] >= 0 else None
-                if step.alone and isinstance(before, Conv | Dense | Scale):
+                # In training a linear map's weights, and their gradients, are many more than the values to be scaled.
+                folds = Conv | Scale if step.module is not None and step.module.training else Conv | Dense | Scale
+                if step.alone and isinstance(before, folds):
                     chain.links[sources[0]] = before.scaled(link.scale, link.shift)
                     values[number], places[number] = x, sources[0]
                     continue

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,21 @@ SECTIONS = ("about", "common", *STEPS, "arms")
 PROFILE_READERS: dict[str, Callable[[str], str]] = {}
 
 
-def load_profile(name: str) -> dict[str, Any]:
+def load_profile(name: str) -> Mapping[str, Any]:
     """A profile's sections; `name` is that of one in configs/, the path of a file, or what a reader knows.
 
     Raises:
         SettingsError: there is none of that name, or it names an unknown section or setting.
     """
     try:
-        read = yaml.safe_load(_profile_text(name)) or {}
+        return _sections(name, _profile_text(name))
     except (OSError, yaml.YAMLError) as error:
         raise SettingsError(f"profile '{name}' cannot be read: {' '.join(str(error).split())}") from error
+
+
+@lru_cache(maxsize=64)  # a report asks for a profile once a run
+def _sections(name: str, text: str) -> Mapping[str, Any]:
+    read = yaml.safe_load(text) or {}
     require(isinstance(read, dict), f"profile '{name}' must be a YAML mapping of sections: {', '.join(SECTIONS)}")
     for section in read:
         require(section in SECTIONS, unknown(f"section of profile {name}", str(section), SECTIONS))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -93,8 +94,7 @@ def _parsed(values: Mapping[str, Any], space: str) -> dict[str, Any]:
 
 
 def _validated(step: str, values: dict[str, Any]) -> Settings:
-    kind = STEPS[step]
-    for field in dataclasses.fields(kind):
+    for field in dataclasses.fields(STEPS[step]):
         value = values.get(field.name)
         listed = "tuple" in str(field.type)
         if listed and isinstance(value, str | int | float):
@@ -103,11 +103,16 @@ def _validated(step: str, values: dict[str, Any]) -> Settings:
             require(len(value) == 1, f"{field.name} takes one value here, not {len(value)}")
             values[field.name] = value[0]
     try:
-        return TypeAdapter(kind).validate_python(values)
+        return _adapter(step).validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"][:1])
         raise SettingsError(f"{name}: {_say(first)}, not '{first['input']}'") from None
+
+
+@cache
+def _adapter(step: str) -> TypeAdapter[Settings]:
+    return TypeAdapter(STEPS[step])
 
 
 def _say(error: Any) -> str:

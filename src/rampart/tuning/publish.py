@@ -82,7 +82,7 @@ def tuned_texts(run_id: str) -> dict[str, str]:
 
 def tuned_profile(settings: TuneSettings, given: Mapping[str, str], trial: FrozenTrial) -> dict[str, Any]:
     """The profile, with a rule more for the arm: what the user gave for the training, and the trial's point."""
-    profile = load_profile(settings.profile)
+    profile = dict(load_profile(settings.profile))
     common = profile["common"] | profile["train"]
     training = resolve("train", given)
     assert isinstance(training, TrainSettings)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Callable
+
+from rampart.errors import RampartError
 
 
 def configure_logging(quiet: bool = False) -> None:
@@ -15,6 +18,16 @@ def configure_logging(quiet: bool = False) -> None:
     for noisy in ("mlflow", "alembic"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     logging.getLogger("rampart").setLevel(logging.WARNING if quiet else logging.INFO)
+
+
+def said_if_it_fails(work: Callable[[], None]) -> int:
+    """The exit status of a small command: 0, or 1 where it failed, after one line that says why."""
+    try:
+        work()
+    except (RampartError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def hush() -> None:

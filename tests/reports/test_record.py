@@ -56,6 +56,14 @@ def test_what_is_kept_tells_no_folder(place: str, tmp_path: Path) -> None:
     assert b"images'" not in told
 
 
+def test_what_is_kept_takes_the_place_of_what_was_kept_before(tmp_path: Path) -> None:
+    run = finished("evaluate", evaluation("1110", "0100"))
+    (tmp_path / "ledgers").mkdir()
+    (tmp_path / "ledgers" / "0123.parquet").touch()
+    keep(material_of(collect("0", CompareSettings())), tmp_path)
+    assert [file.stem for file in (tmp_path / "ledgers").iterdir()] == [run.id]
+
+
 def test_evidence_that_cannot_be_written_or_read_is_named(tmp_path: Path) -> None:
     finished("evaluate", evaluation("1110", "0100"))
     material = material_of(collect("0", CompareSettings()))

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 from functools import lru_cache
 from pathlib import Path
 
 import pandas as pd
 
-from rampart.errors import RampartError, SettingsError, require, unknown
+from rampart.console import said_if_it_fails
+from rampart.errors import SettingsError, require, unknown
 from rampart.reports import tables
 from rampart.reports.record import read
 from rampart.reports.sections import sections
@@ -55,14 +55,14 @@ def _tables(folder: Path) -> dict[str, pd.DataFrame]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m rampart.reports.document", description=__doc__)
     parser.add_argument("document", nargs="+", type=Path)
-    try:
-        for document in parser.parse_args().document:
+    documents: list[Path] = parser.parse_args().document
+
+    def fill() -> None:
+        for document in documents:
             text = filled(document.read_text(encoding="utf-8"), document.parent)
             document.write_text(text, encoding="utf-8")
-    except (RampartError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+
+    return said_if_it_fails(fill)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,8 @@ TYPES = dict.fromkeys(TEXTS, str) | {"augment": bool, "suspect": bool, "eps": fl
 
 def keep(material: Material, folder: Path) -> None:
     """Writes runs.csv, values.csv, published.csv, about.json (the dataset and its classes) and ledgers/<run>.parquet
-    (less what images have withstood of corruptions) into `folder`. Where the images lay on this machine is not told.
+    (less what images have withstood of corruptions) into `folder`, instead of what an earlier `keep` has left there.
+    Where the images lay on this machine is not told.
 
     Raises:
         RampartError: it cannot be written there.
@@ -45,6 +46,9 @@ def keep(material: Material, folder: Path) -> None:
         evidence.values.to_csv(folder / VALUES, index=False)
         material.published.to_csv(folder / PUBLISHED, index=False)
         (folder / ABOUT).write_text(json.dumps(about) + "\n", encoding="utf-8")
+        for file in (folder / LEDGERS).glob("*.parquet"):
+            if file.stem not in evidence.ledgers:
+                file.unlink()
         for run, ledger in evidence.ledgers.items():
             columns = [name for name in ledger.columns if not str(name).startswith(LEFT_OUT)]
             _small(ledger[columns]).to_parquet(folder / LEDGERS / f"{run}.parquet", index=False, compression="zstd")

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import argparse
 import copy
-import sys
+from functools import partial
 from pathlib import Path
 
 from torch import nn
 
+from rampart.console import said_if_it_fails
 from rampart.errors import RampartError
 from rampart.models import Classifier, save_model
 from rampart.models.released import FOLDER, SUFFIX, enter
@@ -36,23 +37,27 @@ def release(model: Classifier, name: str, folder: Path = FOLDER) -> Path:
     return file
 
 
+def release_all(profile: str, folder: Path) -> None:
+    """The model of each arm of a profile that has been trained, that of the first seed.
+
+    Raises:
+        RampartError: no arm has been trained.
+    """
+    runs = find_runs(experiment_id(create=False), {"step": "train", "profile": profile})
+    if runs.empty:
+        raise RampartError(f"no finished training of profile '{profile}': train its arms first")
+    runs = runs.assign(seed=runs["tags.rampart.seed"].astype(int)).sort_values("seed", kind="stable")
+    for run in runs.drop_duplicates("tags.rampart.arm").to_dict("records"):
+        file = release(fetch_model(f"runs:/{run['run_id']}/model"), run["tags.rampart.arm"], folder)
+        print(f"{file}: run {run['run_id']}, seed {run['seed']}")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m rampart.tracking.release", description=__doc__)
     parser.add_argument("profile")
     parser.add_argument("folder", nargs="?", type=Path, default=FOLDER)
     given = parser.parse_args()
-    try:
-        runs = find_runs(experiment_id(create=False), {"step": "train", "profile": given.profile})
-        if runs.empty:
-            raise RampartError(f"no finished training of profile '{given.profile}': train its arms first")
-        runs = runs.assign(seed=runs["tags.rampart.seed"].astype(int)).sort_values("seed", kind="stable")
-        for run in runs.drop_duplicates("tags.rampart.arm").to_dict("records"):
-            file = release(fetch_model(f"runs:/{run['run_id']}/model"), run["tags.rampart.arm"], given.folder)
-            print(f"{file}: run {run['run_id']}, seed {run['seed']}")
-    except (RampartError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return said_if_it_fails(partial(release_all, given.profile, given.folder))
 
 
 if __name__ == "__main__":

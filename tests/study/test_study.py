@@ -171,12 +171,8 @@ def test_two_studies_begun_at_the_same_moment_do_each_step_once(
     folder = tmp_path / "fresh"
     folder.mkdir()
     settings = {**TINY_STUDY, "methods": "normal", "contrastive": "none", "workers": "1", "points": "20"}
-    settings |= {
-        "evaluate.certify": "none",
-        "evaluate.trust_images": "0",
-        "evaluate.corruptions": "none",
-        "images": "3",
-    }
+    settings |= {"evaluate.certify": "none", "evaluate.trust_images": "0", "evaluate.corruptions": "none"}
+    settings["images"] = "3"
     with ThreadPoolExecutor(2) as pool:
         both = list(pool.map(lambda _: run_rampart("main", settings, folder), range(2)))
     assert [done.returncode for done in both] == [0, 0], both[0].stderr[-2000:] + both[1].stderr[-2000:]

@@ -63,8 +63,8 @@ def certify(
     """The ledger of `evaluate` with a column certified/<ε> for every ε of the plan: true, false, or missing where the
     image is none of those to be proved.
 
-    An image proved at one ε is proved at the smaller ones; one that an attack broke at one ε cannot be proved there or
-    beyond: neither is bounded again.
+    The smallest ε comes first: an image that is not proved at one is not tried at larger ones, nor is one that an attack
+    broke there or below.
 
     Args:
         ledger: that of an interrupted certification by the same plan may be given, too: what it has settled is not
@@ -74,7 +74,7 @@ def certify(
     if plan.certify == "none":
         return ledger
     work = _Certification(model, split, ledger.copy(), plan)
-    for eps in sorted(set(plan.certify_eps), reverse=True):
+    for eps in sorted(set(plan.certify_eps)):
         images = work.open(eps)
         for part in tqdm(
             images.split(plan.certify_batch), desc=f"certify {eps_key(eps)}", unit="batch", disable=None, leave=False
@@ -82,19 +82,21 @@ def certify(
             work.prove(part, eps)
             work.settle(part, eps)
             keep(work.ledger)
-        work.settle(work.chosen.nonzero().squeeze(1), eps)
+        work.close(eps)
     return work.ledger
 
 
 class _Certification:
-    """Which images are proved, from the largest ε down; counterexamples go into the ledger."""
+    """Which images are proved, from the smallest ε up; counterexamples go into the ledger."""
 
     def __init__(self, model: nn.Module, split: Split, ledger: pd.DataFrame, plan: CertificationPlan) -> None:
         self.model, self.split, self.ledger, self.plan = model, split, ledger, plan
         self.layout = find_layout(model, to_pixels(split.images[:1]))
-        self.proved = torch.zeros(len(split), dtype=torch.bool)
         self.chosen = torch.zeros(len(split), dtype=torch.bool)
         self.chosen[stratified_order(split, 0)[: plan.certify_images or None]] = True
+        # Proved at the present ε, and at all before it.
+        self.proved = torch.zeros(len(split), dtype=torch.bool)
+        self.left = self.chosen & _mask(ledger["correct"])
         for eps in sorted(set(plan.certify_eps)):
             if _column(eps) not in ledger:
                 ledger[_column(eps)] = pd.array([pd.NA] * len(ledger), dtype="boolean")
@@ -102,14 +104,18 @@ class _Certification:
     def open(self, eps: float) -> Tensor:
         """Images of which it is not known whether they are robust at `eps`."""
         column = self.ledger[_column(eps)]
-        self.proved |= _mask(column.fillna(False))
-        known = self.proved | _mask(column.notna() | attacked_by(self.ledger, eps))
-        return (_mask(self.ledger["correct"]) & self.chosen & ~known).nonzero().squeeze(1)
+        self.proved = _mask(column.fillna(False))
+        return (self.left & ~_mask(column.notna() | attacked_by(self.ledger, eps))).nonzero().squeeze(1)
 
     def settle(self, images: Tensor, eps: float) -> None:
         """Enters what has been found of these images."""
         rows = self.ledger.index[images.numpy()]
         self.ledger.loc[rows, _column(eps)] = self.proved[images].numpy()
+
+    def close(self, eps: float) -> None:
+        """The rest of the chosen images is not proved at `eps`, and those alone that are stay in the running."""
+        self.settle(self.chosen.nonzero().squeeze(1), eps)
+        self.left = self.proved
 
     def prove(self, images: Tensor, eps: float) -> None:
         """Tries the plan's bounds on the images, the weakest first, and branch and bound where it is asked for."""

@@ -73,6 +73,16 @@ def test_a_users_eps_space_speaks_of_his_eps_not_of_the_profiles() -> None:
     assert settings.survive_eps == pixel.survive_eps
 
 
+def test_l2_radii_may_exceed_1() -> None:
+    given = {"model": "x.npz", "norm": "l2", "certify": "none"}
+    settings = resolve("evaluate", given | {"eps": "128/255,3"})
+    assert isinstance(settings, EvaluateSettings)
+    assert settings.eps == pytest.approx((128 / 255, 3.0))
+    for eps, norm in (("3", "linf"), ("inf", "l2"), ("-1", "l2")):
+        with pytest.raises(SettingsError, match="eps must lie between"):
+            resolve("evaluate", given | {"eps": eps, "norm": norm})
+
+
 def test_logged_names_do_not_depend_on_what_was_given() -> None:
     assert set(as_text(resolve("train", {}), {})) == set(as_text(resolve("train", {"lr": "1e-2"}), {"lr": "1e-2"}))
     assert as_text(resolve("train", {"lr": "1e-2"}), {"lr": "1e-2"})["lr"] == "1e-2"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -153,8 +155,12 @@ def test_the_ensemble_breaks_what_its_members_break(digits, learned, monkeypatch
     assert int(result.success.sum()) >= int(alone.sum())
 
 
-@pytest.mark.parametrize("member", ["fab-t", "square"])
-def test_members_of_the_other_library_break_images_by_themselves(digits, learned, monkeypatch, member: str) -> None:
+@pytest.mark.parametrize(
+    ("member", "dtype"), [("fab-t", torch.float32), ("fab-t", torch.float64), ("square", torch.float64)]
+)
+def test_members_of_the_other_library_break_images_by_themselves(
+    digits, learned, monkeypatch, member: str, dtype: torch.dtype
+) -> None:
     pytest.importorskip("pyautoattack", reason="pyautoattack is not installed")
     for name, value in (("STEPS", 20), ("QUERIES", 300)):
         monkeypatch.setattr(members, name, value)
@@ -164,7 +170,9 @@ def test_members_of_the_other_library_break_images_by_themselves(digits, learned
     if member == "square":
         monkeypatch.setattr("pyautoattack.fab_pt.FABAttack_PT.perturb", lambda self, x, y: x)
     x, y = some(digits, learned, 30)
-    result = autoattack(learned, x, y, 0.06 if member == "square" else 0.02, generator())
+    model = copy.deepcopy(learned).to(dtype)
+    result = autoattack(model, x.to(dtype), y, 0.06 if member == "square" else 0.02, generator())
+    assert result.adversarial.dtype == dtype
     assert member in {MEMBERS[start] for start in result.start.tolist() if start >= 0}
     assert set(result.step.tolist()) == {-1}
 

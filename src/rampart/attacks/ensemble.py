@@ -16,6 +16,8 @@ from rampart.attacks.sweep import AttackResult, Attempt, Start, sweep
 from rampart.errors import SettingsError
 
 STEPS, TARGETS, QUERIES = 100, 9, 5000
+# Images to logits.
+Logits = Callable[[Tensor], Tensor]
 # The members by the number of their start.
 MEMBERS = ("apgd-ce", *("apgd-t",) * TARGETS, "fab-t", "square")
 _NORMS: dict[Norm, str] = {"linf": "Linf", "l2": "L2"}
@@ -42,12 +44,12 @@ def autoattack(
     except ImportError as error:
         raise SettingsError("attack=autoattack needs the package pyautoattack: pip install pyautoattack") from error
 
-    def fab(predict: nn.Module, ball: Ball, **given: Any) -> Any:
+    def fab(predict: Logits, ball: Ball, **given: Any) -> Any:
         with torch.no_grad():
-            classes = predict(ball.x[:1]).shape[1]
+            classes = predict(ball.x[:1].float()).shape[1]
         return FABAttack_PT(predict, targeted=True, n_target_classes=min(TARGETS, classes - 1), n_iter=STEPS, **given)
 
-    def square(predict: nn.Module, ball: Ball, **given: Any) -> Any:
+    def square(predict: Logits, ball: Ball, **given: Any) -> Any:
         return SquareAttack(predict, n_queries=QUERIES, resc_schedule=False, **given)
 
     own = [untargeted(STEPS, "ce", generator), *targeted(STEPS, TARGETS, generator)]
@@ -64,11 +66,16 @@ def _foreign(make: Callable[..., Any], generator: torch.Generator | None) -> Sta
         unknown_step = torch.full_like(y, -1)
         if ball.eps == 0:  # they divide by it
             return Attempt(ball.x, unknown_step)
+
+        # They work in float32 alone.
+        def predict(images: Tensor) -> Tensor:
+            return model(images.to(ball.x.dtype)).float()
+
         # They seed the global random state, and gather gradients of parameters where there are any.
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), _frozen(model):
             given = {"norm": _NORMS[ball.norm], "eps": ball.eps, "seed": seed, "device": device, "n_restarts": 1}
-            found = make(model, ball, **given).perturb(ball.x.contiguous(), y)
-        return Attempt(ball.project(found.detach()), unknown_step)
+            found = make(predict, ball, **given).perturb(ball.x.float().contiguous(), y)
+        return Attempt(ball.project(found.detach().to(ball.x.dtype)), unknown_step)
 
     return start
 

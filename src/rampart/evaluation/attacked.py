@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -29,7 +30,7 @@ class AttackPlan:
     Args:
         attack: `pgd`, `apgd` (its step size follows the loss), or `autoattack` (the standard ensemble, which knows
             neither steps nor restarts nor loss).
-        eps: radii in pixels.
+        eps: radii in pixels; above 1 in L2 alone.
         norm: of the ball: `linf` or `l2`.
         steps: gradient steps a start.
         rel_step: PGD's step size as a share of ε (the study: 0.5).
@@ -53,7 +54,10 @@ class AttackPlan:
         require_choices(self)
         require(bool(self.eps), "eps needs one radius or more, as in eps=1/255,2/255")
         for eps in self.eps:
-            require(0 <= eps <= 1, f"eps must lie between 0 and 1 (pixels), not {eps:g}")
+            require(
+                0 <= eps <= 1 or (self.norm == "l2" and 0 <= eps < math.inf),
+                f"eps must lie between 0 and 1 (pixels; above 1 with norm=l2 alone), not {eps:g}",
+            )
         for name in ("steps", "restarts", "batch_size"):
             require(getattr(self, name) >= 1, f"{name} must be 1 or more, not {getattr(self, name)}")
         require(self.rel_step > 0, f"rel_step must be above 0, not {self.rel_step}")

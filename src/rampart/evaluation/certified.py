@@ -63,8 +63,8 @@ def certify(
     """The ledger of `evaluate` with a column certified/<ε> for every ε of the plan: true, false, or missing where the
     image is none of those to be proved.
 
-    The smallest ε comes first: an image that is not proved at one is not tried at larger ones, nor is one that an attack
-    broke there or below.
+    The smallest ε comes first: an image that is not proved at one is not tried at larger ones, nor is one that an
+    attack broke there or below.
 
     Args:
         ledger: that of an interrupted certification by the same plan may be given, too: what it has settled is not

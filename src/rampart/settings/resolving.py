@@ -8,6 +8,7 @@ entry point, its `common` section, the default in code. Each of the first four m
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from functools import cache
@@ -40,7 +41,12 @@ def resolve(step: str, given: Mapping[str, str]) -> Settings:
     own = {name: text for name, text in given.items() if name in fields}
     space = own.get("eps_space", section.get("eps_space", "pixel"))
     require(space in PIXELS, unknown("eps_space", space, PIXELS))
-    values: dict[str, Any] = {**_parsed(section, section.get("eps_space", "pixel")), **_parsed(own, space)}
+    # An L2 ball of radius 1 changes few pixels much: no radius is too large there.
+    largest = math.inf if own.get("norm", section.get("norm")) == "l2" else 1.0
+    values: dict[str, Any] = {
+        **_parsed(section, section.get("eps_space", "pixel"), largest),
+        **_parsed(own, space, largest),
+    }
     return _validated(step, {**values, "profile": given.get("profile", DEFAULT_PROFILE)})
 
 
@@ -81,13 +87,13 @@ def _same(value: Any, wanted: Any) -> bool:
     return str(value).lower() in [str(option).lower() for option in options]
 
 
-def _parsed(values: Mapping[str, Any], space: str) -> dict[str, Any]:
+def _parsed(values: Mapping[str, Any], space: str, largest: float) -> dict[str, Any]:
     """Texts of lists split, radii in pixels."""
     parsed: dict[str, Any] = {}
     for name, value in values.items():
         if name in EPS_NAMES:
             parts = value if isinstance(value, list) else str(value).split(",")
-            parsed[name] = [parse_eps(name, part, space) for part in parts]
+            parsed[name] = [parse_eps(name, part, space, largest) for part in parts]
         else:
             parsed[name] = value
     return parsed

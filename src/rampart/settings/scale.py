@@ -26,15 +26,15 @@ def eps_text(eps: float) -> str:
     return f"{eps:.6g}"
 
 
-def parse_eps(name: str, text: Any, space: str) -> float:
-    """One radius in pixels from '8/255', '0.03' or a number on the scale of `space`."""
+def parse_eps(name: str, text: Any, space: str, largest: float = 1.0) -> float:
+    """One radius in pixels from '8/255', '0.03' or a number on the scale of `space`; `largest` is in pixels, too."""
     match = re.fullmatch(r"\s*([^/\s]+)\s*(?:/\s*([^/\s]+)\s*)?", str(text))
     try:
         assert match is not None
         value = float(match[1]) / float(match[2] or 1) * PIXELS[space]
     except (AssertionError, ValueError, ZeroDivisionError):
         raise SettingsError(f"{name} must be a number or a fraction such as 8/255, not '{text}'") from None
-    if math.isnan(value) or not 0 <= value <= 1:
-        top = f"{1 / PIXELS[space]:g} (normalized)" if space == "normalized" else "1 (pixels)"
+    if not (math.isfinite(value) and 0 <= value <= largest):
+        top = f"{largest / PIXELS[space]:g} ({'pixels' if space == 'pixel' else space})"
         raise SettingsError(f"{name} must lie between 0 and {top}, not '{text}'")
     return value

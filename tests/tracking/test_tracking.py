@@ -57,7 +57,7 @@ def test_models_go_and_come_where_pickle_is_not_allowed(
     assert "Failed to validate" not in capfd.readouterr().err
 
 
-def test_models_come_back_equal_by_run_and_by_registered_name() -> None:
+def test_models_come_back_equal_by_run_and_by_registered_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build_model(width=0.25).eval()
     x = torch.rand(4, 3, 32, 32)
     with open_run("train") as run:
@@ -70,10 +70,14 @@ def test_models_come_back_equal_by_run_and_by_registered_name() -> None:
             assert torch.equal(fetch_model(source)(x), expected)
     version = mlflow.register_model(uri, "arm")
     MlflowClient().set_registered_model_alias("arm", "best", version.version)
+    left = tmp_path / "left"
+    left.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(left))
     for source in ("models:/arm/1", "models:/arm@best"):
         assert (source_of(source).run, source_of(source).model_id) == (run.id, model_id)
         with torch.no_grad():
             assert torch.equal(fetch_model(source)(x), expected)
+    assert not list(left.iterdir())
     # MLflow's own flavour, an exported graph, gives the same numbers, for any batch size.
     exported = mlflow.pyfunc.load_model(uri).predict(x.numpy())
     assert np.allclose(exported, expected.numpy(), atol=1e-5)

@@ -17,7 +17,8 @@ import torch
 from mlflow import MlflowClient
 from mlflow.environment_variables import MLFLOW_ALLOW_PICKLE_DESERIALIZATION
 from mlflow.exceptions import MlflowException
-from mlflow.models import ModelSignature
+from mlflow.models import Model, ModelSignature
+from mlflow.models.model import MLMODEL_FILE_NAME
 from mlflow.types import Schema, TensorSpec
 
 from rampart.arms import Arm
@@ -97,14 +98,7 @@ def fetch_model(uri: str) -> Classifier:
     """
     if not uri.startswith(("runs:/", "models:/")):
         return load_model(uri)
-    store.initialise()
-    direct = uri.endswith((".safetensors", ".npz"))
-    source = uri if direct else f"{uri.rstrip('/')}/extra_files/{WEIGHTS}"
-    with tempfile.TemporaryDirectory(prefix="rampart-") as folder:
-        try:
-            path = mlflow.artifacts.download_artifacts(source, dst_path=folder)
-        except (MlflowException, OSError) as error:
-            raise _no_model(uri, error) from error
+    with _downloaded(uri, "" if _is_file(uri) else f"extra_files/{WEIGHTS}") as path:
         return load_model(path)
 
 
@@ -129,16 +123,28 @@ def source_of(uri: str) -> Source:
     """
     if not uri.startswith(("runs:/", "models:/")):
         return Source()
-    if uri.endswith((".safetensors", ".npz")):
+    if _is_file(uri):
         return Source(run=uri.removeprefix("runs:/").split("/")[0])
-    store.initialise()
-    try:
-        found = mlflow.models.get_model_info(uri)
-    except (MlflowException, OSError) as error:
-        raise _no_model(uri, error) from error
+    # Not by get_model_info, which leaves what it downloads.
+    with _downloaded(uri, MLMODEL_FILE_NAME) as path:
+        found = Model.load(path)
     return Source(found.run_id, found.model_id)
 
 
-def _no_model(uri: str, error: Exception) -> ModelError:
-    reason = " ".join(str(error).split())[:200]
-    return ModelError(f"no model at '{uri}' ({reason}): give model=runs:/<run id>/model of a finished train run")
+def _is_file(uri: str) -> bool:
+    return uri.endswith((".safetensors", ".npz"))
+
+
+@contextlib.contextmanager
+def _downloaded(uri: str, inside: str) -> Iterator[str]:
+    """A local copy, for as long as it is needed, of what lies `inside` of the artifact at `uri`."""
+    store.initialise()
+    with tempfile.TemporaryDirectory(prefix="rampart-") as folder:
+        try:
+            path = mlflow.artifacts.download_artifacts(f"{uri.rstrip('/')}/{inside}".rstrip("/"), dst_path=folder)
+        except (MlflowException, OSError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ModelError(
+                f"no model at '{uri}' ({reason}): give model=runs:/<run id>/model of a finished train run"
+            ) from error
+        yield path

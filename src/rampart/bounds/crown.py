@@ -153,17 +153,14 @@ def _tighten(
     if not len(images):
         return loose
     field = windows.receptive_field(chain, value)
-    # Full rows are padded to as many an image, up to twice as many in all.
-    size = rows_at_once(field or 2 * widest(chain, value), memory)
+    size = max(rows_at_once(field or widest(chain, value), memory), 1)
     bound_rows = windows.lower_bounds if field is not None else _neuron_bounds
 
     def improve(image: Tensor, neuron: Tensor, sign: Tensor) -> Tensor:
         """Writes the bounds and returns them, [R], times the sign."""
-        bounds = in_parts(
-            lambda part: bound_rows(chain, value, relaxed, box, image[part], neuron[part], sign[part]),
-            len(image),
-            size,
-        )
+        lengths = size if field is not None else _lengths(image, size)
+        parts = zip(*(tensor.split(lengths) for tensor in (image, neuron, sign)), strict=True)
+        bounds = torch.cat([bound_rows(chain, value, relaxed, box, *part) for part in parts])
         below = sign > 0
         lower[image[below], neuron[below]] = bounds[below]
         upper[image[~below], neuron[~below]] = -bounds[~below]
@@ -174,6 +171,19 @@ def _tighten(
     if bool(unsettled.any()):
         improve(images[unsettled], neurons[unsettled], -sign[unsettled])
     return Box(lower.view_as(loose.lower), upper.view_as(loose.upper))
+
+
+def _lengths(image: Tensor, size: int) -> list[int]:
+    """Cuts rows [R], sorted by image, into parts of whole images, at most `size` rows when each image is padded to as
+    many as the one with the most; an image of more rows than that is cut itself."""
+    lengths, images, most = [0], 0, 0
+    for count in torch.unique_consecutive(image, return_counts=True)[1].tolist():
+        images, most = images + 1, max(most, count)
+        if images * most > size and lengths[-1]:
+            lengths.append(0)
+            images, most = 1, count
+        lengths[-1] += count
+    return [min(size, length - start) for length in lengths for start in range(0, length, size)]
 
 
 def _neuron_bounds(

@@ -121,7 +121,7 @@ class _Through(torch.autograd.Function):
 @Kernel
 def _through(a: Tensor, lower_slope: Tensor | None, upper_slope: Tensor, intercept: Tensor) -> tuple[Tensor, Tensor]:
     negative = a.clamp(max=0)
-    positive = _lower_side(a - negative, lower_slope, upper_slope)
+    positive = lower_side(a - negative, upper_slope, lower_slope)
     return torch.addcmul(positive, negative, upper_slope), (negative * intercept).sum(tuple(range(2, a.dim())))
 
 
@@ -139,7 +139,7 @@ def _through_backward(
     negative = a.clamp(max=0)
     to_a = to_lower = None
     if wanted[0]:
-        rising = _lower_side(of_a, lower_slope, upper_slope)
+        rising = lower_side(of_a, upper_slope, lower_slope)
         falling = torch.addcmul(upper_slope * of_a, intercept, of_constant)
         to_a = rising + keep_where(falling - rising, -negative)
     if wanted[1]:
@@ -150,7 +150,7 @@ def _through_backward(
     return to_a, to_lower, to_upper, to_intercept
 
 
-def _lower_side(x: Tensor, lower_slope: Tensor | None, upper_slope: Tensor) -> Tensor:
+def lower_side(x: Tensor, upper_slope: Tensor, lower_slope: Tensor | None = None) -> Tensor:
     """x [B, K, *shape] times the lower slopes, those of `Relaxation` where none are given."""
     return keep_where(x, upper_slope.expand_as(x), 0.5) if lower_slope is None else x * lower_slope
 

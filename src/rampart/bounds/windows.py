@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rampart.bounds.box import Box
-from rampart.bounds.relaxation import Relaxation
+from rampart.bounds.relaxation import Relaxation, lower_side
 from rampart.models.chain import Chain
 from rampart.models.links import Add, Conv, ReLU, Scale
 
@@ -146,11 +146,11 @@ def lower_bounds(
         a = window.a
         if isinstance(link, ReLU):
             relaxation = relaxed[place]
-            # Outside of the map all three are zero, which removes what a convolution put on its padding.
-            negative = a.clamp(max=0)
-            bound = bound + (negative * cut(relaxation.intercept, window)).sum((1, 2, 3))
-            kept = (a - negative).mul_(cut(relaxation.lower_slope, window))
-            window = window._replace(a=kept.addcmul_(negative, cut(relaxation.upper_slope, window)), inside=True)
+            # Outside of the map both are zero, which removes what a convolution put on its padding.
+            negative, upper_slope = a.clamp(max=0), cut(relaxation.upper_slope, window)
+            bound = bound + cut(relaxation.intercept, window).mul_(negative).sum((1, 2, 3))
+            kept = lower_side(a - negative, upper_slope)
+            window = window._replace(a=kept.addcmul_(negative, upper_slope), inside=True)
         elif not isinstance(link, Add):
             assert isinstance(link, Conv | Scale)
             if not window.inside:

@@ -1,7 +1,8 @@
 """Training and evaluation beside the conventional pipeline: python -m benchmarks.training [--quick] [--json].
 
 Conventional: torchvision's PIL transforms in a DataLoader with workers, fp32, Adam, PGD whose images stay to the end,
-one run of it an ε. Ours: the loop and the attack that `train` and `evaluate` run. Whole epochs are timed, in turn.
+one run of it an ε. Ours: the loop and the attack that `train` and `evaluate` run, in fp32 unless a row says otherwise;
+rows in bf16 are left out where the hardware does not compute in it. Whole epochs are timed, in turn.
 """
 
 from __future__ import annotations
@@ -132,26 +133,35 @@ def conventional_evaluation(model: Classifier, batches: DataLoader[tuple[Tensor,
                 broken += int(((model(moved).argmax(1) != y) & right).sum())
 
 
+def computes_bf16(device: str) -> bool:
+    if device == "cuda":
+        return torch.cuda.get_device_capability() >= (8, 0)
+    flags = Path("/proc/cpuinfo")
+    return flags.exists() and bool({"avx512_bf16", "amx_bf16"} & set(flags.read_text().split()))
+
+
 def training_rows(data: Dataset, device: str, workers: int, images: dict[str, int], repeats: int) -> list[Row]:
     arms = {
         "normal": Recipe(batch_size=BATCH),
         "augmented": Recipe(batch_size=BATCH, augment=True),
         "adversarial": Recipe(batch_size=BATCH, method="adversarial", eps=EPS, attack_steps=STEPS),
     }
+    kinds: dict[str, dict[str, object]] = {"": {}, ", compiled": {"compile": True}}
+    if computes_bf16(device):
+        kinds[", bf16"] = {"precision": "bf16"}
     rows = []
     for name, recipe in arms.items():
         part = replace(data, train=data.train[: images[name]], val=data.val[:1])
         adversarial = name == "adversarial"
         calls: dict[str, Callable[[], object]] = {
-            "ours": OurTraining(part, device, recipe),
-            "ours, compiled": OurTraining(part, device, replace(recipe, compile=True)),
+            **{kind: OurTraining(part, device, replace(recipe, **change)) for kind, change in kinds.items()},  # type: ignore[arg-type]
             "conventional": ConventionalTraining(part, device, workers, recipe.augment, adversarial),
         }
         speed = {call: len(part.train) / seconds for call, seconds in in_turn(calls, repeats).items()}
         rows += [
-            Row(f"{name} training{kind}", "images/s", speed[f"ours{kind}"], speed["conventional"], ratio)
-            for kind in ("", ", compiled")
-            for ratio in [speed[f"ours{kind}"] / speed["conventional"]]
+            Row(f"{name} training{kind}", "images/s", speed[kind], speed["conventional"], ratio)
+            for kind in kinds
+            for ratio in [speed[kind] / speed["conventional"]]
         ]
     return rows
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rampart.bounds.box import Box, lower_on, pixel_box
-from rampart.bounds.relaxation import relax, through_relu
+from rampart.bounds.relaxation import rectified, relax, through_relu
 from rampart.errors import SettingsError
 
 numbers = st.floats(-5, 5, allow_subnormal=False)
@@ -34,9 +36,22 @@ def boxes() -> tuple[Tensor, Tensor]:
     return lower, torch.tensor([[2.0, 0.3, 1.5, -1.0, 3.0]], dtype=torch.float64)
 
 
-def test_the_derivatives_of_a_relaxation_are_exact() -> None:
-    ends = [end.requires_grad_() for end in boxes()]
-    assert torch.autograd.gradcheck(lambda lower, upper: relax(Box(lower, upper))[1:], ends)
+@pytest.mark.parametrize("make", [Box, Box.around])
+def test_the_derivatives_of_a_relaxation_are_exact(make: Callable[[Tensor, Tensor], Box]) -> None:
+    """And of the box behind the ReLU, whichever pair the box before it is made of."""
+    lower, upper = boxes()
+    box = Box(lower, upper)
+    pair = (lower, upper) if make is Box else (box.center, box.half)
+
+    def relaxed(first: Tensor, second: Tensor) -> tuple[Tensor, ...]:
+        after, relaxation = rectified(make(first, second))
+        return after.center, after.half, *relaxation
+
+    expected = lower.relu(), upper.relu(), *relax(box)
+    center, half, *lines = relaxed(*pair)
+    for value, exact in zip((center - half, center + half, *lines), expected, strict=True):
+        torch.testing.assert_close(value, exact)
+    assert torch.autograd.gradcheck(relaxed, [value.requires_grad_() for value in pair])
 
 
 @pytest.mark.parametrize("rows", [1, 3])

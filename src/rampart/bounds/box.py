@@ -30,6 +30,11 @@ class Box:
         return box
 
     @property
+    def made_of(self) -> tuple[Tensor, Tensor, bool]:
+        """(lower, upper, False) where these are known, else (center, half, True)."""
+        return (*self._ends, False) if self._ends is not None else (*self._found_middle(), True)
+
+    @property
     def lower(self) -> Tensor:
         return self._found_ends()[0]
 

@@ -30,7 +30,7 @@ def rectified(box: Box) -> tuple[Box, Relaxation]:
     """The box of ReLU(v) for v in `box`, and its relaxation there: the triangle's upper side, and below it 0 or v,
     whichever leaves the smaller area."""
     if box.rectified is None:
-        center, half, slope, intercept = _Rectified.apply(box.lower, box.upper)
+        center, half, slope, intercept = _Rectified.apply(*box.made_of)
         box.rectified = Box.around(center, half), Relaxation(slope, intercept)
     return box.rectified
 
@@ -51,25 +51,27 @@ def through_relu(a: Tensor, relaxation: Relaxation, lower_slope: Tensor | None =
 
 
 class _Rectified(torch.autograd.Function):
-    """(lower, upper) -> centre and half-width after the ReLU; u / (u - l) and -l u / (u - l), where l is cut to 0 from
-    above and u from below."""
+    """What a box is made of -> centre and half-width after the ReLU; u / (u - l) and -l u / (u - l), where l is cut to
+    0 from above and u from below."""
 
     @staticmethod
-    def forward(ctx: Any, lower: Tensor, upper: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, first: Tensor, second: Tensor, around: bool) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        center, half, slope, intercept = _rectify(lower, upper)
-        ctx.save_for_backward(lower, upper, slope)
+        center, half, slope, intercept = _rectify(first, second, around)
+        ctx.save_for_backward(first, second, slope)
+        ctx.around = around
         return center, half, slope, intercept
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         if all(gradient is None for gradient in gradients):
-            return None, None
-        return _rectify_backward(*ctx.saved_tensors, *gradients)
+            return None, None, None
+        return *_rectify_backward(*ctx.saved_tensors, ctx.around, *gradients), None
 
 
 @Kernel
-def _rectify(lower: Tensor, upper: Tensor) -> tuple[Tensor, ...]:
+def _rectify(first: Tensor, second: Tensor, around: bool) -> tuple[Tensor, ...]:
+    lower, upper = (first - second, first + second) if around else (first, second)
     low, inner, outer = lower.clamp(max=0), lower.relu(), upper.relu()
     # A box that is the point 0 counts as active.
     high = torch.maximum(outer, low + 1e-8)
@@ -80,14 +82,16 @@ def _rectify(lower: Tensor, upper: Tensor) -> tuple[Tensor, ...]:
 
 @Kernel
 def _rectify_backward(
-    lower: Tensor,
-    upper: Tensor,
+    first: Tensor,
+    second: Tensor,
     slope: Tensor,
+    around: bool,
     of_center: Tensor | None,
     of_half: Tensor | None,
     of_slope: Tensor | None,
     of_intercept: Tensor | None,
 ) -> tuple[Tensor | float, Tensor | float]:
+    lower, upper = (first - second, first + second) if around else (first, second)
     to_lower: Tensor | float = 0.0
     to_upper: Tensor | float = 0.0
     if of_center is not None or of_half is not None:
@@ -100,7 +104,7 @@ def _rectify_backward(
         # A stable neuron has slope 0 or 1 whatever its box.
         to_lower = to_lower + keep_where((by_slope - of_intercept) * slope, 1 - slope)
         to_upper = to_upper + keep_where(by_slope * (1 - slope), slope)
-    return to_lower, to_upper
+    return (to_lower + to_upper, to_upper - to_lower) if around else (to_lower, to_upper)
 
 
 class _Through(torch.autograd.Function):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rampart.attacks import perturb
+from rampart.attacks import AttackResult, perturb, pgd
 from rampart.bounds import ibp
 from rampart.bounds.box import pixel_box
 from rampart.bounds.fusion import fused_cross_entropy
@@ -271,6 +272,22 @@ def test_an_image_that_is_misclassified_does_not_survive(method: str, model: Cla
     survivors = made(method, model).survives(x, (predictions + 1) % 3, 0.01, None)
     assert not bool(survivors.any())
     assert bool(made(method, model).survives(x, predictions, 0.0, None).all())
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_epochs_of_single_step_training_are_compared_by_more_steps(
+    steps: int, model: Classifier, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, float | None]] = []
+
+    def watched(*given: Any, **named: Any) -> AttackResult:
+        seen.append(given[4:6])
+        return pgd(*given, **named)
+
+    monkeypatch.setattr("rampart.training.methods.attacked.pgd", watched)
+    model.eval()
+    made("adversarial", model, attack_steps=steps, attack_rel_step=0.5).survives(*batch, 0.1, None)
+    assert seen == [(10, None) if steps == 1 else (3, 0.05)]
 
 
 def test_the_trades_loss_adds_the_divergence_on_examples_that_ascend_it(model: Classifier, batch: Batch) -> None:

@@ -41,7 +41,8 @@ class Recipe:
         eps: radius in pixels of the attack or of the certified ball.
         eps_warmup: share of a stage's steps in which ε rises from 0: as the fourth power of time in the first quarter
             of them, then in a line (Xu et al. 2020).
-        attack_steps: PGD steps a batch, for the methods that attack.
+        attack_steps: PGD steps a batch, for the methods that attack. Where a single one trains, epochs are compared by
+            ten.
         attack_rel_step: PGD's step size as a share of the attack's radius.
         attack_rel_eps: the attack's radius as a share of ε.
         attack_start: where the attack's noise lies: `ball`, or `wide`: within twice the radius, and what the steps make

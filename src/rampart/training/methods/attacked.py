@@ -12,6 +12,9 @@ from rampart.training.criterion import Criterion, Outputs
 from rampart.training.methods.base import Attacker, in_training
 from rampart.training.recipe import Recipe
 
+# Of the attack that chooses an epoch where training attacks with a single step (Wong et al. 2020).
+VALIDATION_STEPS = 10
+
 
 class Normal:
     """Cross-entropy or SupCon on the images as they are."""
@@ -42,8 +45,10 @@ class Adversarial:
         return criterion.on_images(self.network, torch.cat([x, adversarial]), torch.cat([y, y]))
 
     def survives(self, x: Tensor, y: Tensor, eps: float, generator: Generator | None) -> Tensor:
-        size = self.recipe.attack_rel_step * eps or None
-        return ~pgd(self.model, x, y, eps, self.recipe.attack_steps, size, generator=generator).success[0]
+        steps, size = self.recipe.attack_steps, self.recipe.attack_rel_step * eps or None
+        if steps == 1:  # a network that resists the single step it is trained on may resist nothing else
+            steps, size = VALIDATION_STEPS, None
+        return ~pgd(self.model, x, y, eps, steps, size, generator=generator).success[0]
 
 
 class Trades(Adversarial):

@@ -31,7 +31,6 @@ class Ball:
         near = eps.to(self.x.dtype)
         if near > eps:
             near = torch.nextafter(near, torch.zeros_like(near))
-        near = near.to(self.x.device)
         # In an L2 ball every pixel keeps within ε, too.
         self.lower = torch.nextafter(self.x - near, self.x).clamp_(0, 1)
         self.upper = torch.nextafter(self.x + near, self.x).clamp_(0, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -76,7 +77,7 @@ class Augmentation:
             return uniform(1 - strength, 1 + strength)[:, None, None, None]
 
         # As in torchvision's ColorJitter the order is random; here one order serves a batch.
-        for step in torch.randperm(4, device=x.device, generator=generator).tolist():
+        for step in torch.randperm(4, generator=_on_host(generator)).tolist():
             if step == 0 and brightness:
                 x = _away_from(x, x.new_zeros(()), factor(brightness))
             elif step == 1 and contrast:
@@ -86,6 +87,15 @@ class Augmentation:
             elif step == 3 and hue:
                 x = _shift_hue(x, uniform(-hue, hue)[:, None, None])
         return x
+
+
+def _on_host(generator: torch.Generator | None) -> torch.Generator | None:
+    """A generator whose numbers the host may read. That of a GPU is a seed and a count of what has been drawn, known to
+    the host: a generator made of both waits for nothing that the GPU has yet to do."""
+    if generator is None or generator.device.type == "cpu":
+        return generator
+    drawn = generator.get_state().numpy().tobytes()
+    return torch.Generator().manual_seed(zlib.crc32(drawn))
 
 
 def _crop(x: Tensor, shifts: Tensor, padding: int) -> Tensor:

@@ -28,5 +28,5 @@ def supcon_loss(embeddings: Tensor, labels: Tensor, temperature: float = 0.07) -
     counts = positives.sum(1)
     # where, not a product with the mask: a batch of one has -inf in log_probability's only entry.
     sums = torch.where(positives, log_probability, 0.0).sum(1)
-    anchors = counts > 0
-    return -(sums / counts.clamp(min=1))[anchors].sum() / anchors.sum().clamp(min=1)
+    # An anchor without positives adds 0. Nothing is picked out: a GPU would have to be waited for.
+    return -(sums / counts.clamp(min=1)).sum() / (counts > 0).sum().clamp(min=1)

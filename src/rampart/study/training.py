@@ -93,7 +93,8 @@ class Epochs:
             self._points.append((new, step, time.time()))
 
     def checkpoint(self, model: Classifier, state: State) -> str:
-        model = copy.deepcopy(model)
+        # Off a GPU at once: no other thread may call it while a step is recorded.
+        model = copy.deepcopy(model).cpu()
         with self._lock:
             self._newest = (model, state)
             asked, self._asked = self._asked, True

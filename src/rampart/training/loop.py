@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
+from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
 from rampart.data import Augmentation, Dataset, batches
@@ -24,6 +24,7 @@ from rampart.training.methods import Method
 from rampart.training.recipe import Recipe
 from rampart.training.schedules import lr_factor, warmed_eps
 from rampart.training.state import Progress, State, Streams
+from rampart.training.step import Step
 from rampart.training.stopping import Stop, stoppable
 
 log = logging.getLogger(__name__)
@@ -76,15 +77,14 @@ def fit(
         parameter.requires_grad_(False)
     for parameter in trained.parameters():
         parameter.requires_grad_(True)
-    optimizer = torch.optim.Adam(trained.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
-    average = None
-    if recipe.ema:
-        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True)
-    maps = [m.weight for m in trained.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    step = Step(trained, model, stage.method, stage.criterion, recipe, streams)
+    average = step.average
     steps = math.ceil(len(data.train) / recipe.batch_size)
     total = stage.epochs * steps
     # Summed up on the device: fetching a loss would wait for the device at every step.
-    at = Progress(model, optimizer, average, streams, first_epoch, torch.zeros((), device=data.train.labels.device))
+    at = Progress(
+        model, step.optimizer, average, streams, first_epoch, torch.zeros((), device=data.train.labels.device)
+    )
     if before is not None:
         at.restore(before)
     kept = recorder.checkpoint(model, at.state(stage.name))
@@ -110,18 +110,7 @@ def fit(
             eps, lr = scheduled(max(at.batch - 1, 0))  # of an epoch that was stopped after its last batch
             for x, y in shuffled():
                 eps, lr = scheduled(at.batch)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-                loss = stage.method.batch_loss(x, y, stage.criterion, eps, streams.device)
-                if recipe.l1:
-                    loss = loss + recipe.l1 * sum(weight.abs().sum() for weight in maps)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                if recipe.grad_clip:
-                    nn.utils.clip_grad_norm_(trained.parameters(), recipe.grad_clip)
-                optimizer.step()
-                if average is not None:
-                    average.update_parameters(model)
+                loss = step(x, y, eps, lr)
                 at.count(loss, len(y))
                 bar.update()
                 if stop.asked:

@@ -63,8 +63,9 @@ _PASSWORD = re.compile(r"(://[^:/@\s]*:)[^\s]*(?=@)|([?&]password=)[^&\s]*")
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether that is why: a GPU has an error of its own, a CPU a message."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """Whether that is why: a GPU has an error of its own, a CPU and a GPU's libraries a message."""
+    messages = ("can't allocate memory", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in messages)
 
 
 def unknown(kind: str, given: str, choices: Iterable[str]) -> str:

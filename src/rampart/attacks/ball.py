@@ -29,8 +29,7 @@ class Ball:
     def __post_init__(self) -> None:
         eps = torch.tensor(self.eps, dtype=torch.float64)
         near = eps.to(self.x.dtype)
-        if near > eps:
-            near = torch.nextafter(near, torch.zeros_like(near))
+        near = torch.where(near > eps, torch.nextafter(near, torch.zeros_like(near)), near)
         # In an L2 ball every pixel keeps within ε, too.
         self.lower = torch.nextafter(self.x - near, self.x).clamp_(0, 1)
         self.upper = torch.nextafter(self.x + near, self.x).clamp_(0, 1)

@@ -94,7 +94,7 @@ def _ends_backward(of_lower: Tensor, of_upper: Tensor) -> tuple[Tensor, Tensor]:
 
 def pixel_box(x: Tensor, eps: float | Tensor) -> Box:
     """The L∞ ball of radius `eps` (pixels; one for all, or per pixel, broadcastable to x) around x, cut to [0, 1]."""
-    smallest = torch.as_tensor(eps).min().item()
+    smallest = eps.min().item() if isinstance(eps, Tensor) else eps
     require(smallest >= 0, f"eps must be 0 or more, not {smallest:g}")
     return Box((x - eps).clamp(0, 1), (x + eps).clamp(0, 1))
 

@@ -148,7 +148,7 @@ class _Puller:
 
     def __init__(self, chain: Chain, inputs: ibp.Intervals, box: Box, image: int, size: int) -> None:
         self.chain, self.size, self.count = chain, size, 0
-        self.input_shape = box.lower.shape[1:]
+        self.like, self.input_shape = box.lower, box.lower.shape[1:]
         self.on: dict[int, Tensor] = {}
         self.unstable: dict[int, Tensor] = {}
         self.columns: dict[int, slice] = {}
@@ -166,8 +166,7 @@ class _Puller:
         return Rows.joined([self._pull(value, part) for part in a.split(self.size)])
 
     def none(self) -> Rows:
-        some = next(iter(self.on.values()), torch.zeros(0))
-        return Rows(some.new_zeros(0, prod(self.input_shape)), some.new_zeros(0, 0), some.new_zeros(0))
+        return Rows(self.like.new_zeros(0, prod(self.input_shape)), self.like.new_zeros(0, 0), self.like.new_zeros(0))
 
     def _pull(self, value: int, a: Tensor) -> Rows:
         of_relu, constant = a.new_zeros(len(a), self.count), a.new_zeros(len(a))
@@ -287,9 +286,9 @@ def optimise(
     bound = domains.signs.new_full((len(domains),), -torch.inf)
     slopes, multipliers = domains.slopes.clone(), domains.multipliers.clone()
     relu, x, v = torch.zeros_like(slopes), domains.rows.of_input.new_empty(domains.rows.of_input.shape), slopes.clone()
-    target = torch.as_tensor(target).expand(len(domains))
+    target = torch.as_tensor(target, device=bound.device).expand(len(domains))
     reach = torch.maximum(net.lower.abs(), net.upper.abs())
-    active, now = torch.arange(len(domains)), domains
+    active, now = torch.arange(len(domains), device=bound.device), domains
     # Adam's two averages for either.
     averages = [torch.zeros_like(slopes) for _ in range(4)]
     for step in range(steps + 1):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import tempfile
 import warnings
@@ -34,6 +35,8 @@ def log_model(model: Classifier, example: torch.Tensor, scratch: Path) -> str:
     in [0, 1]."""
     import mlflow.pytorch
 
+    # A graph that MLflow exports on a GPU would run on none but a GPU.
+    model = copy.deepcopy(model).cpu()
     weights = scratch / WEIGHTS
     save_model(model, weights)
     shape, classes = model.architecture.in_shape, model.architecture.classes

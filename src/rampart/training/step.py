@@ -138,7 +138,7 @@ def _waits() -> Iterator[list[str]]:
             yield waits
         finally:
             torch.cuda.set_sync_debug_mode(before)
-    waits += [f"{w.message} ({w.filename}:{w.lineno})" for w in told if "synchronizing" in str(w.message)]
+    waits += [f"{w.message} ({w.filename}:{w.lineno})" for w in told if "called a synchronizing" in str(w.message)]
 
 
 @torch.no_grad()

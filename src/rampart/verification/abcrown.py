@@ -58,7 +58,7 @@ def verify(model: nn.Module, image: Tensor, label: int, eps: float, timeout: flo
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             question = library.VerificationSpec.build_from_input_bounds(box.lower, box.upper, clauses)
-            config = library.ConfigBuilder.from_defaults().update(_settings(str(image.device), timeout)).to_dict()
+            config = library.ConfigBuilder.from_defaults().update(_settings(image.device.type, timeout)).to_dict()
             found = library.ABCrownSolver(question, _folded(model), config=config).solve()
         # One entry (image, bound, domains, seconds) for each of its searches.
         searches = [(float(search[1]), int(search[2])) for search in found.stats["bab"]]

@@ -107,9 +107,10 @@ def branch_and_bound(
             log.warning("the GPU ran out of memory: going on with %d domains at once", batch)
             search.back(parents)
             continue
-        row = torch.tensor([domain.row for domain in parents])[parent]
+        row = torch.tensor([domain.row for domain in parents], device=parent.device)[parent]
         # A part of a ball is no worse than the whole.
-        bound = torch.maximum(found.bound, torch.tensor([domain.bound for domain in parents])[parent])
+        known = torch.tensor([domain.bound for domain in parents], device=parent.device)
+        bound = torch.maximum(found.bound, known[parent])
         search.domains += len(signs)
         search.examine(row, found, bound)
     if search.example is not None:
@@ -146,7 +147,7 @@ class _Search:
 
     def domains_of(self, parents: list[_Domain], parent: Tensor, signs: Tensor) -> Domains:
         """Children of the given signs [C, U], `parent` [C] of each, to start from their parents' bounds."""
-        row = torch.tensor([domain.row for domain in parents])[parent]
+        row = torch.tensor([domain.row for domain in parents], device=parent.device)[parent]
         slopes = torch.stack([domain.slopes for domain in parents])[parent].float()
         multipliers = torch.stack([domain.multipliers for domain in parents])[parent].float()
         return Domains(self.net.outputs.at(row), signs, slopes, multipliers)
@@ -218,18 +219,19 @@ class _Search:
             chosen = list(dict.fromkeys(candidates[parent][free[parent]].tolist()))[:rounds]
             for values in product((1.0, -1.0), repeat=len(chosen)):
                 child = signs[parent].clone()
-                child[chosen] = torch.tensor(values)
+                child[chosen] = torch.tensor(values, device=child.device)
                 children.append(child)
                 origins.append(parent)
-        return torch.stack(children), torch.tensor(origins)
+        return torch.stack(children), torch.tensor(origins, device=signs.device)
 
     def filtered(self, parents: list[_Domain], signs: Tensor, candidates: Tensor, free: Tensor) -> Tensor:
         """The best candidate [P, 1] of each parent: whose worse child has the better bound, before any step on it."""
         count, tried = candidates.shape
-        parent = torch.arange(count).repeat_interleave(tried * 2)
+        parent = torch.arange(count, device=signs.device).repeat_interleave(tried * 2)
         children = signs[parent]
-        place = torch.arange(len(parent))
-        children[place, candidates.flatten().repeat_interleave(2)] = torch.tensor([1.0, -1.0]).repeat(count * tried)
+        place = torch.arange(len(parent), device=signs.device)
+        pair = torch.tensor([1.0, -1.0], device=signs.device)
+        children[place, candidates.flatten().repeat_interleave(2)] = pair.repeat(count * tried)
         bound = reduced.back(self.net, self.domains_of(parents, parent, children)).bound.view(count, tried, 2)
         bound = bound.clamp(max=self.target)
         # Of equally bad worse children the better other one.
@@ -249,8 +251,6 @@ def _scores(net: Reduced, found: Optimised) -> dict[str, Tensor]:
 
 def linear_program(net: Reduced, row: Rows, signs: Tensor) -> tuple[float, Tensor | None]:
     """(minimum of a row where every neuron has its sign, [I] the point); inf and None where there is no such point."""
-    import numpy as np
-
     try:
         from scipy.optimize import linprog
     except ImportError:  # a machine that has PyTorch alone
@@ -260,14 +260,14 @@ def linear_program(net: Reduced, row: Rows, signs: Tensor) -> tuple[float, Tenso
     neurons, output = exact.substituted(signs)
     ends = torch.stack([net.center - net.half, net.center + net.half], 1).double()
     found = linprog(
-        output.of_input[0].numpy(),
-        (-signs.double()[:, None] * neurons.of_input).numpy() if len(signs) else None,
-        (signs.double() * neurons.constant).numpy() if len(signs) else None,
-        bounds=np.asarray(ends),
+        output.of_input[0].numpy(force=True),
+        (-signs.double()[:, None] * neurons.of_input).numpy(force=True) if len(signs) else None,
+        (signs.double() * neurons.constant).numpy(force=True) if len(signs) else None,
+        bounds=ends.numpy(force=True),
         method="highs",
     )
     if found.status == 2:  # infeasible
         return float("inf"), None
     if found.status != 0:
         return float("-inf"), None
-    return float(found.fun + output.constant[0]), torch.from_numpy(found.x).float()
+    return float(found.fun + output.constant[0]), torch.from_numpy(found.x).to(net.center)

@@ -7,6 +7,7 @@ vnnlib, seconds of preparation, answer (unsat, sat, timeout, unknown…) and sec
 
 from __future__ import annotations
 
+import copy
 import csv
 import io
 import logging
@@ -78,6 +79,7 @@ def _export_model(model: nn.Module, x: Tensor, path: Path) -> None:
         import onnxscript  # noqa: F401  torch's exporter needs it
     except ImportError as error:
         raise RampartError(f"export needs onnx, onnxscript and onnxruntime ({error}): pip install them") from error
+    model, x = copy.deepcopy(model).cpu(), x.cpu()
     batch = torch.export.Dim("batch")
     try:
         with redirect_stdout(io.StringIO()):
@@ -92,8 +94,8 @@ def _export_model(model: nn.Module, x: Tensor, path: Path) -> None:
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     (given,) = session.get_inputs()
     with torch.no_grad():
-        ours = torch.cat([model(part) for part in x.split(256)]).cpu().numpy()
-    theirs = np.concatenate([session.run(None, {given.name: part.cpu().numpy()})[0] for part in x.split(256)])
+        ours = torch.cat([model(part) for part in x.split(256)]).numpy()
+    theirs = np.concatenate([session.run(None, {given.name: part.numpy()})[0] for part in x.split(256)])
     difference = float(np.abs(ours - theirs).max())
     if not difference <= TOLERANCE * max(1.0, float(np.abs(ours).max())):
         path.unlink()

@@ -1,0 +1,102 @@
+"""A step of training asks no tensor for its values: on a GPU that would wait for all work under way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rampart.data import Augmentation, Dataset, to_pixels
+from rampart.models import build_model
+from rampart.training import Recipe
+from rampart.training.state import Streams
+from rampart.training.step import Step, _average
+from rampart.training.train import stages
+from tests.nets import randomised
+
+# Operations whose result, or its shape, depends on values; an index that is a mask is one, too.
+ASKING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique_consecutive", "_unique2", "bincount")
+
+ARMS: dict[str, dict[str, Any]] = {
+    "normal": {},
+    "normal, supcon": {"contrastive": "single"},
+    "adversarial": {"method": "adversarial", "attack_steps": 2},
+    "adversarial, n-fgsm": {
+        "method": "adversarial",
+        "attack_steps": 1,
+        "attack_start": "wide",
+        "attack_batchnorm": "train",
+    },
+    "trades": {"method": "trades", "attack_steps": 2, "contrastive": "single"},
+    "certified": {"method": "certified", "clean_weight": (0.5,), "ibp_weight": (0.5,), "contrastive": "single"},
+    "certified, fused": {"method": "certified", "certified_loss": "fused", "grad_clip": 1.0, "l1": 1e-5},
+    "certified, study": {"method": "certified", "certified_loss": "logit-lower"},
+    "ibp": {"method": "ibp", "ibp_regularizer": 0.5, "eps_warmup": 0.5, "contrastive": "single", "embeddings": "worst"},
+    "sabr": {"method": "sabr", "attack_steps": 2},
+    "mtl-ibp": {"method": "mtl-ibp", "attack_steps": 1, "contrastive": "single", "embeddings": "attack"},
+}
+
+
+class Asking(TorchDispatchMode):
+    """Collects the operations that ask for values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        masks = name == "index" and any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+        if name in ASKING or masks:
+            self.asked.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def streams() -> Streams:
+    return Streams(torch.Generator().manual_seed(0), torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_no_step_asks_for_a_value(arm: str, few_digits: Dataset) -> None:
+    recipe = Recipe(**{"width": 0.125, "eps": 4 / 255, "ema": 0.9, **ARMS[arm]})
+    model = build_model("paper-cnn", (3, 32, 32), 10, recipe.width)
+    (stage,) = stages(recipe, model)
+    step = Step(stage.trained, model.train(), stage.method, stage.criterion, recipe, streams())
+    batch = few_digits.train[:16]
+    step(to_pixels(batch.images), batch.labels, recipe.eps / 2, 0.1)  # the average begins as a copy
+    with Asking() as mode:
+        step(to_pixels(batch.images), batch.labels, recipe.eps / 2, 0.1)
+    # How many models the average is of, which never lies on a GPU.
+    assert mode.asked == ["_local_scalar_dense"]
+
+
+def test_what_asks_is_seen() -> None:
+    with Asking() as mode:
+        x = torch.arange(4.0)
+        x[x > 1].sum().item()
+    assert mode.asked == ["index", "_local_scalar_dense"]
+
+
+@pytest.fixture
+def held() -> AveragedModel:
+    return AveragedModel(randomised(build_model(width=0.125)), multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+
+
+def test_the_average_is_pytorchs(held: AveragedModel) -> None:
+    other = AveragedModel(held.module, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    for _ in range(3):
+        model = randomised(build_model(width=0.125))
+        _average(held, model)
+        other.update_parameters(model)
+    for (name, value), expected in zip(held.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(value, expected), name
+
+
+def test_the_same_stream_the_same_augmentation() -> None:
+    x = torch.rand(8, 3, 32, 32)
+    first, again, other = (Augmentation()(x, torch.Generator().manual_seed(seed)) for seed in (3, 3, 4))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)

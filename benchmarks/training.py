@@ -2,7 +2,9 @@
 
 Conventional: torchvision's PIL transforms in a DataLoader with workers, fp32, Adam, PGD whose images stay to the end,
 one run of it an ε. Ours: the loop and the attack that `train` and `evaluate` run, in fp32 unless a row says otherwise;
-rows in bf16 are left out where the hardware does not compute in it. Whole epochs are timed, in turn.
+rows in bf16 are left out where the hardware does not compute in it. Whole epochs are timed, in turn; on a GPU ours are
+ten, the recording of a step among them, and each training's floating-point operations stand beside those of a large
+product of matrices.
 """
 
 from __future__ import annotations
@@ -19,10 +21,11 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
 from benchmarks.common import Row, in_turn, options, show
-from rampart.data import Augmentation, Dataset, Split, load_dataset
+from rampart.data import Augmentation, Dataset, Split, load_dataset, to_pixels
 from rampart.evaluation import AttackPlan, evaluate
 from rampart.kernels import compiling
 from rampart.models import Classifier, build_model, load_model
@@ -33,6 +36,7 @@ from rampart.training.train import stages
 
 BATCH = 128
 EPS, STEP, STEPS = 8 / 510, 2 / 510, 10
+SIZE = 8192
 # The study's list, on its own scale.
 RADII = tuple(k / 510 for k in (1, 2, 4, 8, 16))
 PLAIN = [transforms.ToTensor()]
@@ -107,12 +111,13 @@ class ConventionalTraining:
 
 
 class OurTraining:
-    """An epoch of the loop; the few images that it validates on are the only ones beside those it trains on."""
+    """Epochs of the loop; the few images that it validates on are the only ones beside those it trains on."""
 
     def __init__(self, data: Dataset, device: str, recipe: Recipe) -> None:
         torch.manual_seed(0)
         self.model, self.data, self.recipe = build_model().to(device), data.to(device), recipe
-        (self.stage,) = stages(replace(recipe, epochs=1), self.model)
+        self.images = len(data.train) * recipe.epochs
+        (self.stage,) = stages(recipe, self.model)
         self.streams = Streams(torch.Generator().manual_seed(0), torch.Generator(device).manual_seed(0))
         self.augmentation = Augmentation() if recipe.augment else None
 
@@ -141,29 +146,55 @@ def computes_bf16(device: str) -> bool:
 
 
 def training_rows(data: Dataset, device: str, workers: int, images: dict[str, int], repeats: int) -> list[Row]:
+    epochs = 10 if device == "cuda" else 1
     arms = {
-        "normal": Recipe(batch_size=BATCH),
-        "augmented": Recipe(batch_size=BATCH, augment=True),
-        "adversarial": Recipe(batch_size=BATCH, method="adversarial", eps=EPS, attack_steps=STEPS),
+        "normal": Recipe(batch_size=BATCH, epochs=epochs),
+        "augmented": Recipe(batch_size=BATCH, epochs=epochs, augment=True),
+        "adversarial": Recipe(batch_size=BATCH, epochs=epochs, method="adversarial", eps=EPS, attack_steps=STEPS),
     }
-    kinds: dict[str, dict[str, object]] = {"": {}, ", compiled": {"compile": True}}
+    kinds: dict[str, dict[str, object]] = {"": {}}
+    if device == "cpu":  # a GPU's steps are recorded instead
+        kinds[", compiled"] = {"compile": True}
     if computes_bf16(device):
         kinds[", bf16"] = {"precision": "bf16"}
     rows = []
     for name, recipe in arms.items():
         part = replace(data, train=data.train[: images[name]], val=data.val[:1])
         adversarial = name == "adversarial"
+        ours = {kind: OurTraining(part, device, replace(recipe, **change)) for kind, change in kinds.items()}  # type: ignore[arg-type]
         calls: dict[str, Callable[[], object]] = {
-            **{kind: OurTraining(part, device, replace(recipe, **change)) for kind, change in kinds.items()},  # type: ignore[arg-type]
+            **ours,
             "conventional": ConventionalTraining(part, device, workers, recipe.augment, adversarial),
         }
-        speed = {call: len(part.train) / seconds for call, seconds in in_turn(calls, repeats).items()}
+        trained = {kind: training.images for kind, training in ours.items()} | {"conventional": len(part.train)}
+        speed = {call: trained[call] / seconds for call, seconds in in_turn(calls, repeats).items()}
         rows += [
             Row(f"{name} training{kind}", "images/s", speed[kind], speed["conventional"], ratio)
             for kind in kinds
             for ratio in [speed[kind] / speed["conventional"]]
         ]
+        if device == "cuda":
+            rows += [roofline(f"{name} training{kind}", ours[kind], speed[kind]) for kind in kinds]
     return rows
+
+
+def roofline(name: str, training: OurTraining, speed: float) -> Row:
+    """A training's floating-point operations a second, at `speed` images a second, beside those of a product of two
+    large matrices in the same precision."""
+    stage, batch = training.stage, training.data.train[:BATCH]
+    with FlopCounterMode(display=False) as counter:
+        x, y = to_pixels(batch.images), batch.labels
+        stage.method.batch_loss(x, y, stage.criterion, training.recipe.eps, training.streams.device).backward()
+    dtype = torch.bfloat16 if training.recipe.precision == "bf16" else torch.float32
+    matrix = torch.randn(SIZE, SIZE, device=y.device, dtype=dtype)
+
+    def product() -> None:
+        torch.mm(matrix, matrix)
+        torch.cuda.synchronize()
+
+    ours = counter.get_total_flops() / BATCH * speed / 1e12
+    best = 2 * SIZE**3 / in_turn({"": product}, 5)[""] / 1e12
+    return Row(f"{name}, share of a matrix product's speed", "TFLOP/s", ours, best, ours / best)
 
 
 def evaluation_rows(models: dict[str, Classifier], test: Split, device: str, workers: int, repeats: int) -> list[Row]:
@@ -195,6 +226,8 @@ def main() -> None:
     if "training" in given.rows:
         few = {"normal": 2_560, "augmented": 1_280, "adversarial": 512}
         many = {"normal": 10_240, "augmented": 10_240, "adversarial": 2_560}
+        if device == "cuda":
+            many = dict.fromkeys(many, 40_000)
         rows += training_rows(
             data, device, given.workers, few if given.quick else many, 1 if given.quick else given.repeats
         )

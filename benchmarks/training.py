@@ -225,9 +225,9 @@ def main() -> None:
     rows = []
     if "training" in given.rows:
         few = {"normal": 2_560, "augmented": 1_280, "adversarial": 512}
-        many = {"normal": 10_240, "augmented": 10_240, "adversarial": 2_560}
+        many = {"normal": 10_240, "augmented": 10_240, "adversarial": 2_560 if device == "cpu" else 10_240}
         if device == "cuda":
-            many = dict.fromkeys(many, 40_000)
+            many |= {"normal": 40_000, "augmented": 40_000}
         rows += training_rows(
             data, device, given.workers, few if given.quick else many, 1 if given.quick else given.repeats
         )

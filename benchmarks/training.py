@@ -3,8 +3,8 @@
 Conventional: torchvision's PIL transforms in a DataLoader with workers, fp32, Adam, PGD whose images stay to the end,
 one run of it an ε. Ours: the loop and the attack that `train` and `evaluate` run, in fp32 unless a row says otherwise;
 rows in bf16 are left out where the hardware does not compute in it. Whole epochs are timed, in turn; on a GPU ours are
-ten, the recording of a step among them, and each training's floating-point operations stand beside those of a large
-product of matrices.
+ten, the recording of a step among them, and the floating-point operations of plain trainings stand beside those of a
+large product of matrices.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ def training_rows(data: Dataset, device: str, workers: int, images: dict[str, in
             for kind in kinds
             for ratio in [speed[kind] / speed["conventional"]]
         ]
-        if device == "cuda":
+        if device == "cuda" and not adversarial:
             rows += [roofline(f"{name} training{kind}", ours[kind], speed[kind]) for kind in kinds]
     return rows
 

@@ -27,7 +27,7 @@ SHORT: dict[str, Any] = {"epochs": 3, "width": 0.25, "batch_size": 32, "eps": 4 
 MORE: dict[str, dict[str, Any]] = {
     "adversarial, bf16": {"method": "adversarial", "attack_steps": 2, "precision": "bf16"},
     "certified, supcon": {"method": "certified", "contrastive": "double", "encoder_epochs": 2, "head_epochs": 2},
-    "compiled": {"method": "adversarial", "attack_steps": 2, "compile": True},
+    "compiled": {"compile": True, "batch_size": 16, "augment": True},
     "augmented": {"augment": True, "schedule": "cosine", "bn_batches": 2},
 }
 
@@ -115,11 +115,13 @@ def test_bounds(method: Any, trained: Classifier, digits: Dataset) -> None:
 
 def test_bounds_keep_to_their_memory(trained: Classifier, digits: Dataset) -> None:
     x, y = to_pixels(digits.test.images[:128]).cuda(), digits.test.labels[:128].cuda()
-    margin_bounds(trained.cuda(), x[:2], y[:2], 16 / 255, "crown", memory=64)
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    margin_bounds(trained, x, y, 16 / 255, "crown", memory=64)
-    assert torch.cuda.max_memory_allocated() - before < 256 << 20
+    peaks = []
+    for memory in (16, 16, 2048):  # what the first call takes stays with the libraries
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        margin_bounds(trained.cuda(), x, y, 16 / 255, "crown", memory=memory)
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    assert peaks[1] < 256 << 20 < peaks[2]
 
 
 def test_evaluation(trained: Classifier, digits: Dataset) -> None:

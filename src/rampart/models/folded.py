@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rampart.models.chain import Chain, Layout
-from rampart.models.links import Add, Conv, Dense, Flatten, ReLU, Scale
+from rampart.models.links import Add, Conv, Dense, Flatten, ReLU, Scale, convolved
 
 
 class Folded(nn.Module):
@@ -53,6 +53,8 @@ def _call(chain: Chain, place: int) -> Callable[..., Tensor]:
         shift, scale = (
             value.detach().expand(*pixels, -1).contiguous().movedim(-1, 0) for value in (link.shift, link.scale)
         )
+        if convolved(scale) != torch.channels_last:
+            shift, scale = shift.contiguous(), scale.contiguous()
         return lambda x: torch.addcmul(shift, x, scale)
     if isinstance(link, Dense):
         weight = link.weight.detach()
@@ -70,13 +72,13 @@ def _call(chain: Chain, place: int) -> Callable[..., Tensor]:
 
 
 def _pixels_first(chain: Chain, flatten: int) -> bool:
-    """Whether all that reads a flattened map can take its channels last, as the map lies in memory."""
-    readers = chain.readers(flatten)
-    return bool(readers) and all(isinstance(chain.links[place], Dense) for place in readers)
+    """Whether a flattened map's channels lie last in memory, and all that reads it can take them so."""
+    readers, last = chain.readers(flatten), convolved(chain.output) == torch.channels_last
+    return last and bool(readers) and all(isinstance(chain.links[place], Dense) for place in readers)
 
 
 def _conv(link: Conv) -> Callable[[Tensor], Tensor]:
-    weight = link.weight.detach().contiguous(memory_format=torch.channels_last)
+    weight = link.weight.detach().contiguous(memory_format=convolved(link.weight))
     given = (weight, link.bias.detach(), link.stride, link.padding, link.dilation, link.groups)
     if weight.device.type == "cpu" and weight.shape[1] < FEW and _sub_pixels(link):
         kernel, padding, first = _sub_pixel_kernel(weight, link.stride[0], link.padding[0])

@@ -40,6 +40,12 @@ class Affine:
         raise NotImplementedError
 
 
+def convolved(x: Tensor) -> torch.memory_format:
+    """How maps should lie in memory for convolutions in float32: a CPU's are faster where channels lie last, a GPU's
+    where they do not."""
+    return torch.channels_last if x.device.type == "cpu" else torch.contiguous_format
+
+
 def _per_channel(value: Tensor, shape: Shape) -> Tensor:
     return value.view(-1, *(1,) * (len(shape) - 1))
 
@@ -171,7 +177,7 @@ class Flatten(Affine):
 
     def pull(self, a: Tensor) -> Tensor:
         a = a.view(len(a), *self.in_shape)
-        return a.contiguous(memory_format=torch.channels_last) if len(self.in_shape) == 3 else a
+        return a.contiguous(memory_format=convolved(a)) if len(self.in_shape) == 3 else a
 
     def offset(self, a: Tensor) -> Tensor:
         return a.new_zeros(len(a))

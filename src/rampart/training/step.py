@@ -20,8 +20,10 @@ from rampart.training.state import Streams
 log = logging.getLogger(__name__)
 
 # Steps at one ε that a GPU takes one kernel after the other before they are recorded: libraries choose their kernels
-# and fetch their memory in the first.
+# and fetch their memory in the first, and code that is compiled waits for the GPU.
 BEFORE_RECORDING = 3
+# Steps after which one that still waits for the GPU is thought to do so for good.
+PATIENCE = 20
 
 
 class Step:
@@ -63,8 +65,8 @@ class Step:
         self.average: AveragedModel | None = None
         if recipe.ema:
             self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True)
-        # Of the steps that were taken one after the other, and of the one that is recorded.
-        self.eps, self.taken, self.recordable = -1.0, 0, True
+        # Of the steps that were `taken` one kernel after the other, and of the one that is recorded.
+        self.eps, self.taken, self.waits = -1.0, 0, [""]
         self.recorded: _Recorded | None = None
 
     def __call__(self, x: Tensor, y: Tensor, eps: float, lr: float) -> Tensor:
@@ -79,19 +81,19 @@ class Step:
         if eps != self.eps:
             self.eps, self.taken, self.recorded = eps, 0, None
         whole = len(y) == self.recipe.batch_size
-        if whole and self.recordable and self.taken >= BEFORE_RECORDING:
+        if whole and not self.waits and self.taken >= BEFORE_RECORDING:
             self.recorded = self.recorded or _Recorded(self, self.stream, x, y)
             return self.recorded(x, y)
-        self.taken += whole
         here = torch.cuda.current_stream(self.device)
         # Where it will be recorded: gradients remember the stream that they were first summed up on.
         self.stream.wait_stream(here)
         with torch.cuda.stream(self.stream), _waits() as waits:
             loss = self._take(x, y, eps)
         here.wait_stream(self.stream)
-        if waits and self.taken == BEFORE_RECORDING:
-            log.warning("training waits for the GPU in every step, which makes it slow: %s", waits[0])
-            self.recordable = False
+        if whole:
+            self.taken, self.waits = self.taken + 1, waits
+            if waits and self.taken == PATIENCE:
+                log.warning("training waits for the GPU in every step, which makes it slow: %s", waits[0])
         return loss
 
     def _take(self, x: Tensor, y: Tensor, eps: float) -> Tensor:
@@ -113,7 +115,7 @@ class _Recorded:
     """A step on batches of one size at one ε."""
 
     def __init__(self, step: Step, stream: torch.cuda.Stream, x: Tensor, y: Tensor) -> None:
-        self.x, self.y = x.clone(), y.clone()
+        self.x, self.y = x.clone(memory_format=torch.contiguous_format), y.clone()
         self.graph = torch.cuda.CUDAGraph()
         self.graph.register_generator_state(step.streams.device)
         with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):

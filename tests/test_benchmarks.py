@@ -20,7 +20,13 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["attacks", "bounds", "scaling", "tracking", "training", "tuning", "verification"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("attacks", "bounds", "scaling", "tracking", "training", "tuning", "verification"),
+        pytest.param("gpu", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")),
+    ],
+)
 def test_a_quick_benchmark_ends_with_its_ratios(name: str, tmp_path: Path, digits: Dataset) -> None:
     command = [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--json"]
     if name in ("attacks", "verification"):

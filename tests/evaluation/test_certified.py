@@ -168,7 +168,7 @@ def test_none_leaves_the_ledger_as_it_is(model: Classifier, split: Split) -> Non
         ({"certify_eps": (2.0,)}, "2"),
         ({"certify_images": -1}, "-1"),
         ({"certify_batch": 0}, "certify_batch"),
-        ({"memory": 0}, "memory"),
+        ({"memory": -1}, "memory"),
         ({"certify_timeout": 0.0}, "certify_timeout"),
     ],
 )

@@ -14,8 +14,9 @@ from rampart.bounds.relaxation import Relaxation, relax, through_relu
 from rampart.models.chain import Chain
 from rampart.models.links import Add, Conv, Dense, ReLU
 
-# Memory in MiB for the coefficients held at once: 32 suited a CPU's caches best of 2 to 128.
-MEMORY = 32
+# Memory in MiB for the coefficients held at once: 32 suited a CPU's caches best of 2 to 128. A GPU has so much to do at
+# once only with many of them.
+MEMORY, MEMORY_OF_A_GPU = 32, 4096
 
 # Lower slopes in [0, 1] by the ReLU's place, [B, K, *shape] or [B, 1, *shape].
 Slopes = dict[int, Tensor]
@@ -90,6 +91,11 @@ def in_parts(bound: Callable[[slice], Tensor], count: int, size: int) -> Tensor:
     """`bound` of the indices 0 to count, `size` of them (at least one) at a time."""
     size = max(size, 1)
     return torch.cat([bound(slice(start, start + size)) for start in range(0, count, size)])
+
+
+def memory_on(device: torch.device, asked: int = 0) -> int:
+    """MiB: what is asked for, or where that is 0 what suits the device."""
+    return asked or (MEMORY if device.type == "cpu" else MEMORY_OF_A_GPU)
 
 
 def rows_at_once(floats: int, memory: int) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from rampart.bounds import METHODS, find_layout, margin_bounds
-from rampart.bounds.crown import MEMORY
+from rampart.bounds.crown import memory_on
 from rampart.bounds.margins import PROVED, Engine, Method
 from rampart.data import Split, stratified_order, to_pixels
 from rampart.errors import require, require_choices
@@ -32,7 +32,7 @@ class CertificationPlan:
         certify_images: how many test images, the same for every model, class by class; 0: all.
         certify_timeout: seconds an image and radius that branch and bound may take.
         certify_batch: images bounded at once.
-        memory: MiB that the bounds' coefficients take at once.
+        memory: MiB that the bounds' coefficients take at once; 0: 32 on a CPU, 4,096 on a GPU.
     """
 
     certify: Literal["none", "ibp", "crown-ibp", "crown", "alpha-crown", "branch-and-bound"] = "none"
@@ -40,7 +40,7 @@ class CertificationPlan:
     certify_images: int = 0
     certify_timeout: float = 10.0
     certify_batch: int = 64
-    memory: int = MEMORY
+    memory: int = 0
 
     def __post_init__(self) -> None:
         require_choices(self)
@@ -49,8 +49,8 @@ class CertificationPlan:
             require(0 <= eps <= 1, f"certify_eps must lie between 0 and 1 (pixels), not {eps:g}")
         require(self.certify_images >= 0, f"certify_images must be 0 or more, not {self.certify_images}")
         require(self.certify_timeout > 0, f"certify_timeout must be above 0 seconds, not {self.certify_timeout:g}")
-        for name in ("certify_batch", "memory"):
-            require(getattr(self, name) >= 1, f"{name} must be 1 or more, not {getattr(self, name)}")
+        require(self.certify_batch >= 1, f"certify_batch must be 1 or more, not {self.certify_batch}")
+        require(self.memory >= 0, f"memory must be 0 or more MiB, not {self.memory}")
 
 
 def certify(
@@ -92,6 +92,7 @@ class _Certification:
     def __init__(self, model: nn.Module, split: Split, ledger: pd.DataFrame, plan: CertificationPlan) -> None:
         self.model, self.split, self.ledger, self.plan = model, split, ledger, plan
         self.layout = find_layout(model, to_pixels(split.images[:1]))
+        self.memory = memory_on(split.labels.device, plan.memory)
         self.chosen = torch.zeros(len(split), dtype=torch.bool)
         self.chosen[stratified_order(split, 0)[: plan.certify_images or None]] = True
         # Proved at the present ε, and at all before it.
@@ -134,13 +135,13 @@ class _Certification:
     def bounds(self, images: Tensor, eps: float, method: Method) -> Tensor:
         batch = self.split[images.to(self.split.labels.device)]
         engine: Engine = "native" if self.layout else "auto_lirpa"
-        x, memory = to_pixels(batch.images), self.plan.memory
-        return margin_bounds(self.model, x, batch.labels, eps, method, engine, memory, self.layout).amin(1).cpu()
+        x, layout = to_pixels(batch.images), self.layout
+        return margin_bounds(self.model, x, batch.labels, eps, method, engine, self.memory, layout).amin(1).cpu()
 
     def search(self, index: int, eps: float) -> None:
         image, label = to_pixels(self.split.images[index]), int(self.split.labels[index])
-        timeout, memory = self.plan.certify_timeout, self.plan.memory
-        found = verify(self.model, image, label, eps, timeout, memory=memory, layout=self.layout)
+        timeout = self.plan.certify_timeout
+        found = verify(self.model, image, label, eps, timeout, memory=self.memory, layout=self.layout)
         self.proved[index] = found.status in PROVED_VERDICTS
         if found.status == "unsafe":
             mark_attacked(self.ledger, index, eps)

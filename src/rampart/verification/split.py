@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from rampart.attacks import pgd
 from rampart.bounds import find_layout
-from rampart.bounds.crown import MEMORY
+from rampart.bounds.crown import memory_on
 from rampart.data import Split, to_pixels
 from rampart.errors import Contradiction, require, require_choices, unknown
 from rampart.ledger import PROVED
@@ -50,7 +50,7 @@ class VerificationPlan:
         selection_seed: of the order in which images are taken.
         attack_first: whether PGD looks for a counterexample before bounds are computed.
         timeout: seconds an image after which no further stage, or batch of domains, is begun.
-        memory: MiB that the bounds' coefficients take at once.
+        memory: MiB that the bounds' coefficients take at once; 0: 32 on a CPU, 4,096 on a GPU.
         complete: whether branch and bound follows where bounds do not settle an image.
         branching: which neuron it splits: `kfsb`, `babsr` or `gap` (`branch_and_bound`).
         max_domains: that it bounds at most, for one image.
@@ -69,7 +69,7 @@ class VerificationPlan:
     selection_seed: int = 0
     attack_first: bool = False
     timeout: float = 180.0
-    memory: int = MEMORY
+    memory: int = 0
     complete: bool = True
     branching: Branching = "kfsb"
     max_domains: int = 1_000_000
@@ -82,8 +82,9 @@ class VerificationPlan:
         require_choices(self)
         for name in ("eps", "survive_eps", "radius"):
             require(0 <= getattr(self, name) <= 1, f"{name} must lie between 0 and 1, not {getattr(self, name):g}")
-        for name in ("images", "memory", "max_domains", "images_at_once"):
+        for name in ("images", "max_domains", "images_at_once"):
             require(getattr(self, name) >= 1, f"{name} must be 1 or more, not {getattr(self, name)}")
+        require(self.memory >= 0, f"memory must be 0 or more MiB, not {self.memory}")
         require(self.timeout > 0, f"timeout must be above 0 seconds, not {self.timeout:g}")
         known = self.engine in ENGINES or self.engine.endswith(".csv")
         require(known, unknown("verification engine", self.engine, [*ENGINES, "PATH/results.csv"]))
@@ -204,7 +205,7 @@ def _settle(
             timeout,
             attack_first,
             plan.engine,
-            memory=plan.memory,
+            memory=memory_on(split.labels.device, plan.memory),
             complete=plan.complete,
             branching=plan.branching,
             max_domains=plan.max_domains,

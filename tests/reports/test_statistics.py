@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from rampart.errors import SettingsError
-from rampart.reports.baseline import read_baseline
+from rampart.reports.baseline import put_beside, read_baseline
 from rampart.reports.evidence import Evidence, collect
 from rampart.reports.statistics import bootstrap, claim_table, claims
 from rampart.settings import CompareSettings
@@ -159,6 +159,26 @@ def test_the_studys_figures_can_be_read() -> None:
     assert robust.sort_values("eps")["value"].iloc[0] == pytest.approx(0.797 * (1 - 0.1623))
     verdicts = published[(published["arm"] == "normal+aug") & (published["step"] == "verify")]
     assert verdicts.set_index("metric").loc["timeout", "value"] == 8
+
+
+@pytest.mark.parametrize(
+    ("methods", "arm", "notes"),
+    [
+        ({"normal", "mtl-ibp"}, "mtl-ibp+aug+supcon-double", 1),
+        ({"certified", "mtl-ibp"}, "certified+aug+supcon-double", 0),
+        ({"sabr", "mtl-ibp"}, "certified+aug+supcon-double", 0),
+    ],
+)
+def test_certified_figures_stand_beside_the_one_other_method_with_bounds(
+    methods: set[str], arm: str, notes: int, tmp_path: Path
+) -> None:
+    file = tmp_path / "b.json"
+    models = {"plain/normal": {"test_accuracy": 70.0}, "augmented/certified-contrastive": {"test_accuracy": 34.0}}
+    file.write_text(json.dumps({"models": models}))
+    published, said = put_beside(read_baseline(str(file))[0], methods)
+    assert set(published["arm"]) == {"normal", arm}
+    assert set(published["method"]) == {"normal", arm.partition("+")[0]}
+    assert len(said) == notes
 
 
 @pytest.mark.parametrize(

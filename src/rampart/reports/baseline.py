@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,22 @@ def read_baseline(path: str) -> tuple[pd.DataFrame, list[Note]]:
     frame = pd.DataFrame(rows).astype({"eps": float, "value": float})
     said = "normalised to [-1, 1], of which half is meant in pixels" if space == "normalized" else "in pixels"
     return frame.assign(seed="", run="", suspect=False), [Note("", f"{ENGINE}: {Path(path).name}, its ε {said}")]
+
+
+# Other ways to train on bounds: an arm of theirs is what a published `certified` one is to be compared with.
+ON_BOUNDS: tuple[MethodName, ...] = ("ibp", "sabr", "mtl-ibp")
+
+
+def put_beside(published: pd.DataFrame, methods: Collection[str]) -> tuple[pd.DataFrame, list[Note]]:
+    """The published numbers for arms of these methods, and what a reader has to know: where none is `certified` and one
+    is another way to train on bounds, the numbers of `certified` are put beside that."""
+    instead = [method for method in ON_BOUNDS if method in methods]
+    certified = published["method"] == "certified"
+    if "certified" in methods or len(instead) != 1 or not certified.any():
+        return published, []
+    arms = published["arm"].mask(certified, published["arm"].str.replace("certified", instead[0], n=1))
+    note = Note("", f"{ENGINE}: the figures of its certified arms stand beside those of {instead[0]}")
+    return published.assign(method=published["method"].mask(certified, instead[0]), arm=arms), [note]
 
 
 def _numbers(figures: dict[str, Any], space: str) -> list[dict[str, Any]]:

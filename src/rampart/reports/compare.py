@@ -12,7 +12,7 @@ import jinja2
 import pandas as pd
 
 from rampart.reports import tables
-from rampart.reports.baseline import read_baseline
+from rampart.reports.baseline import put_beside, read_baseline
 from rampart.reports.drawing import Panels, save, script
 from rampart.reports.evidence import Evidence, collect
 from rampart.reports.record import keep
@@ -37,6 +37,9 @@ def compare(run: Run, settings: CompareSettings) -> None:
     """
     published, said = read_baseline(settings.baseline) if settings.baseline else (None, [])
     evidence = collect(run.experiment, settings)
+    if published is not None:
+        published, more = put_beside(published, set(evidence.values["method"]))
+        said += more
     evidence.notes.extend(said)
     material = material_of(evidence, published)
     if settings.export:

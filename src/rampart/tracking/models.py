@@ -16,7 +16,7 @@ import mlflow
 import numpy as np
 import torch
 from mlflow import MlflowClient
-from mlflow.environment_variables import MLFLOW_ALLOW_PICKLE_DESERIALIZATION
+from mlflow.environment_variables import MLFLOW_ALLOW_PICKLE_DESERIALIZATION, MLFLOW_DEFAULT_PREDICTION_DEVICE
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.models.model import MLMODEL_FILE_NAME
@@ -62,15 +62,21 @@ def log_model(model: Classifier, example: torch.Tensor, scratch: Path) -> str:
 @contextlib.contextmanager
 def _unvalidated() -> Iterator[None]:
     """Where pickle is not allowed, MLflow cannot read the graph that it has just written to try its example, unless
-    PyTorch is 2.10 or newer, and says so with each model. Nothing of ours reads that graph."""
+    PyTorch is 2.10 or newer, and says so with each model. Nothing of ours reads that graph. Where MLflow can, it shall
+    try it on a CPU, for which it was written, and not on a GPU."""
     logger = logging.getLogger("mlflow.models.model")
     level = logger.level
     if not MLFLOW_ALLOW_PICKLE_DESERIALIZATION.get():
         logger.setLevel(logging.ERROR)
+    chosen = MLFLOW_DEFAULT_PREDICTION_DEVICE.is_set()
+    if not chosen:
+        MLFLOW_DEFAULT_PREDICTION_DEVICE.set("cpu")
     try:
         yield
     finally:
         logger.setLevel(level)
+        if not chosen:
+            MLFLOW_DEFAULT_PREDICTION_DEVICE.unset()
 
 
 def registered_name(arm: Arm) -> str:

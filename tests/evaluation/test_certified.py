@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pandas as pd
 import pytest
 import torch
@@ -153,6 +155,28 @@ def test_an_interrupted_certification_goes_on_where_it_stopped(
     assert 0 < len(tried) < len(uninterrupted)
     pd.testing.assert_frame_equal(certify(model, split, kept[-1], plan), whole)
     assert sorted(tried) == uninterrupted
+
+
+def test_bounds_that_do_not_fit_into_memory_take_less(
+    model: Classifier, split: Split, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan = CertificationPlan(certify="crown", certify_eps=EPS)
+    whole = certify(model, split, ledger_of(model, split), plan)
+
+    def small(*given: object) -> Tensor:
+        if given[6] > 8:  # MiB
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return margin_bounds(*given)
+
+    monkeypatch.setattr(certified, "margin_bounds", small)
+    with caplog.at_level(logging.WARNING):
+        found = certify(model, split, ledger_of(model, split), plan)
+    assert [record.args for record in caplog.records] == [(16,), (8,)]
+    pd.testing.assert_frame_equal(found, whole)
+
+    monkeypatch.setattr(certified, "margin_bounds", lambda *given: small(*given[:6], 9))
+    with pytest.raises(torch.OutOfMemoryError):
+        certify(model, split, ledger_of(model, split), plan)
 
 
 def test_none_leaves_the_ledger_as_it_is(model: Classifier, split: Split) -> None:

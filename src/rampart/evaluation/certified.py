@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -15,10 +16,12 @@ from rampart.bounds import METHODS, find_layout, margin_bounds
 from rampart.bounds.crown import memory_on
 from rampart.bounds.margins import PROVED, Engine, Method
 from rampart.data import Split, stratified_order, to_pixels
-from rampart.errors import require, require_choices
+from rampart.errors import is_out_of_memory, require, require_choices
 from rampart.ledger import PROVED as PROVED_VERDICTS
 from rampart.ledger import attacked_by, eps_key, mark_attacked
 from rampart.verification import verify
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +35,8 @@ class CertificationPlan:
         certify_images: how many test images, the same for every model, class by class; 0: all.
         certify_timeout: seconds an image and radius that branch and bound may take.
         certify_batch: images bounded at once.
-        memory: MiB that the bounds' coefficients take at once; 0: 32 on a CPU, 4,096 on a GPU.
+        memory: MiB that the bounds' coefficients take at once; 0: 32 on a CPU, 4,096 on a GPU. Where there is not so
+            much it is halved.
     """
 
     certify: Literal["none", "ibp", "crown-ibp", "crown", "alpha-crown", "branch-and-bound"] = "none"
@@ -135,8 +139,15 @@ class _Certification:
     def bounds(self, images: Tensor, eps: float, method: Method) -> Tensor:
         batch = self.split[images.to(self.split.labels.device)]
         engine: Engine = "native" if self.layout else "auto_lirpa"
-        x, layout = to_pixels(batch.images), self.layout
-        return margin_bounds(self.model, x, batch.labels, eps, method, engine, self.memory, layout).amin(1).cpu()
+        x, y, layout = to_pixels(batch.images), batch.labels, self.layout
+        while True:
+            try:
+                return margin_bounds(self.model, x, y, eps, method, engine, self.memory, layout).amin(1).cpu()
+            except RuntimeError as error:
+                if not is_out_of_memory(error) or self.memory == 1:
+                    raise
+            self.memory //= 2
+            log.warning("out of memory: going on with memory=%d", self.memory)
 
     def search(self, index: int, eps: float) -> None:
         image, label = to_pixels(self.split.images[index]), int(self.split.labels[index])

@@ -98,12 +98,12 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("error: this machine has no GPU")
     torch.set_num_threads(given.threads)
-    rows = []
+    rows, seconds = [], 0.2 if given.quick else 1.0
     for name in given.rows:
         ours, baseline = (
-            images_a_second(stepping(name, recorded), 0.2 if given.quick else 1.0)
+            images_a_second(stepping(name, recorded), seconds)
             if given.processes == 1
-            else shared(name, recorded, 0.2 if given.quick else 1.0, given.processes)
+            else shared(name, recorded, seconds, given.processes)
             for recorded in (True, False)
         )
         rows.append(Row(name, "images/s", ours, baseline, ours / baseline))

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -152,7 +153,7 @@ def training_rows(data: Dataset, device: str, workers: int, images: dict[str, in
         "augmented": Recipe(batch_size=BATCH, epochs=epochs, augment=True),
         "adversarial": Recipe(batch_size=BATCH, epochs=epochs, method="adversarial", eps=EPS, attack_steps=STEPS),
     }
-    kinds: dict[str, dict[str, object]] = {"": {}}
+    kinds: dict[str, dict[str, Any]] = {"": {}}
     if device == "cpu":  # a GPU's steps are recorded instead
         kinds[", compiled"] = {"compile": True}
     if computes_bf16(device):
@@ -161,7 +162,7 @@ def training_rows(data: Dataset, device: str, workers: int, images: dict[str, in
     for name, recipe in arms.items():
         part = replace(data, train=data.train[: images[name]], val=data.val[:1])
         adversarial = name == "adversarial"
-        ours = {kind: OurTraining(part, device, replace(recipe, **change)) for kind, change in kinds.items()}  # type: ignore[arg-type]
+        ours = {kind: OurTraining(part, device, replace(recipe, **change)) for kind, change in kinds.items()}
         calls: dict[str, Callable[[], object]] = {
             **ours,
             "conventional": ConventionalTraining(part, device, workers, recipe.augment, adversarial),
@@ -225,9 +226,9 @@ def main() -> None:
     rows = []
     if "training" in given.rows:
         few = {"normal": 2_560, "augmented": 1_280, "adversarial": 512}
-        many = {"normal": 10_240, "augmented": 10_240, "adversarial": 2_560 if device == "cpu" else 10_240}
+        many = {"normal": 10_240, "augmented": 10_240, "adversarial": 2_560}
         if device == "cuda":
-            many |= {"normal": 40_000, "augmented": 40_000}
+            many = {name: 4 * count for name, count in many.items()}
         rows += training_rows(
             data, device, given.workers, few if given.quick else many, 1 if given.quick else given.repeats
         )

@@ -1,4 +1,5 @@
-"""Functions that can be compiled: element-wise ones into one pass over memory each, whole networks in training."""
+"""Functions that can be compiled: element-wise ones into one pass over memory each, whole networks in training; and how
+maps lie in memory for the fastest convolutions."""
 
 from __future__ import annotations
 
@@ -71,6 +72,12 @@ def _works() -> bool:
 
 def _probe(x: Tensor) -> Tensor:
     return x + 1
+
+
+def convolved(x: Tensor) -> torch.memory_format:
+    """How maps should lie in memory for convolutions in float32: a CPU's are faster where channels lie last, a GPU's
+    where they do not."""
+    return torch.channels_last if x.device.type == "cpu" else torch.contiguous_format
 
 
 def keep_where(value: Tensor, x: Tensor, above: float = 0.0) -> Tensor:

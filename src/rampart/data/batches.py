@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 
 from rampart.data.dataset import Split
+from rampart.kernels import convolved
 
 
 def to_pixels(images: Tensor) -> Tensor:
-    """uint8 [..., C, H, W] -> float32 in [0, 1]; on a CPU a batch with its channels last in memory, as its convolutions
-    like it (a GPU's, in float32, are faster without)."""
+    """uint8 [..., C, H, W] -> float32 in [0, 1]; a batch lies in memory as its device's convolutions like it."""
     pixels = images.float().div_(255)
-    last = pixels.dim() == 4 and pixels.device.type == "cpu"
-    return pixels.contiguous(memory_format=torch.channels_last) if last else pixels
+    return pixels.contiguous(memory_format=convolved(pixels)) if pixels.dim() == 4 else pixels
 
 
 def batches(

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rampart.kernels import convolved
 from rampart.models.chain import Chain, Layout
-from rampart.models.links import Add, Conv, Dense, Flatten, ReLU, Scale, convolved
+from rampart.models.links import Add, Conv, Dense, Flatten, ReLU, Scale
 
 
 class Folded(nn.Module):

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from rampart.kernels import convolved
 
 Shape = tuple[int, ...]
 
@@ -38,12 +39,6 @@ class Affine:
     def scaled(self, scale: Tensor, shift: Tensor) -> Affine:
         """This map followed by a scale and shift per channel (the first axis of out_shape)."""
         raise NotImplementedError
-
-
-def convolved(x: Tensor) -> torch.memory_format:
-    """How maps should lie in memory for convolutions in float32: a CPU's are faster where channels lie last, a GPU's
-    where they do not."""
-    return torch.channels_last if x.device.type == "cpu" else torch.contiguous_format
 
 
 def _per_channel(value: Tensor, shape: Shape) -> Tensor:

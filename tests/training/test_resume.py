@@ -21,7 +21,7 @@ from tests.training.conftest import ListRecorder
 
 ARMS: dict[str, dict[str, Any]] = {
     "normal": {"augment": True, "ema": 0.9, "schedule": "cosine"},
-    "adversarial": {"contrastive": "double", "attack_steps": 2, "bn_batches": 2},
+    "adversarial": {"contrastive": "double", "attack_steps": 2, "bn_batches": 2, "optimizer": "muon"},
     "certified": {"eps_warmup": 0.5, "clean_weight": (1.0, 0.5), "ibp_regularizer": 0.5, "l1": 1e-5, "grad_clip": 1.0},
     "mtl-ibp": {"contrastive": "double", "embeddings": "attack", "encoder_supcon_weight": 0.5, "head": "method"},
 }
@@ -114,7 +114,8 @@ def test_a_checkpoint_of_another_training_is_refused(few_digits: Dataset) -> Non
     recorder = ListRecorder()
     train(recipe("normal", epochs=1), few_digits, recorder)
     _, state = recorder.kept[-1]
-    for how in (recipe("normal", width=0.25), recipe("normal", architecture="cnn5")):
+    others: list[dict[str, Any]] = [{"width": 0.25}, {"architecture": "cnn5"}, {"optimizer": "muon"}]
+    for how in (recipe("normal", **other) for other in others):
         with pytest.raises(ModelError, match="another architecture"):
             train(how, few_digits, ListRecorder(), before=state)
     with pytest.raises(ModelError, match="'train', which this training does not have"):

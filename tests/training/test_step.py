@@ -22,6 +22,7 @@ ASKING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique_co
 
 ARMS: dict[str, dict[str, Any]] = {
     "normal": {},
+    "normal, muon": {"optimizer": "muon", "weight_decay": 1e-3},
     "normal, supcon": {"contrastive": "single"},
     "adversarial": {"method": "adversarial", "attack_steps": 2},
     "adversarial, n-fgsm": {

@@ -82,7 +82,7 @@ def fit(
     steps = math.ceil(len(data.train) / recipe.batch_size)
     total = stage.epochs * steps
     # Summed up on the device: fetching a loss would wait for the device at every step.
-    at = Progress(model, step.optimizer, average, streams, first_epoch, torch.zeros((), device=step.device))
+    at = Progress(model, step.optimizers, average, streams, first_epoch, torch.zeros((), device=step.device))
     if before is not None:
         at.restore(before)
     kept = recorder.checkpoint(model, at.state(stage.name))

@@ -30,8 +30,9 @@ class Recipe:
         encoder_epochs: of the encoder of `double`.
         head_epochs: of the head of `double`.
         batch_size: images a step.
-        lr: Adam's learning rate.
-        weight_decay: Adam's.
+        optimizer: `adam`, or `muon` (Jordan et al. 2024), which leaves the head and all vectors to Adam.
+        lr: Adam's learning rate, and Muon's, whose steps are as large.
+        weight_decay: of the weights, added to their gradients.
         schedule: of the learning rate over a stage: `constant`, `cosine` or `linear` (both down to 0).
         temperature: τ of SupCon.
         supcon_weight: a in a * SupCon + (1 - a) * cross-entropy, for `single`.
@@ -89,6 +90,7 @@ class Recipe:
     encoder_epochs: int = 20
     head_epochs: int = 10
     batch_size: int = 128
+    optimizer: Literal["adam", "muon"] = "adam"
     lr: float = 1e-3
     weight_decay: float = 0.0
     schedule: Literal["constant", "cosine", "linear"] = "constant"

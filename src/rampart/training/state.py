@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,7 @@ class State:
         seen: images of that epoch, those that are done.
         best: the epoch whose weights are the stage's best so far.
         best_score: theirs.
-        tensors: weights (live, the best, the average's), the optimiser's moments, random states, by name.
+        tensors: weights (live, the best, the average's), the optimisers' moments, random states, by name.
     """
 
     stage: str
@@ -55,7 +55,7 @@ class Progress:
     """What changes in a stage as it is trained.
 
     Args:
-        optimizer: of the part that is trained.
+        optimizers: of the part that is trained.
         average: of the weights, if there is to be one.
         epoch: under way, as are `batch` and `seen`: as in State.
         loss_sum: of the images that the epoch has seen, on their device.
@@ -64,7 +64,7 @@ class Progress:
     """
 
     model: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizers: Sequence[torch.optim.Optimizer]
     average: AveragedModel | None
     streams: Streams
     epoch: int
@@ -109,20 +109,24 @@ class Progress:
         """
         try:
             self._restore(state)
-        except (KeyError, RuntimeError, ValueError) as error:
+        except (IndexError, KeyError, RuntimeError, ValueError) as error:
             raise ModelError(f"the checkpoint is of another architecture or recipe: {str(error)[:200]}") from error
 
     def _restore(self, state: State) -> None:
-        moments: dict[int, dict[str, Tensor]] = {}
+        moments: list[dict[int, dict[str, Tensor]]] = [{} for _ in self.optimizers]
         held = self._tensors()
         for name, value in state.tensors.items():
             kind, _, rest = name.partition("/")
             if kind == "optimizer":
-                index, _, key = rest.partition("/")
-                moments.setdefault(int(index), {})[key] = value
+                number, index, key = rest.split("/")
+                moments[int(number)].setdefault(int(index), {})[key] = value
             elif kind != "random":
                 held[name].copy_(value)
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+        for optimizer, by_weight in zip(self.optimizers, moments, strict=True):
+            blank = optimizer.state_dict()
+            if not by_weight.keys() <= {weight for group in blank["param_groups"] for weight in group["params"]}:
+                raise ValueError("moments of weights that the optimiser does not have")
+            optimizer.load_state_dict({**blank, "state": by_weight})
         self.epoch, self.batch, self.seen = state.epoch, state.batch, state.seen
         self.best, self.best_score = state.best, state.best_score
         # A copy: a generator's state must not lie in a file's memory.
@@ -135,7 +139,8 @@ class Progress:
         if self.average is not None:
             groups["average"] = self.average.state_dict()
         found = {f"{group}/{name}": value for group, values in groups.items() for name, value in values.items()}
-        for index, moments in self.optimizer.state_dict()["state"].items():
-            found |= {f"optimizer/{index}/{name}": value for name, value in moments.items()}
+        for number, optimizer in enumerate(self.optimizers):
+            for index, moments in optimizer.state_dict()["state"].items():
+                found |= {f"optimizer/{number}/{index}/{name}": value for name, value in moments.items()}
         found |= {"random/order": self.order, "random/device": self.streams.device.get_state()}
         return found | {"loss_sum": self.loss_sum}

@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from rampart.models import Classifier
 from rampart.training.criterion import Criterion
 from rampart.training.methods import Method
+from rampart.training.muon import Muon
 from rampart.training.recipe import Recipe
 from rampart.training.state import Streams
 
@@ -54,14 +55,21 @@ class Step:
         on_gpu = device.type == "cuda"
         if on_gpu:
             self.stream = torch.cuda.Stream(device)
-        self.optimizer = torch.optim.Adam(
-            trained.parameters(),
-            # A recorded step reads its learning rate from the GPU's memory.
-            lr=torch.tensor(recipe.lr, device=device) if on_gpu else recipe.lr,
-            weight_decay=recipe.weight_decay,
-            fused=True,
-            capturable=on_gpu,
-        )
+        # A recorded step reads its learning rate from the GPU's memory.
+        lr = torch.tensor(recipe.lr, device=device) if on_gpu else recipe.lr
+        matrices: list[nn.Parameter] = []
+        if recipe.optimizer == "muon":
+            # Each row of the head stands for a class by itself; it is Adam's, as are vectors.
+            head = {id(weight) for weight in model.head.parameters()}
+            matrices = [weight for weight in trained.parameters() if weight.dim() > 1 and id(weight) not in head]
+        chosen = {id(weight) for weight in matrices}
+        others = [weight for weight in trained.parameters() if id(weight) not in chosen]
+        decay = recipe.weight_decay
+        self.optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.Adam(others, lr=lr, weight_decay=decay, fused=True, capturable=on_gpu)
+        ]
+        if matrices:
+            self.optimizers.append(Muon(matrices, lr=lr, weight_decay=decay))
         self.average: AveragedModel | None = None
         if recipe.ema:
             self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True)
@@ -71,7 +79,7 @@ class Step:
 
     def __call__(self, x: Tensor, y: Tensor, eps: float, lr: float) -> Tensor:
         """The loss (a scalar, before the step) on x [B, C, H, W] in [0, 1], y [B], at radius eps (pixels)."""
-        for group in self.optimizer.param_groups:
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(lr)
             else:
@@ -101,11 +109,13 @@ class Step:
         loss = self.method.batch_loss(x, y, self.criterion, eps, self.streams.device)
         if recipe.l1:
             loss = loss + recipe.l1 * sum(weight.abs().sum() for weight in self.maps)
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if recipe.grad_clip:
             nn.utils.clip_grad_norm_(self.trained.parameters(), recipe.grad_clip)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         if self.average is not None:
             _average(self.average, self.model)
         return loss.detach()

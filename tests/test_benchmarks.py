@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.parametrize(
     "name",
     [
-        *("attacks", "bounds", "scaling", "tracking", "training", "tuning", "verification"),
+        *("attacks", "bounds", "muon", "scaling", "tracking", "training", "tuning", "verification"),
         pytest.param("gpu", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")),
     ],
 )

@@ -57,9 +57,10 @@ def orthogonalized(matrix: Tensor) -> Tensor:
     gram = wide @ wide.T
     a, b, c = COEFFICIENTS
     unit = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    product = unit
-    for _ in range(ROUNDS):
+    product = factor = a * unit + b * gram + c * gram @ gram
+    for _ in range(ROUNDS - 1):
+        gram = factor @ gram @ factor
         factor = a * unit + b * gram + c * gram @ gram
-        product, gram = factor @ product, factor @ gram @ factor
+        product = factor @ product
     wide = product @ wide
     return wide if wide.shape == matrix.shape else wide.T

@@ -52,24 +52,9 @@ class Step:
         self.maps = [m.weight for m in trained.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
         self.stream: torch.cuda.Stream | None = None
         self.device = device = next(model.parameters()).device
-        on_gpu = device.type == "cuda"
-        if on_gpu:
+        if device.type == "cuda":
             self.stream = torch.cuda.Stream(device)
-        # A recorded step reads its learning rate from the GPU's memory.
-        lr = torch.tensor(recipe.lr, device=device) if on_gpu else recipe.lr
-        matrices: list[nn.Parameter] = []
-        if recipe.optimizer == "muon":
-            # Each row of the head stands for a class by itself; it is Adam's, as are vectors.
-            head = {id(weight) for weight in model.head.parameters()}
-            matrices = [weight for weight in trained.parameters() if weight.dim() > 1 and id(weight) not in head]
-        chosen = {id(weight) for weight in matrices}
-        others = [weight for weight in trained.parameters() if id(weight) not in chosen]
-        decay = recipe.weight_decay
-        self.optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.Adam(others, lr=lr, weight_decay=decay, fused=True, capturable=on_gpu)
-        ]
-        if matrices:
-            self.optimizers.append(Muon(matrices, lr=lr, weight_decay=decay))
+        self.optimizers = _optimizers(trained, model.head, recipe, device)
         self.average: AveragedModel | None = None
         if recipe.ema:
             self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True)
@@ -119,6 +104,23 @@ class Step:
         if self.average is not None:
             _average(self.average, self.model)
         return loss.detach()
+
+
+def _optimizers(
+    trained: nn.Module, head: nn.Module, recipe: Recipe, device: torch.device
+) -> list[torch.optim.Optimizer]:
+    """Each weight of `trained` belongs to one of them."""
+    on_gpu = device.type == "cuda"
+    # A recorded step reads its learning rate from the GPU's memory.
+    lr = torch.tensor(recipe.lr, device=device) if on_gpu else recipe.lr
+    weights = list(trained.parameters())
+    # Muon's are the matrices between hidden layers: a row of the head stands for a class by itself.
+    apart = set(weights if recipe.optimizer == "adam" else head.parameters())
+    matrices = [weight for weight in weights if weight.dim() > 1 and weight not in apart]
+    others = [weight for weight in weights if weight.dim() <= 1 or weight in apart]
+    decay = recipe.weight_decay
+    adam = torch.optim.Adam(others, lr=lr, weight_decay=decay, fused=True, capturable=on_gpu)
+    return [adam, Muon(matrices, lr=lr, weight_decay=decay)] if matrices else [adam]
 
 
 class _Recorded:

@@ -20,12 +20,9 @@ from rampart.settings import CompareSettings, as_text, names, resolve
 from tests.conftest import Study
 from tests.reports.made import evaluation, finished
 
-# What rests on curves, embeddings or examples, which are not kept.
-PICTURED = {"geometry"}
-
 
 def tables_of(material: Material) -> dict[str, pd.DataFrame]:
-    return {s.name: s.table for s in sections(material) if s.table is not None and s.name not in PICTURED}
+    return {s.name: s.table for s in sections(material) if s.table is not None}
 
 
 @pytest.mark.parametrize("published", [True, False])
@@ -36,7 +33,7 @@ def test_evidence_in_files_gives_the_same_tables(published: bool, study: Study, 
     material = material_of(collect("0", CompareSettings()), read_baseline(str(baseline))[0] if published else None)
     keep(material, tmp_path / "kept")
     tables, again = tables_of(material), tables_of(read(tmp_path / "kept"))
-    assert {"accuracy", "attack_success", "verdicts", "claims", "costs", "commands", "trust"} <= set(tables)
+    assert {"accuracy", "attack_success", "verdicts", "claims", "costs", "commands", "trust", "geometry"} <= set(tables)
     assert ("published" in tables) == published
     assert set(again) == set(tables)
     for name, table in tables.items():

@@ -11,7 +11,8 @@ from rampart.errors import RampartError, SettingsError
 from rampart.reports.evidence import KEYS, Evidence
 from rampart.reports.sections import Material, material_of
 
-RUNS, VALUES, PUBLISHED, ABOUT, LEDGERS = "runs.csv", "values.csv", "published.csv", "about.json", "ledgers"
+RUNS, VALUES, PUBLISHED, ABOUT = "runs.csv", "values.csv", "published.csv", "about.json"
+LEDGERS, PLACES = "ledgers", "places"
 # What tables need of a run, beside how fast it trained; and who reads the files, to find it again.
 COLUMNS = (
     *(*KEYS, "seed", "step", "run_id", "model_run", "weights", "command", "start_time", "end_time"),
@@ -27,9 +28,9 @@ TYPES = dict.fromkeys(TEXTS, str) | {"augment": bool, "suspect": bool, "eps": fl
 
 
 def keep(material: Material, folder: Path) -> None:
-    """Writes runs.csv, values.csv, published.csv, about.json (the dataset and its classes) and ledgers/<run>.parquet
-    (less what images have withstood of corruptions) into `folder`, instead of what an earlier `keep` has left there.
-    Where the images lay on this machine is not told.
+    """Writes runs.csv, values.csv, published.csv, about.json (the dataset and its classes), ledgers/<run>.parquet (less
+    what images have withstood of corruptions) and places/<run>.parquet (the distances of embeddings) into `folder`,
+    instead of what an earlier `keep` has left there. Where the images lay on this machine is not told.
 
     Raises:
         RampartError: it cannot be written there.
@@ -41,24 +42,28 @@ def keep(material: Material, folder: Path) -> None:
     hidden = runs["command"].str.replace(FOLDER, "dataset=folder:PATH", regex=True)
     about = {"dataset": evidence.dataset, "classes": evidence.classes}
     try:
-        (folder / LEDGERS).mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         runs.assign(command=hidden).to_csv(folder / RUNS, index=False)
         evidence.values.to_csv(folder / VALUES, index=False)
         material.published.to_csv(folder / PUBLISHED, index=False)
         (folder / ABOUT).write_text(json.dumps(about) + "\n", encoding="utf-8")
-        for file in (folder / LEDGERS).glob("*.parquet"):
-            if file.stem not in evidence.ledgers:
-                file.unlink()
-        for run, ledger in evidence.ledgers.items():
-            columns = [name for name in ledger.columns if not str(name).startswith(LEFT_OUT)]
-            _small(ledger[columns]).to_parquet(folder / LEDGERS / f"{run}.parquet", index=False, compression="zstd")
+        homes = evidence.first("embed").set_index("arm")["run_id"]
+        tables = {LEDGERS: evidence.ledgers, PLACES: {homes[arm]: found for arm, found in evidence.places.items()}}
+        for name, found in tables.items():
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            for file in (folder / name).glob("*.parquet"):
+                if file.stem not in found:
+                    file.unlink()
+            for run, table in found.items():
+                columns = [column for column in table.columns if not str(column).startswith(LEFT_OUT)]
+                _small(table[columns]).to_parquet(folder / name / f"{run}.parquet", index=False, compression="zstd")
     except OSError as error:
         raise RampartError(f"evidence cannot be written to {folder} ({error.strerror}): make it writable") from error
 
 
-def _small(ledger: pd.DataFrame) -> pd.DataFrame:
-    whole = ledger.select_dtypes("integer").columns
-    return ledger.astype({name: pd.to_numeric(ledger[name], downcast="integer").dtype for name in whole})
+def _small(table: pd.DataFrame) -> pd.DataFrame:
+    whole = table.select_dtypes("integer").columns
+    return table.astype({name: pd.to_numeric(table[name], downcast="integer").dtype for name in whole})
 
 
 def _table(path: Path) -> pd.DataFrame:
@@ -67,7 +72,7 @@ def _table(path: Path) -> pd.DataFrame:
 
 
 def read(folder: Path) -> Material:
-    """What `keep` has written; without embeddings, adversarial examples and training curves.
+    """What `keep` has written; without pictures of embeddings, adversarial examples and training curves.
 
     Raises:
         SettingsError: there is no such folder, or it lacks a file.
@@ -79,6 +84,10 @@ def read(folder: Path) -> Material:
             runs[name] = pd.to_datetime(runs[name])
         tried = runs.loc[runs["step"].isin(["evaluate", "verify"]), "run_id"]
         ledgers = {run: pd.read_parquet(folder / LEDGERS / f"{run}.parquet") for run in tried}
+        embedded = runs[runs["step"] == "embed"].drop_duplicates("arm").set_index("arm")["run_id"]
+        files = {arm: folder / PLACES / f"{run}.parquet" for arm, run in embedded.items()}
+        # Not every embedding has left its distances behind.
+        places = {str(arm): pd.read_parquet(file) for arm, file in files.items() if file.exists()}
     except (OSError, ValueError, KeyError) as error:
         said = " ".join(str(error).split())
         raise SettingsError(f"no evidence in '{folder}' ({said}): let compare export it there") from error
@@ -87,7 +96,7 @@ def read(folder: Path) -> Material:
         ledgers=ledgers,
         values=values,
         points={},
-        places={},
+        places=places,
         examples={},
         curves=pd.DataFrame(columns=[*KEYS, "seed", "stage", "metric", "epoch", "value"]),
         classes=tuple(about["classes"]),

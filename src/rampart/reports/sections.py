@@ -233,28 +233,28 @@ def _trust(given: Material) -> Iterator[Section]:
 
 def _embeddings(given: Material) -> Iterator[Section]:
     evidence = given.evidence
-    if not evidence.points:
-        return
-    yield Section(
-        "umap",
-        "Embeddings with and without SupCon (the study's Figure 1)",
-        "UMAP of the encoder's embeddings of test images, coloured by class; crosses are misclassified.",
-        drawing=charts.umap(evidence.points, evidence.classes),
-        steps=("embed",),
-    )
+    if evidence.points:
+        yield Section(
+            "umap",
+            "Embeddings with and without SupCon (the study's Figure 1)",
+            "UMAP of the encoder's embeddings of test images, coloured by class; crosses are misclassified.",
+            drawing=charts.umap(evidence.points, evidence.classes),
+            steps=("embed",),
+        )
     eps = derived.reference_eps(evidence)
     if eps is None:
         return
     known = {arm: derived.statuses(evidence, arm, eps) for arm in evidence.points | evidence.places}
     shown = {arm: f.assign(status=f["image"].map(known[arm]).fillna("open")) for arm, f in evidence.points.items()}
-    yield Section(
-        "umap_status",
-        f"The same by what is known of them at ε {eps_text(eps)}",
-        "proved: robust, by bounds or by branch and bound; broken: by an attack or a search; open: neither, or "
-        "not tried.",
-        drawing=charts.umap_status(shown),
-        steps=("embed",),
-    )
+    if shown:
+        yield Section(
+            "umap_status",
+            f"The same by what is known of them at ε {eps_text(eps)}",
+            "proved: robust, by bounds or by branch and bound; broken: by an attack or a search; open: neither, or "
+            "not tried.",
+            drawing=charts.umap_status(shown),
+            steps=("embed",),
+        )
     points = derived.geometry(evidence, known)
     if len(points):
         certified = points[np.isfinite(points["certificate"])]

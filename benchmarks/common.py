@@ -13,6 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+import torch
+
+from rampart.models import build_model
+from rampart.training import Recipe
+from rampart.training.state import Streams
+from rampart.training.step import Step
+from rampart.training.train import stages
+
+BATCH = 128
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,17 @@ def in_turn(contenders: dict[str, Callable[[], object]], repeats: int) -> dict[s
             call()
             seconds[name].append(time.perf_counter() - started)
     return {name: statistics.median(found) for name, found in seconds.items()}
+
+
+def training_step(recipe: Recipe, device: str = "cpu") -> Callable[[], object]:
+    """A step as `train` takes it, on one batch of noise."""
+    torch.manual_seed(0)
+    model = build_model(recipe.architecture).to(device).train()
+    (stage,) = stages(recipe, model)
+    streams = Streams(torch.Generator(), torch.Generator(device).manual_seed(0))
+    step = Step(stage.trained, model, stage.method, stage.criterion, recipe, streams)
+    x, y = torch.rand(BATCH, 3, 32, 32, device=device), torch.randint(10, (BATCH,), device=device)
+    return lambda: step(x, y, recipe.eps, recipe.lr)
 
 
 def peak_memory(target: Callable[..., Callable[[], object]], *given: object) -> float:

@@ -17,14 +17,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import Row, options, show
-from rampart.models import build_model
+from benchmarks.common import BATCH, Row, options, show, training_step
 from rampart.training import Recipe
 from rampart.training import step as steps
-from rampart.training.state import Streams
-from rampart.training.train import stages
 
-BATCH = 128
 FIRST = steps.BEFORE_RECORDING
 RECIPES: dict[str, dict[str, Any]] = {
     "normal": {},
@@ -37,27 +33,18 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-def stepping(name: str, recorded: bool) -> Callable[[], None]:
+def stepping(name: str, recorded: bool) -> Callable[[], object]:
     """Steps on one batch, the first of them done; one kind at a time."""
     steps.BEFORE_RECORDING = FIRST if recorded else sys.maxsize
-    torch.manual_seed(0)
     torch.backends.cudnn.deterministic = True
-    recipe, model = Recipe(**RECIPES[name]), build_model().cuda()
-    (stage,) = stages(recipe, model)
-    streams = Streams(torch.Generator(), torch.Generator("cuda").manual_seed(0))
-    step = steps.Step(stage.trained, model.train(), stage.method, stage.criterion, recipe, streams)
-    x, y = torch.rand(BATCH, 3, 32, 32, device="cuda"), torch.randint(10, (BATCH,), device="cuda")
-
-    def call() -> None:
-        step(x, y, recipe.eps, recipe.lr)
-
+    call = training_step(Recipe(**RECIPES[name]), "cuda")
     for _ in range(2 * FIRST):
         call()
     torch.cuda.synchronize()
     return call
 
 
-def images_a_second(call: Callable[[], None], seconds: float) -> float:
+def images_a_second(call: Callable[[], object], seconds: float) -> float:
     """The median of five times."""
     found = []
     for _ in range(5):

@@ -11,16 +11,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.common import Row, in_turn, options, show
+from benchmarks.common import BATCH, Row, in_turn, options, show, training_step
 from rampart.memory import keep_freed_memory
 from rampart.models import build_model
 from rampart.training import Recipe
 from rampart.training.muon import COEFFICIENTS, ROUNDS, orthogonalized
-from rampart.training.state import Streams
-from rampart.training.step import Step
-from rampart.training.train import stages
 
-BATCH = 128
+STEPS = 5  # a call
 
 
 def by_rounds(matrix: Tensor) -> Tensor:
@@ -32,15 +29,6 @@ def by_rounds(matrix: Tensor) -> Tensor:
         gram = wide @ wide.T
         wide = a * wide + (b * gram + c * gram @ gram) @ wide
     return wide if wide.shape == matrix.shape else wide.T
-
-
-def stepping(optimizer: str) -> Callable[[], object]:
-    recipe, model = Recipe(optimizer=optimizer), build_model().train()  # type: ignore[arg-type]
-    (stage,) = stages(recipe, model)
-    streams = Streams(torch.Generator(), torch.Generator().manual_seed(0))
-    step = Step(stage.trained, model, stage.method, stage.criterion, recipe, streams)
-    x, y = torch.rand(BATCH, 3, 32, 32), torch.randint(10, (BATCH,))
-    return lambda: [step(x, y, 0.0, recipe.lr) for _ in range(5)]
 
 
 def main() -> None:
@@ -57,8 +45,12 @@ def main() -> None:
     rows = [
         Row("orthogonalised weights", "ms", 1e3 * found["ours"], 1e3 * found["rounds"], found["rounds"] / found["ours"])
     ]
-    steps = in_turn({name: stepping(name) for name in ("muon", "adam")}, turns)
-    speed = {name: 5 * BATCH / seconds for name, seconds in steps.items()}
+    muon, adam = training_step(Recipe(optimizer="muon")), training_step(Recipe(optimizer="adam"))
+    calls: dict[str, Callable[[], object]] = {
+        "muon": lambda: [muon() for _ in range(STEPS)],
+        "adam": lambda: [adam() for _ in range(STEPS)],
+    }
+    speed = {name: STEPS * BATCH / seconds for name, seconds in in_turn(calls, turns).items()}
     rows.append(Row("training step", "images/s", speed["muon"], speed["adam"], speed["muon"] / speed["adam"]))
     show(f"Muon on paper-cnn, {given.threads} threads, medians of {turns}", rows, given.json)
 

@@ -25,7 +25,7 @@ from torch.utils.data import Dataset as TorchDataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
-from benchmarks.common import Row, in_turn, options, show
+from benchmarks.common import BATCH, Row, in_turn, options, show
 from rampart.data import Augmentation, Dataset, Split, load_dataset, to_pixels
 from rampart.evaluation import AttackPlan, evaluate
 from rampart.kernels import compiling
@@ -35,7 +35,6 @@ from rampart.training.loop import fit
 from rampart.training.state import State, Streams
 from rampart.training.train import stages
 
-BATCH = 128
 EPS, STEP, STEPS = 8 / 510, 2 / 510, 10
 SIZE = 8192
 # The study's list, on its own scale.

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from rampart.models import build_model
 from rampart.training import Recipe
 from rampart.training.muon import COEFFICIENTS, ROUNDS, Muon, orthogonalized
+from rampart.training.recipe import Contrastive
 from rampart.training.state import Streams
 from rampart.training.step import Step
 from rampart.training.train import stages
@@ -76,8 +77,8 @@ def test_a_step_is_as_long_as_adams() -> None:
 
 
 @pytest.mark.parametrize("contrastive", ["none", "double"])
-def test_every_weight_has_one_optimiser(contrastive: str) -> None:
-    recipe = Recipe(optimizer="muon", width=0.125, contrastive=contrastive)  # type: ignore[arg-type]
+def test_every_weight_has_one_optimiser(contrastive: Contrastive) -> None:
+    recipe = Recipe(optimizer="muon", width=0.125, contrastive=contrastive)
     model = build_model("paper-cnn", (3, 32, 32), 10, recipe.width)
     heads = {id(weight) for weight in model.head.parameters()}
     for stage in stages(recipe, model):

@@ -34,7 +34,7 @@ TYPES = dict.fromkeys(TEXTS, str) | {"augment": bool, "suspect": bool, "eps": fl
 
 def keep(material: Material, folder: Path) -> None:
     """Writes runs.csv, values.csv, published.csv, about.json (the dataset and its classes), ledgers/<run>.parquet (less
-    what images have withstood of corruptions) and places/<run>.parquet (the distances of embeddings) into `folder`,
+    what images have withstood of corruptions) and places/<arm>.parquet (the distances of embeddings) into `folder`,
     instead of what an earlier `keep` has left there. Where the images lay on this machine is not told.
 
     Raises:
@@ -52,9 +52,8 @@ def keep(material: Material, folder: Path) -> None:
         evidence.values.to_csv(folder / VALUES, index=False)
         material.published.to_csv(folder / PUBLISHED, index=False)
         (folder / ABOUT).write_text(json.dumps(about) + "\n", encoding="utf-8")
-        homes = evidence.first("embed").set_index("arm")["run_id"]
         _keep_tables(evidence.ledgers, folder / LEDGERS)
-        _keep_tables({homes[arm]: table for arm, table in evidence.places.items()}, folder / PLACES, **OF_FLOATS)
+        _keep_tables(evidence.places, folder / PLACES, **OF_FLOATS)
     except OSError as error:
         raise RampartError(f"evidence cannot be written to {folder} ({error.strerror}): make it writable") from error
 
@@ -64,9 +63,9 @@ def _keep_tables(tables: Mapping[str, pd.DataFrame], folder: Path, **packed: Any
     for file in folder.glob("*.parquet"):
         if file.stem not in tables:
             file.unlink()
-    for run, table in tables.items():
-        columns = [name for name in table.columns if not str(name).startswith(LEFT_OUT)]
-        path = folder / f"{run}.parquet"
+    for name, table in tables.items():
+        columns = [column for column in table.columns if not str(column).startswith(LEFT_OUT)]
+        path = folder / f"{name}.parquet"
         _small(table[columns]).to_parquet(path, index=False, compression="zstd", **packed)
 
 
@@ -94,10 +93,8 @@ def read(folder: Path) -> Material:
             runs[name] = pd.to_datetime(runs[name])
         tried = runs.loc[runs["step"].isin(["evaluate", "verify"]), "run_id"]
         ledgers = {run: pd.read_parquet(folder / LEDGERS / f"{run}.parquet") for run in tried}
-        embedded = runs[runs["step"] == "embed"].drop_duplicates("arm").set_index("arm")["run_id"]
-        files = {arm: folder / PLACES / f"{run}.parquet" for arm, run in embedded.items()}
-        # Not every embedding has left its distances behind.
-        places = {str(arm): pd.read_parquet(file) for arm, file in files.items() if file.exists()}
+        # Of those arms that were embedded: there need be none.
+        places = {file.stem: pd.read_parquet(file) for file in (folder / PLACES).glob("*.parquet")}
     except (OSError, ValueError, KeyError) as error:
         said = " ".join(str(error).split())
         raise SettingsError(f"no evidence in '{folder}' ({said}): let compare export it there") from error

@@ -14,6 +14,7 @@ from rampart.bounds.margins import METHODS, margin_bounds
 from rampart.data import Augmentation, Dataset, to_pixels
 from rampart.evaluation import AttackPlan, CertificationPlan, TrustPlan, certify, evaluate, trust
 from rampart.models import Classifier
+from rampart.models.links import MANY, Conv
 from rampart.training import Recipe, step, train
 from rampart.training.methods import METHODS as TRAINING
 from rampart.training.methods import Normal
@@ -89,8 +90,10 @@ def test_a_method_that_waits_is_told_of_and_not_recorded(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setitem(TRAINING, "normal", Waiting)
+    recipe = Recipe(**{**SHORT, "epochs": 4})
+    assert recipe.epochs * (len(few_digits.train) // recipe.batch_size) > step.PATIENCE
     with caplog.at_level(logging.WARNING):
-        weights(Recipe(**SHORT), few_digits)
+        weights(recipe, few_digits)
     assert not recordings
     assert caplog.text.count("waits for the GPU") == 1
 
@@ -111,6 +114,22 @@ def test_bounds(method: Any, trained: Classifier, digits: Dataset) -> None:
     rows = torch.isfinite(here)
     scale = here[rows].abs().max()
     assert (here[rows] - there[rows]).abs().max() < (2e-2 if method == "alpha-crown" else 1e-4) * scale
+
+
+def test_many_maps_go_back_through_a_strided_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gradients(device: str) -> tuple[Tensor, ...]:
+        weight, a, of_image = (tensor.to(device) for tensor in drawn)
+        link = Conv(weight.requires_grad_(), weight[:, 0, 0, 0], (2, 2), (1, 1), (1, 1), 1, (8, 16, 16))
+        found = link.pull(a.requires_grad_())
+        return tuple(tensor.cpu() for tensor in (found, *torch.autograd.grad(found, (a, weight), of_image)))
+
+    torch.manual_seed(0)
+    drawn = torch.randn(32, 8, 3, 3), torch.randn(MANY, 32, 8, 8), torch.randn(MANY, 8, 16, 16)
+    expected = gradients("cpu")
+    # Where a GPU had another way.
+    monkeypatch.setattr(torch.nn.functional, "conv_transpose2d", None)
+    for mine, reference in zip(gradients("cuda"), expected, strict=True):
+        assert (mine - reference).abs().max() < 1e-4 * reference.abs().max()
 
 
 def test_bounds_keep_to_their_memory(trained: Classifier, digits: Dataset) -> None:

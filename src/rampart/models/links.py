@@ -6,12 +6,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from rampart.kernels import convolved
+from rampart.models import pulling
+from rampart.models.pulling import Geometry
 
 Shape = tuple[int, ...]
+# Rows from which on products of matrices are the faster way through a strided convolution on a GPU.
+MANY = 1024
 
 
 class Affine:
@@ -65,6 +70,11 @@ class Conv(Affine):
         ]
         return (len(self.weight), *sizes)
 
+    @property
+    def geometry(self) -> Geometry:
+        (_, *kernel), (_, *size) = self.weight.shape[1:], self.in_shape
+        return Geometry((kernel[0], kernel[1]), self.stride, self.padding, self.dilation, (size[0], size[1]))
+
     def _conv(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
@@ -75,6 +85,9 @@ class Conv(Affine):
         return self._conv(r, self.weight.abs(), None)
 
     def pull(self, a: Tensor) -> Tensor:
+        # These products take more memory, which is capped where no gradients are asked for.
+        if a.is_cuda and len(a) >= MANY and max(self.stride) > 1 and self.groups == 1 and torch.is_grad_enabled():
+            return pulling.pull(a, self.weight, self.geometry)
         # Rows and columns that a stride skips at the far edge get no gradient otherwise.
         missing = [
             size - ((out - 1) * stride - 2 * padding + dilation * (kernel - 1) + 1)

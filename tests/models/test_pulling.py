@@ -1,0 +1,46 @@
+"""Products of matrices give what a transposed convolution does, and its derivatives."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from rampart.models.links import Conv
+from rampart.models.pulling import pull
+
+pairs = st.tuples(st.integers(1, 3), st.integers(1, 3))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    kernel=pairs,
+    stride=pairs,
+    padding=st.tuples(st.integers(0, 3), st.integers(0, 3)),
+    dilation=pairs,
+    size=st.tuples(st.integers(1, 8), st.integers(1, 8)),
+    rows=st.integers(1, 6),
+)
+def test_it_is_the_transpose(kernel, stride, padding, dilation, size, rows: int) -> None:
+    assume(all(s + 2 * p >= d * (k - 1) + 1 for s, p, d, k in zip(size, padding, dilation, kernel, strict=True)))
+    weight = torch.randn(4, 2, *kernel).double().requires_grad_()
+    link = Conv(weight, torch.zeros(4).double(), stride, padding, dilation, 1, (2, *size))
+    a = torch.randn(rows, *link.out_shape).double().requires_grad_()
+    expected, found = link.pull(a), pull(a, weight, link.geometry)
+    assert torch.allclose(found, expected, rtol=0, atol=1e-12)
+    of_image = torch.randn_like(expected)
+    for mine, reference in zip(
+        torch.autograd.grad(found, (a, weight), of_image),
+        torch.autograd.grad(expected, (a, weight), of_image),
+        strict=True,
+    ):
+        assert torch.allclose(mine, reference, rtol=0, atol=1e-11)
+
+
+def test_only_what_is_asked_for_gets_a_gradient() -> None:
+    weight, a = torch.randn(4, 2, 3, 3), torch.randn(3, 4, 2, 2, requires_grad=True)
+    link = Conv(weight, torch.zeros(4), (2, 2), (1, 1), (1, 1), 1, (2, 4, 4))
+    found = pull(a, weight, link.geometry)
+    (to_a,) = torch.autograd.grad(found.sum(), a)
+    assert torch.allclose(to_a, torch.autograd.grad(link.pull(a).sum(), a)[0], atol=1e-5)
+    assert not pull(a.detach(), weight, link.geometry).requires_grad

@@ -59,10 +59,10 @@ def in_turn(contenders: dict[str, Callable[[], object]], repeats: int) -> dict[s
 
 
 def training_step(recipe: Recipe, device: str = "cpu") -> Callable[[], object]:
-    """A step as `train` takes it, on one batch of noise."""
+    """A step as `train` takes it (of an encoder, where there are two stages), on one batch of noise."""
     torch.manual_seed(0)
     model = build_model(recipe.architecture).to(device).train()
-    (stage,) = stages(recipe, model)
+    stage, *_ = stages(recipe, model)
     streams = Streams(torch.Generator(), torch.Generator(device).manual_seed(0))
     step = Step(stage.trained, model, stage.method, stage.criterion, recipe, streams)
     x, y = torch.rand(BATCH, 3, 32, 32, device=device), torch.randint(10, (BATCH,), device=device)

@@ -27,9 +27,12 @@ RECIPES: dict[str, dict[str, Any]] = {
     "normal, bf16": {"precision": "bf16"},
     "adversarial": {"method": "adversarial", "eps": 4 / 255},
     "adversarial, bf16": {"method": "adversarial", "eps": 4 / 255, "precision": "bf16"},
+    "adversarial, supcon": {"method": "adversarial", "eps": 4 / 255, "contrastive": "double"},
     "mtl-ibp": {"method": "mtl-ibp", "eps": 1 / 255, "attack_steps": 1, "grad_clip": 10.0},
     "certified": {"method": "certified", "eps": 1 / 255},
     "certified, fused": {"method": "certified", "eps": 1 / 255, "certified_loss": "fused"},
+    "certified, study": {"method": "certified", "eps": 1 / 255, "certified_loss": "logit-lower"},
+    "certified, supcon": {"method": "certified", "eps": 1 / 255, "contrastive": "double"},
 }
 
 

@@ -6,14 +6,24 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from rampart.data import Dataset, to_pixels
 from rampart.models import Chain, Classifier, Normalize, build_model
 from rampart.models.links import Affine, ReLU
+from rampart.models.pulling import Geometry
 
 CLASSES = 4
 M = TypeVar("M", bound=nn.Module)
+
+
+def convolutions() -> st.SearchStrategy[Geometry]:
+    """Small ones of one group, whose kernels fit into their padded images."""
+    pairs = st.tuples(st.integers(1, 3), st.integers(1, 3))
+    paddings, sizes = st.tuples(*[st.integers(0, 3)] * 2), st.tuples(*[st.integers(1, 8)] * 2)
+    drawn = st.builds(Geometry, pairs, pairs, paddings, pairs, sizes)
+    return drawn.filter(lambda g: all(n + 2 * p >= s for n, p, s in zip(g.in_size, g.padding, g.spans, strict=True)))
 
 
 def randomised(model: M) -> M:

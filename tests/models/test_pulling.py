@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rampart.models.links import Conv
-from rampart.models.pulling import pull
-
-pairs = st.tuples(st.integers(1, 3), st.integers(1, 3))
+from rampart.models.pulling import Geometry, pull
+from tests.nets import convolutions
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    kernel=pairs,
-    stride=pairs,
-    padding=st.tuples(st.integers(0, 3), st.integers(0, 3)),
-    dilation=pairs,
-    size=st.tuples(st.integers(1, 8), st.integers(1, 8)),
-    rows=st.integers(1, 6),
-)
-def test_it_is_the_transpose(kernel, stride, padding, dilation, size, rows: int) -> None:
-    assume(all(s + 2 * p >= d * (k - 1) + 1 for s, p, d, k in zip(size, padding, dilation, kernel, strict=True)))
+@given(convolutions(), st.integers(1, 6))
+def test_it_is_the_transpose(geometry: Geometry, rows: int) -> None:
+    kernel, stride, padding, dilation, size = geometry
     weight = torch.randn(4, 2, *kernel).double().requires_grad_()
     link = Conv(weight, torch.zeros(4).double(), stride, padding, dilation, 1, (2, *size))
     a = torch.randn(rows, *link.out_shape).double().requires_grad_()

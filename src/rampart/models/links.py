@@ -15,7 +15,7 @@ from rampart.models import pulling
 from rampart.models.pulling import Geometry
 
 Shape = tuple[int, ...]
-# Rows from which on a GPU goes back through a strided convolution by products of matrices: measured with 16,384 of them.
+# Rows from which on a GPU goes back through a strided convolution by products of matrices; measured with 16,384.
 MANY = 1024
 
 

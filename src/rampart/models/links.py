@@ -63,9 +63,9 @@ class Conv(Affine):
     @cached_property
     def out_shape(self) -> Shape:  # type: ignore[override]
         sizes = [
-            (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-            for size, stride, padding, dilation, kernel in zip(
-                self.in_shape[1:], self.stride, self.padding, self.dilation, self.weight.shape[2:], strict=True
+            (size + 2 * padding - span) // stride + 1
+            for size, stride, padding, span in zip(
+                self.in_shape[1:], self.stride, self.padding, self.geometry.spans, strict=True
             )
         ]
         return (len(self.weight), *sizes)
@@ -90,15 +90,9 @@ class Conv(Affine):
             return pulling.pull(a, self.weight, self.geometry)
         # Rows and columns that a stride skips at the far edge get no gradient otherwise.
         missing = [
-            size - ((out - 1) * stride - 2 * padding + dilation * (kernel - 1) + 1)
-            for size, out, stride, padding, dilation, kernel in zip(
-                self.in_shape[1:],
-                self.out_shape[1:],
-                self.stride,
-                self.padding,
-                self.dilation,
-                self.weight.shape[2:],
-                strict=True,
+            size - ((out - 1) * stride - 2 * padding + span)
+            for size, out, stride, padding, span in zip(
+                self.in_shape[1:], self.out_shape[1:], self.stride, self.padding, self.geometry.spans, strict=True
             )
         ]
         return F.conv_transpose2d(a, self.weight, None, self.stride, self.padding, missing, self.groups, self.dilation)

@@ -31,7 +31,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no loss is asked for again
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # torch's may return a loss
         for group in self.param_groups:
             for weight in group["params"]:
                 if weight.grad is None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import count
+from threading import Event
+
 import pandas as pd
 import pytest
 import torch
@@ -123,20 +126,26 @@ def test_images_side_by_side_get_the_same_verdicts(network: nn.Module, digits: D
     assert torch.get_num_threads() == 2
 
 
-def test_an_error_of_one_image_stops_those_beside_it(
+def test_after_an_error_of_one_image_none_is_begun_and_those_beside_it_are_kept(
     network: nn.Module, digits: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.set_num_threads(2)
-    asked = []
+    asked = count()
+    failed = Event()
 
     def failing(*given: object, **named: object) -> Verdict:
-        asked.append(given)
+        if next(asked) == 0:
+            assert failed.wait(60)
+            return Verdict("unknown", -1.0, None, 0, 0.0, "branch and bound")
+        failed.set()
         raise ModelError("no more")
 
     monkeypatch.setattr(split, "verify", failing)
+    progress = Progress()
     with pytest.raises(ModelError, match="no more"):
-        verify_split(network, digits.test, VerificationPlan(eps=0.03, images=60, images_at_once=2))
-    assert len(asked) < 10
+        verify_split(network, digits.test, VerificationPlan(eps=0.03, images=60, images_at_once=2), progress)
+    assert next(asked) == 2
+    assert progress.ledger["verdict"].dropna().tolist() == ["unknown"]
     assert torch.get_num_threads() == 2
 
 

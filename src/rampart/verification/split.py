@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import pandas as pd
@@ -33,6 +34,8 @@ COLUMNS = (
     *("counterexample_prediction", "radius"),
     *(f"seconds/{stage}" for stage in STAGES),
 )
+# An image's row, and its counterexample.
+Settled = tuple[dict[str, object], Tensor | None]
 # Halvings of the interval in which an image's radius lies.
 RADIUS_STEPS = 6
 
@@ -141,7 +144,7 @@ def verify_split(
 
     layout = find_layout(model, to_pixels(split.images[:1])) if plan.engine == "native" else None
 
-    def settle(index: int) -> tuple[dict[str, object], Tensor | None]:
+    def settle(index: int) -> Settled:
         return _settle(model, layout, split, plan, index, known.get(index))
 
     # Neither auto_LiRPA nor another verifier is made for threads.
@@ -187,8 +190,7 @@ def _settle(
     plan: VerificationPlan,
     index: int,
     known: Verdict | None,
-) -> tuple[dict[str, object], Tensor | None]:
-    """An image's row, and its counterexample."""
+) -> Settled:
     image, label = to_pixels(split.images[index]), int(split.labels[index])
     prediction = int(predict(model, image[None]))
     row: dict[str, object] = {"image": index, "label": label, "prediction": prediction, "correct": prediction == label}
@@ -235,20 +237,24 @@ def _radius(ask: Callable[[float, float, bool], Verdict], status: str, plan: Ver
     return low
 
 
-def _side_by_side(
-    settle: Callable[[int], tuple[dict[str, object], Tensor | None]], images: list[int], count: int
-) -> Iterator[tuple[dict[str, object], Tensor | None]]:
+def _side_by_side(settle: Callable[[int], Settled], images: list[int], count: int) -> Iterator[Settled]:
     """The images' rows as they are finished. PyTorch leaves Python's lock while it computes: threads are enough."""
     if count == 1:
         yield from map(settle, images)
         return
+    left = iter(images)
     with _threads(max(torch.get_num_threads() // count, 1)), ThreadPoolExecutor(count) as pool:
-        futures = [pool.submit(settle, image) for image in images]
-        try:
-            for future in as_completed(futures):
-                yield future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        # No more at a time than there are threads: after an error nothing is begun, and what runs is still kept.
+        running = {pool.submit(settle, image) for image in islice(left, count)}
+        failed: list[Future[Settled]] = []
+        while running:
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            failed += [future for future in done if future.exception()]
+            if not failed:
+                running |= {pool.submit(settle, image) for image in islice(left, len(done))}
+            yield from (future.result() for future in done if not future.exception())
+        for future in failed:
+            future.result()
 
 
 @contextmanager

@@ -48,8 +48,8 @@ def receptive_field(chain: Chain, value: int) -> int | None:
         largest = max(largest, link.out_shape[0] * rows.size * columns.size)
         if isinstance(link, Conv):
             rows, columns = (
-                extent.through(link.stride[axis], link.padding[axis], _reach(link, axis))
-                for axis, extent in enumerate((rows, columns))
+                extent.through(*along)
+                for extent, *along in zip((rows, columns), link.stride, link.padding, link.geometry.spans, strict=True)
             )
             largest = max(largest, link.in_shape[0] * rows.size * columns.size)
         for source in chain.sources[place]:
@@ -58,10 +58,6 @@ def receptive_field(chain: Chain, value: int) -> int | None:
                 return None  # branches that walk the map at different paces
             extents[source] = [rows.joined(other[0]), columns.joined(other[1])]
     return largest
-
-
-def _reach(link: Conv, axis: int) -> int:
-    return link.dilation[axis] * (link.weight.shape[2 + axis] - 1) + 1
 
 
 class _Window(NamedTuple):
@@ -96,8 +92,7 @@ class _Window(NamedTuple):
         weight = conv.weight.permute(0, 2, 3, 1).reshape(conv.groups, channels // conv.groups, -1)
         columns = (by_group @ weight).view(conv.groups, rows, height, width, *kernel, -1)
         reach = [
-            (size - 1) * s + d * (k - 1) + 1
-            for size, s, d, k in zip((height, width), stride, dilation, kernel, strict=True)
+            (size - 1) * s + span for size, s, span in zip((height, width), stride, conv.geometry.spans, strict=True)
         ]
         total = self.a.new_zeros(rows, *reach, conv.groups, columns.shape[-1])
         for i in range(kernel[0]):

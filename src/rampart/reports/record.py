@@ -25,9 +25,8 @@ SPEED = "/images_per_second"
 FOLDER = r"'dataset=folder:[^']*'|dataset=folder:\S*"
 # Of a ledger, what is computed here already and takes most of its room.
 LEFT_OUT = "withstood/"
-# To how many steps of 1 single-precision numbers, which are distances, are kept, and how: a third of their room.
+# To how many steps of 1 single-precision numbers, which are distances, are kept.
 STEPS = 2**12
-OF_FLOATS = {"use_dictionary": False, "use_byte_stream_split": True}
 TEXTS = ("seed", "run", "run_id", "model_run", "weights", "command", "params.selection")
 TYPES = dict.fromkeys(TEXTS, str) | {"augment": bool, "suspect": bool, "eps": float, "value": float}
 
@@ -53,20 +52,28 @@ def keep(material: Material, folder: Path) -> None:
         material.published.to_csv(folder / PUBLISHED, index=False)
         (folder / ABOUT).write_text(json.dumps(about) + "\n", encoding="utf-8")
         _keep_tables(evidence.ledgers, folder / LEDGERS)
-        _keep_tables(evidence.places, folder / PLACES, **OF_FLOATS)
+        _keep_tables(evidence.places, folder / PLACES)
     except OSError as error:
         raise RampartError(f"evidence cannot be written to {folder} ({error.strerror}): make it writable") from error
 
 
-def _keep_tables(tables: Mapping[str, pd.DataFrame], folder: Path, **packed: Any) -> None:
+def _keep_tables(tables: Mapping[str, pd.DataFrame], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for file in folder.glob("*.parquet"):
         if file.stem not in tables:
             file.unlink()
     for name, table in tables.items():
         columns = [column for column in table.columns if not str(column).startswith(LEFT_OUT)]
-        path = folder / f"{name}.parquet"
-        _small(table[columns]).to_parquet(path, index=False, compression="zstd", **packed)
+        small = _small(table[columns])
+        small.to_parquet(folder / f"{name}.parquet", index=False, compression="zstd", **_packed(small))
+
+
+def _packed(table: pd.DataFrame) -> dict[str, Any]:
+    """How columns are written that hardly ever hold a value twice; as others are, they take three times the room."""
+    rough = dict.fromkeys(table.select_dtypes("float32"), "BYTE_STREAM_SPLIT")
+    encoding = {"image": "DELTA_BINARY_PACKED"} | rough
+    others = [name for name in table if name not in encoding]
+    return {"column_encoding": encoding, "use_dictionary": others, "write_statistics": False}
 
 
 def _small(table: pd.DataFrame) -> pd.DataFrame:

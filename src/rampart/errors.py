@@ -51,7 +51,7 @@ class BoundError(RampartError):
 
 
 class TrainingDiverged(RampartError):
-    """A loss that became NaN or infinite."""
+    """A loss that became NaN or infinite, or a network whose output no image changes any more."""
 
 
 def without_password(text: str) -> str:

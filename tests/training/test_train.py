@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from rampart.bounds.box import pixel_box
 from rampart.bounds.margins import chain_bounds, margin_spec
 from rampart.data import Augmentation, Dataset, Split, to_pixels
 from rampart.errors import TrainingDiverged
-from rampart.models import Classifier, Layout, interval_init
+from rampart.models import Classifier, Layout, build_model, interval_init
 from rampart.training import Recipe, train
 from tests.training.conftest import ListRecorder
 
@@ -248,8 +250,6 @@ def test_a_checkpoint_that_is_called_good_is_good(few_digits: Dataset, recorder:
 
 
 def fresh(state: dict[str, Tensor]) -> Classifier:
-    from rampart.models import build_model
-
     model = build_model(width=0.125).eval()
     model.load_state_dict(state)
     return model
@@ -263,6 +263,24 @@ def test_weights_that_are_nan_are_reported(few_digits: Dataset, recorder: ListRe
     with pytest.raises(TrainingDiverged, match="nan"):
         train(recipe(augment=True), few_digits, recorder, augmentation=NaN())
     assert len(recorder.states) == 1, "no checkpoint is written after the loss became NaN"
+
+
+@pytest.mark.parametrize("contrastive", ["none", "double"])
+def test_a_network_that_has_died_is_reported(
+    contrastive: str, few_digits: Dataset, recorder: ListRecorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many do at too high a learning rate: no gradient passes a layer of ReLUs that are 0 for every image."""
+
+    def dead(*given: Any) -> Classifier:
+        model = build_model(*given)
+        with torch.no_grad():
+            model.encoder.projection[0].bias.fill_(-1e6)
+        return model
+
+    monkeypatch.setattr(importlib.import_module("rampart.training.train"), "build_model", dead)
+    with pytest.raises(TrainingDiverged, match=r"ReLUs have died in epoch 1 .*: lower lr .* is <checkpoint 0>"):
+        train(recipe(contrastive=contrastive), few_digits, recorder)
+    assert len(recorder.states) == 1
 
 
 def test_a_last_batch_of_one_image_is_left_out(few_digits: Dataset, recorder: ListRecorder) -> None:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,9 @@ from rampart.training.step import Step
 from rampart.training.stopping import Stop, stoppable
 
 log = logging.getLogger(__name__)
+
+# How far outputs may lie apart, beside their size, that are one output but for rounding.
+ROUNDING = 1e-6
 
 
 class Recorder(Protocol):
@@ -69,7 +72,8 @@ def fit(
         before: where an interrupted training of the stage stood, which is gone on with.
 
     Raises:
-        TrainingDiverged: a loss became NaN or infinite; the last good checkpoint is named.
+        TrainingDiverged: a loss became NaN or infinite, or all ReLUs of a layer died; the last good checkpoint is
+            named.
         KeyboardInterrupt: it was asked to stop (`stoppable`), and has left a checkpoint.
     """
     trained = stage.trained
@@ -124,16 +128,16 @@ def fit(
             try:
                 if recipe.bn_batches:
                     measure_statistics(stage, model, islice(shuffled(), recipe.bn_batches))
-                score, validation = validate(stage, model, data, recipe, streams.device, stop)
+                found = validate(stage, model, data, recipe, streams.device, stop)
             except KeyboardInterrupt:
                 if stop.asked:
                     recorder.checkpoint(model, trained_on)
                 raise
             # The loss is that of the steps' starts: the last step may have ruined the weights behind a finite one.
-            if not (math.isfinite(mean_loss) and math.isfinite(score)):
+            fault = found.fault if math.isfinite(mean_loss) else f"the loss became {mean_loss}"
+            if fault:
                 raise TrainingDiverged(
-                    f"the loss became {mean_loss if not math.isfinite(mean_loss) else score} "
-                    f"in epoch {at.epoch} ({stage.name}): lower lr (now {recipe.lr:g}) or eps; "
+                    f"{fault} in epoch {at.epoch} ({stage.name}): lower lr (now {recipe.lr:g}) or eps; "
                     f"the last good checkpoint is {kept}"
                 )
             recorder.metrics(
@@ -142,17 +146,17 @@ def fit(
                     f"{stage.name}/epsilon": eps,
                     f"{stage.name}/learning_rate": lr,
                     **({f"{stage.name}/images_per_second": seen / seconds} if seen else {}),
-                    **validation,
+                    **found.metrics,
                 },
                 step=at.epoch,
             )
             # SupCon on validation images is lowest long before heads on the encoder are best: its last epoch counts. Of
             # equal epochs the later one: it has seen more images at full ε.
-            if recipe.select == "last" or not stage.criterion.needs_logits or score >= at.best_score:
-                at.choose(score)
+            if recipe.select == "last" or not stage.criterion.needs_logits or found.score >= at.best_score:
+                at.choose(found.score)
             at.next_epoch()
             kept = recorder.checkpoint(model, at.state(stage.name, live))
-            bar.set_postfix({"loss": f"{mean_loss:.3f}", **{k: f"{v:.3f}" for k, v in validation.items()}})
+            bar.set_postfix({"loss": f"{mean_loss:.3f}", **{k: f"{v:.3f}" for k, v in found.metrics.items()}})
             model.load_state_dict(live)
             if stop.asked:
                 raise KeyboardInterrupt
@@ -170,12 +174,18 @@ def measure_statistics(stage: Stage, model: Classifier, chosen: Iterable[tuple[T
     update_bn((x for x, _ in chosen), model)
 
 
+class Validation(NamedTuple):
+    """What validation images say of a model: a score (higher is better), metrics, and what is wrong with it, if so."""
+
+    score: float
+    metrics: dict[str, float]
+    fault: str
+
+
 def validate(
     stage: Stage, model: Classifier, data: Dataset, recipe: Recipe, generator: torch.Generator, stop: Stop
-) -> tuple[float, dict[str, float]]:
-    """(score, higher is better; metrics) on the validation split, at the full ε whatever the warm-up.
-
-    The score is NaN where an output is not finite.
+) -> Validation:
+    """On the validation split, at the full ε whatever the warm-up.
 
     Raises:
         KeyboardInterrupt: a stop was asked for.
@@ -183,7 +193,8 @@ def validate(
     model.eval()
     encoder_alone = not stage.criterion.needs_logits
     sums: dict[str, Tensor | float] = {}
-    finite = True
+    first: Tensor | None = None
+    finite, alike = True, len(data.val) > 1
 
     def add(name: str, value: Tensor) -> None:
         sums[name] = sums.get(name, 0.0) + value
@@ -194,17 +205,25 @@ def validate(
         with torch.no_grad():
             if encoder_alone:
                 # SupCon on clean embeddings: its value under attack or bounds would cost as much as an epoch.
-                add("val/supcon_loss", stage.criterion.on_images(model, x, y) * len(y))
-                continue
-            logits = model(x)
-            finite = finite and bool(logits.isfinite().all())
-            add("val/accuracy", (logits.argmax(1) == y).sum())
-        if stage.method.score_name != "accuracy":
+                outputs = model.embed(x)
+                found = stage.criterion.clean(model, outputs, y)
+                add("val/supcon_loss", stage.criterion(found, y) * len(y))
+            else:
+                outputs = model(x)
+                add("val/accuracy", (outputs.argmax(1) == y).sum())
+            first = outputs[0] if first is None else first
+            finite = finite and bool(outputs.isfinite().all())
+            alike = alike and bool((outputs - first).abs().max() <= ROUNDING * first.abs().max())
+        if stage.method.score_name != "accuracy" and not encoder_alone:
             try:
                 add(f"val/{stage.method.score_name}", stage.method.survives(x, y, recipe.eps, generator).sum())
             except BoundError:  # weights that overflow
                 finite = False
     metrics = {name: float(value) / len(data.val) for name, value in sums.items()}
-    if encoder_alone:
-        return -metrics["val/supcon_loss"], metrics
-    return metrics[f"val/{stage.method.score_name}"] if finite else math.nan, metrics
+    score = -metrics["val/supcon_loss"] if encoder_alone else metrics[f"val/{stage.method.score_name}"]
+    if not finite:
+        return Validation(score, metrics, "an output became NaN or infinite")
+    # ReLUs that are 0 for every image have no gradient that could wake them.
+    return Validation(
+        score, metrics, "all images have come to one and the same output: ReLUs have died" if alike else ""
+    )

@@ -34,7 +34,8 @@ def train(
             model.
 
     Raises:
-        TrainingDiverged: a loss became NaN or infinite. ModelError: `before` is of another training.
+        TrainingDiverged: a loss became NaN or infinite, or all ReLUs of a layer died. ModelError: `before` is of
+            another training.
         KeyboardInterrupt: it was asked to stop (Ctrl-C, SIGTERM), and has left a checkpoint.
 
     Returns:

@@ -84,7 +84,7 @@ def robust_curves(summary: pd.DataFrame) -> Panels:
             tip = ["arm", "ε", number("percent", "published %")]
             layers += [
                 dotted.mark_line(strokeDash=[1, 3], opacity=0.7),
-                dotted.mark_point(size=20, opacity=0.7).encode(tooltip=tip),
+                dotted.mark_point(size=30, opacity=0.7).encode(shape=shapes(published), tooltip=tip),
             ]
         known = brackets[brackets["augment"].isin(part["augment"])]
         if len(known):

@@ -220,10 +220,12 @@ def validate(
             except BoundError:  # weights that overflow
                 finite = False
     metrics = {name: float(value) / len(data.val) for name, value in sums.items()}
-    score = -metrics["val/supcon_loss"] if encoder_alone else metrics[f"val/{stage.method.score_name}"]
-    if not finite:
-        return Validation(score, metrics, "an output became NaN or infinite")
-    # ReLUs that are 0 for every image have no gradient that could wake them.
-    return Validation(
-        score, metrics, "all images have come to one and the same output: ReLUs have died" if alike else ""
-    )
+    score, fault = math.nan, ""
+    if finite:
+        score = -metrics["val/supcon_loss"] if encoder_alone else metrics[f"val/{stage.method.score_name}"]
+    if not math.isfinite(score):
+        fault = "an output became NaN or infinite"
+    elif alike:
+        # ReLUs that are 0 for every image have no gradient that could wake them.
+        fault = "all images have come to one and the same output: ReLUs have died"
+    return Validation(score, metrics, fault)

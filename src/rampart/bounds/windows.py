@@ -48,8 +48,10 @@ def receptive_field(chain: Chain, value: int) -> int | None:
         largest = max(largest, link.out_shape[0] * rows.size * columns.size)
         if isinstance(link, Conv):
             rows, columns = (
-                extent.through(*along)
-                for extent, *along in zip((rows, columns), link.stride, link.padding, link.geometry.spans, strict=True)
+                extent.through(stride, padding, span)
+                for extent, stride, padding, span in zip(
+                    (rows, columns), link.stride, link.padding, link.geometry.spans, strict=True
+                )
             )
             largest = max(largest, link.in_shape[0] * rows.size * columns.size)
         for source in chain.sources[place]:

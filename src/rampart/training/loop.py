@@ -193,8 +193,8 @@ def validate(
     model.eval()
     encoder_alone = not stage.criterion.needs_logits
     sums: dict[str, Tensor | float] = {}
-    first: Tensor | None = None
-    finite, alike = True, len(data.val) > 1
+    parts: list[Tensor] = []
+    bounded = True
 
     def add(name: str, value: Tensor) -> None:
         sums[name] = sums.get(name, 0.0) + value
@@ -205,27 +205,25 @@ def validate(
         with torch.no_grad():
             if encoder_alone:
                 # SupCon on clean embeddings: its value under attack or bounds would cost as much as an epoch.
-                outputs = model.embed(x)
-                found = stage.criterion.clean(model, outputs, y)
+                parts.append(model.embed(x))
+                found = stage.criterion.clean(model, parts[-1], y)
                 add("val/supcon_loss", stage.criterion(found, y) * len(y))
-            else:
-                outputs = model(x)
-                add("val/accuracy", (outputs.argmax(1) == y).sum())
-            first = outputs[0] if first is None else first
-            finite = finite and bool(outputs.isfinite().all())
-            alike = alike and bool((outputs - first).abs().max() <= ROUNDING * first.abs().max())
-        if stage.method.score_name != "accuracy" and not encoder_alone:
+                continue
+            parts.append(model(x))
+            add("val/accuracy", (parts[-1].argmax(1) == y).sum())
+        if stage.method.score_name != "accuracy":
             try:
                 add(f"val/{stage.method.score_name}", stage.method.survives(x, y, recipe.eps, generator).sum())
             except BoundError:  # weights that overflow
-                finite = False
+                bounded = False
     metrics = {name: float(value) / len(data.val) for name, value in sums.items()}
+    outputs = torch.cat(parts)
     score, fault = math.nan, ""
-    if finite:
+    if bounded and bool(outputs.isfinite().all()):
         score = -metrics["val/supcon_loss"] if encoder_alone else metrics[f"val/{stage.method.score_name}"]
     if not math.isfinite(score):
-        fault = "an output became NaN or infinite"
-    elif alike:
+        fault = "an output or a bound became NaN or infinite"
+    elif len(outputs) > 1 and bool((outputs - outputs[0]).abs().max() <= ROUNDING * outputs[0].abs().max()):
         # ReLUs that are 0 for every image have no gradient that could wake them.
         fault = "all images have come to one and the same output: ReLUs have died"
     return Validation(score, metrics, fault)

@@ -253,8 +253,8 @@ def _side_by_side(settle: Callable[[int], Settled], images: list[int], count: in
             if not failed:
                 running |= {pool.submit(settle, image) for image in islice(left, len(done))}
             yield from (future.result() for future in done if not future.exception())
-        for future in failed:
-            future.result()
+        if failed:
+            failed[0].result()  # raises its error
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from rampart.data import Augmentation, Dataset, to_pixels
 from rampart.evaluation import AttackPlan, CertificationPlan, TrustPlan, certify, evaluate, trust
 from rampart.models import Classifier
 from rampart.models.links import MANY, Conv
+from rampart.models.pulling import Geometry
 from rampart.training import Recipe, step, train
 from rampart.training.methods import METHODS as TRAINING
 from rampart.training.methods import Normal
@@ -119,7 +120,8 @@ def test_bounds(method: Any, trained: Classifier, digits: Dataset) -> None:
 def test_many_maps_go_back_through_a_strided_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
     def gradients(device: str) -> tuple[Tensor, ...]:
         weight, a, of_image = (tensor.to(device) for tensor in drawn)
-        link = Conv(weight.requires_grad_(), weight[:, 0, 0, 0], (2, 2), (1, 1), (1, 1), 1, (8, 16, 16))
+        geometry = Geometry((3, 3), (2, 2), (1, 1), (1, 1), (16, 16))
+        link = Conv(weight.requires_grad_(), weight[:, 0, 0, 0], geometry)
         found = link.pull(a.requires_grad_())
         return tuple(tensor.cpu() for tensor in (found, *torch.autograd.grad(found, (a, weight), of_image)))
 

@@ -14,11 +14,10 @@ from tests.nets import convolutions
 @settings(max_examples=60, deadline=None)
 @given(convolutions(), st.integers(1, 6))
 def test_it_is_the_transpose(geometry: Geometry, rows: int) -> None:
-    kernel, stride, padding, dilation, size = geometry
-    weight = torch.randn(4, 2, *kernel).double().requires_grad_()
-    link = Conv(weight, torch.zeros(4).double(), stride, padding, dilation, 1, (2, *size))
+    weight = torch.randn(4, 2, *geometry.kernel).double().requires_grad_()
+    link = Conv(weight, torch.zeros(4).double(), geometry)
     a = torch.randn(rows, *link.out_shape).double().requires_grad_()
-    expected, found = link.pull(a), pull(a, weight, link.geometry)
+    expected, found = link.pull(a), pull(a, weight, geometry)
     assert torch.allclose(found, expected, rtol=0, atol=1e-12)
     of_image = torch.randn_like(expected)
     for mine, reference in zip(
@@ -31,7 +30,7 @@ def test_it_is_the_transpose(geometry: Geometry, rows: int) -> None:
 
 def test_only_what_is_asked_for_gets_a_gradient() -> None:
     weight, a = torch.randn(4, 2, 3, 3), torch.randn(3, 4, 2, 2, requires_grad=True)
-    link = Conv(weight, torch.zeros(4), (2, 2), (1, 1), (1, 1), 1, (2, 4, 4))
+    link = Conv(weight, torch.zeros(4), Geometry((3, 3), (2, 2), (1, 1), (1, 1), (4, 4)))
     found = pull(a, weight, link.geometry)
     (to_a,) = torch.autograd.grad(found.sum(), a)
     assert torch.allclose(to_a, torch.autograd.grad(link.pull(a).sum(), a)[0], atol=1e-5)

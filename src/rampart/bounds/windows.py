@@ -50,7 +50,7 @@ def receptive_field(chain: Chain, value: int) -> int | None:
             rows, columns = (
                 extent.through(stride, padding, span)
                 for extent, stride, padding, span in zip(
-                    (rows, columns), link.stride, link.padding, link.geometry.spans, strict=True
+                    (rows, columns), link.geometry.stride, link.geometry.padding, link.geometry.spans, strict=True
                 )
             )
             largest = max(largest, link.in_shape[0] * rows.size * columns.size)
@@ -89,7 +89,7 @@ class _Window(NamedTuple):
     def through(self, conv: Conv) -> _Window:
         """As coefficients of the convolution's input: its transpose, as a matrix product for all places at once."""
         rows, height, width, channels = self.a.shape
-        kernel, stride, dilation = conv.weight.shape[2:], conv.stride, conv.dilation
+        kernel, stride, padding, dilation, _ = conv.geometry
         by_group = self.a.reshape(-1, conv.groups, channels // conv.groups).transpose(0, 1)
         weight = conv.weight.permute(0, 2, 3, 1).reshape(conv.groups, channels // conv.groups, -1)
         columns = (by_group @ weight).view(conv.groups, rows, height, width, *kernel, -1)
@@ -104,7 +104,7 @@ class _Window(NamedTuple):
                     for start, d, size, s in zip((i, j), dilation, (height, width), stride, strict=True)
                 )
                 total[:, down, across] += columns[:, :, :, :, i, j].movedim(0, 3)
-        top, left = self.top * stride[0] - conv.padding[0], self.left * stride[1] - conv.padding[1]
+        top, left = self.top * stride[0] - padding[0], self.left * stride[1] - padding[1]
         return _Window(total.flatten(3), top, left, False)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from rampart.errors import ModelError, UnsupportedLayer
 from rampart.models.classifier import Normalize
 from rampart.models.links import Add, Affine, Conv, Dense, Flatten, Link, ReLU, Scale
+from rampart.models.pulling import Geometry
 
 
 @dataclass
@@ -232,8 +233,8 @@ def _link(path: str, module: nn.Module, x: Tensor) -> Link:
         return Dense(module.weight, _bias(module))
     if isinstance(module, nn.Conv2d):
         assert not isinstance(module.padding, str)
-        places = _pair(module.stride), _pair(module.padding), _pair(module.dilation)
-        return Conv(module.weight, _bias(module), *places, module.groups, shape)
+        places = _pair(module.kernel_size), _pair(module.stride), _pair(module.padding), _pair(module.dilation)
+        return Conv(module.weight, _bias(module), Geometry(*places, _pair(shape[1:])), module.groups)
     if isinstance(module, nn.AvgPool2d):
         stride = module.kernel_size if module.stride is None else module.stride
         return _average(_pair(module.kernel_size), _pair(stride), _pair(module.padding), x)
@@ -248,9 +249,10 @@ def _link(path: str, module: nn.Module, x: Tensor) -> Link:
 
 def _average(kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int], x: Tensor) -> Conv:
     """Average pooling as the convolution of each channel that it is."""
-    shape = tuple(x.shape[1:])
-    weight = x.new_full((shape[0], 1, *kernel), 1 / (kernel[0] * kernel[1]))
-    return Conv(weight, x.new_zeros(shape[0]), stride, padding, (1, 1), shape[0], shape)
+    channels = x.shape[1]
+    weight = x.new_full((channels, 1, *kernel), 1 / (kernel[0] * kernel[1]))
+    geometry = Geometry(kernel, stride, padding, (1, 1), (x.shape[2], x.shape[3]))
+    return Conv(weight, x.new_zeros(channels), geometry, channels)
 
 
 def _pair(value: Any) -> tuple[Any, Any]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rampart.kernels import convolved
 from rampart.models.chain import Chain, Layout
 from rampart.models.links import Add, Conv, Dense, Flatten, ReLU, Scale
+from rampart.models.pulling import Geometry
 
 
 class Folded(nn.Module):
@@ -80,9 +81,10 @@ def _pixels_first(chain: Chain, flatten: int) -> bool:
 
 def _conv(link: Conv) -> Callable[[Tensor], Tensor]:
     weight = link.weight.detach().contiguous(memory_format=convolved(link.weight))
-    given = (weight, link.bias.detach(), link.stride, link.padding, link.dilation, link.groups)
-    if weight.device.type == "cpu" and weight.shape[1] < FEW and _sub_pixels(link):
-        kernel, padding, first = _sub_pixel_kernel(weight, link.stride[0], link.padding[0])
+    _, stride, around, dilation, _ = link.geometry
+    given = (weight, link.bias.detach(), stride, around, dilation, link.groups)
+    if weight.device.type == "cpu" and weight.shape[1] < FEW and link.groups == 1 and _sub_pixels(link.geometry):
+        kernel, padding, first = _sub_pixel_kernel(weight, stride[0], around[0])
         return lambda x: _SubPixel.apply(x, given, kernel, padding, first)
     return lambda x: F.conv2d(x, *given)
 
@@ -91,12 +93,12 @@ def _conv(link: Conv) -> Callable[[Tensor], Tensor]:
 FEW = 8
 
 
-def _sub_pixels(link: Conv) -> bool:
-    """Whether an input has `stride` times as many rows and columns as the output; no groups, no dilation."""
-    (stride, other), (padding, same) = link.stride, link.padding
-    rows, columns = (size == stride * out for size, out in zip(link.in_shape[1:], link.out_shape[1:], strict=True))
-    square = link.weight.shape[2] == link.weight.shape[3] and stride == other and padding == same
-    return square and rows and columns and stride > 1 and link.groups == 1 and link.dilation == (1, 1)
+def _sub_pixels(geometry: Geometry) -> bool:
+    """Whether an input has `stride` times as many rows and columns as the output; no dilation."""
+    stride = geometry.stride[0]
+    square = all(len(set(pair)) == 1 for pair in (geometry.kernel, geometry.stride, geometry.padding))
+    times = geometry.in_size == tuple(stride * size for size in geometry.out_size)
+    return square and times and stride > 1 and geometry.dilation == (1, 1)
 
 
 def _sub_pixel_kernel(weight: Tensor, stride: int, padding: int) -> tuple[Tensor, int, int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from math import prod
 
 import torch
@@ -54,29 +53,20 @@ def _per_channel(value: Tensor, shape: Shape) -> Tensor:
 class Conv(Affine):
     weight: Tensor  # [out, in / groups, kernel, kernel]
     bias: Tensor  # [out]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-    groups: int
-    in_shape: Shape
-
-    @cached_property
-    def out_shape(self) -> Shape:  # type: ignore[override]
-        sizes = [
-            (size + 2 * padding - span) // stride + 1
-            for size, stride, padding, span in zip(
-                self.in_shape[1:], self.stride, self.padding, self.geometry.spans, strict=True
-            )
-        ]
-        return (len(self.weight), *sizes)
+    geometry: Geometry
+    groups: int = 1
 
     @property
-    def geometry(self) -> Geometry:
-        (_, *kernel), (_, *size) = self.weight.shape[1:], self.in_shape
-        return Geometry((kernel[0], kernel[1]), self.stride, self.padding, self.dilation, (size[0], size[1]))
+    def in_shape(self) -> Shape:  # type: ignore[override]
+        return (self.weight.shape[1] * self.groups, *self.geometry.in_size)
+
+    @property
+    def out_shape(self) -> Shape:  # type: ignore[override]
+        return (len(self.weight), *self.geometry.out_size)
 
     def _conv(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        _, stride, padding, dilation, _ = self.geometry
+        return F.conv2d(x, weight, bias, stride, padding, dilation, self.groups)
 
     def apply(self, x: Tensor) -> Tensor:
         return self._conv(x, self.weight, self.bias)
@@ -86,24 +76,17 @@ class Conv(Affine):
 
     def pull(self, a: Tensor) -> Tensor:
         # These products take more memory, which is capped where no gradients are asked for.
-        if a.is_cuda and len(a) >= MANY and max(self.stride) > 1 and self.groups == 1 and torch.is_grad_enabled():
+        _, stride, padding, dilation, _ = self.geometry
+        if a.is_cuda and len(a) >= MANY and max(stride) > 1 and self.groups == 1 and torch.is_grad_enabled():
             return pulling.pull(a, self.weight, self.geometry)
-        # Rows and columns that a stride skips at the far edge get no gradient otherwise.
-        missing = [
-            size - ((out - 1) * stride - 2 * padding + span)
-            for size, out, stride, padding, span in zip(
-                self.in_shape[1:], self.out_shape[1:], self.stride, self.padding, self.geometry.spans, strict=True
-            )
-        ]
-        return F.conv_transpose2d(a, self.weight, None, self.stride, self.padding, missing, self.groups, self.dilation)
+        skipped = self.geometry.skipped
+        return F.conv_transpose2d(a, self.weight, None, stride, padding, skipped, self.groups, dilation)
 
     def offset(self, a: Tensor) -> Tensor:
         return a.sum((2, 3)) @ self.bias
 
     def scaled(self, scale: Tensor, shift: Tensor) -> Conv:
-        weight = self.weight * scale.view(-1, 1, 1, 1)
-        conv = (self.stride, self.padding, self.dilation, self.groups, self.in_shape)
-        return Conv(weight, self.bias * scale + shift, *conv)
+        return Conv(self.weight * scale.view(-1, 1, 1, 1), self.bias * scale + shift, self.geometry, self.groups)
 
 
 @dataclass

@@ -17,7 +17,7 @@ Pair = tuple[int, int]
 
 
 class Geometry(NamedTuple):
-    """Of a convolution of one group, on images of `in_size` (rows, columns)."""
+    """Where the kernel of a convolution lies on images of `in_size` (rows, columns)."""
 
     kernel: Pair
     stride: Pair
@@ -29,6 +29,23 @@ class Geometry(NamedTuple):
     def spans(self) -> list[int]:
         """Rows and columns that the kernel reaches over."""
         return [dilation * (kernel - 1) + 1 for kernel, dilation in zip(self.kernel, self.dilation, strict=True)]
+
+    @property
+    def out_size(self) -> list[int]:
+        """Rows and columns of its places."""
+        return [left // stride + 1 for left, stride in zip(self._left(), self.stride, strict=True)]
+
+    @property
+    def skipped(self) -> list[int]:
+        """Rows and columns at the far edge that no place covers, since a stride ends before them."""
+        return [left % stride for left, stride in zip(self._left(), self.stride, strict=True)]
+
+    def _left(self) -> list[int]:
+        """Rows and columns behind the first place."""
+        return [
+            size + 2 * padding - span
+            for size, padding, span in zip(self.in_size, self.padding, self.spans, strict=True)
+        ]
 
     def padded(self, like: Tensor, channels: int) -> tuple[Tensor, Tensor]:
         """Views of zeros: the image, [N, *in_size, channels], and what the kernel covers of it and its padding at each
@@ -45,7 +62,7 @@ class Geometry(NamedTuple):
 
 def pull(a: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """Coefficients a [N, out, *out_size] of a convolution's output as those of its input, [N, in, *in_size]; weight
-    [out, in, *kernel]. Channels lie last in memory."""
+    [out, in, *kernel], of one group. Channels lie last in memory."""
     pulled: Tensor = _Pull.apply(a, weight, geometry)
     return pulled
 

@@ -51,6 +51,20 @@ def test_checksums_are_those_that_sha256sum_knows(model: Classifier, folder: Pat
     assert said.stdout.splitlines() == ["certified+aug.safetensors: OK", "normal.safetensors: OK"]
 
 
+def test_a_model_that_is_released_already_keeps_its_file(model: Classifier, folder: Path) -> None:
+    file = release(model, "normal", folder)
+    written = file.stat()
+    release(model, "normal", folder)
+    assert (file.stat().st_ino, file.stat().st_mtime_ns) == (written.st_ino, written.st_mtime_ns)
+    for changed in (file.read_bytes()[:-1] + b"x", b""):
+        file.write_bytes(changed)
+        release(model, "normal", folder)
+        load_model("rampart:normal")
+    other = randomised(build_model())
+    release(other, "normal", folder)
+    assert torch.equal(load_model("rampart:normal").head.weight, other.head.weight.half().float())
+
+
 def test_a_file_that_is_not_the_released_one_is_refused(model: Classifier, folder: Path) -> None:
     with pytest.raises(ModelError, match="none came with this installation"):
         load_model("rampart:normal")

@@ -11,8 +11,8 @@ from pathlib import Path
 from torch import nn
 
 from rampart.console import said_if_it_fails
-from rampart.errors import RampartError
-from rampart.models import Classifier, save_model
+from rampart.errors import ModelError, RampartError
+from rampart.models import Classifier, load_model, save_model, weights_digest
 from rampart.models.released import FOLDER, SUFFIX, enter
 from rampart.tracking.models import fetch_model
 from rampart.tracking.queries import find_runs
@@ -21,7 +21,7 @@ from rampart.tracking.store import experiment_id
 
 def release(model: Classifier, name: str, folder: Path = FOLDER) -> Path:
     """Writes a model with its maps' weights in half precision (float16: eleven significant bits) and all else as it is,
-    and its checksum beside it.
+    and its checksum beside it. A file that holds just that stays as it is.
 
     Raises:
         OSError: it cannot be written.
@@ -32,9 +32,19 @@ def release(model: Classifier, name: str, folder: Path = FOLDER) -> Path:
             module.half()
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / (name + SUFFIX)
-    save_model(halved, file)
+    # Written anew, the same weights may have another checksum: safetensors keeps no order among its texts.
+    if not _holds(file, halved):
+        save_model(halved, file)
     enter(file)
     return file
+
+
+def _holds(file: Path, model: Classifier) -> bool:
+    """Whether a file has the weights of this model."""
+    try:
+        return weights_digest(load_model(file)) == weights_digest(copy.deepcopy(model).float())
+    except ModelError:
+        return False
 
 
 def release_all(profile: str, folder: Path) -> None:

@@ -75,8 +75,8 @@ class Conv(Affine):
         return self._conv(r, self.weight.abs(), None)
 
     def pull(self, a: Tensor) -> Tensor:
-        # These products take more memory, which is capped where no gradients are asked for.
         _, stride, padding, dilation, _ = self.geometry
+        # These products take more memory, which is capped where no gradients are asked for.
         if a.is_cuda and len(a) >= MANY and max(stride) > 1 and self.groups == 1 and torch.is_grad_enabled():
             return pulling.pull(a, self.weight, self.geometry)
         skipped = self.geometry.skipped

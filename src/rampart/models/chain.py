@@ -234,7 +234,7 @@ def _link(path: str, module: nn.Module, x: Tensor) -> Link:
     if isinstance(module, nn.Conv2d):
         assert not isinstance(module.padding, str)
         places = _pair(module.kernel_size), _pair(module.stride), _pair(module.padding), _pair(module.dilation)
-        return Conv(module.weight, _bias(module), Geometry(*places, _pair(shape[1:])), module.groups)
+        return Conv(module.weight, _bias(module), Geometry(*places, _pair(x.shape[2:])), module.groups)
     if isinstance(module, nn.AvgPool2d):
         stride = module.kernel_size if module.stride is None else module.stride
         return _average(_pair(module.kernel_size), _pair(stride), _pair(module.padding), x)
@@ -251,7 +251,7 @@ def _average(kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[in
     """Average pooling as the convolution of each channel that it is."""
     channels = x.shape[1]
     weight = x.new_full((channels, 1, *kernel), 1 / (kernel[0] * kernel[1]))
-    geometry = Geometry(kernel, stride, padding, (1, 1), (x.shape[2], x.shape[3]))
+    geometry = Geometry(kernel, stride, padding, (1, 1), _pair(x.shape[2:]))
     return Conv(weight, x.new_zeros(channels), geometry, channels)
 
 

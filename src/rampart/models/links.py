@@ -21,8 +21,13 @@ MANY = 1024
 class Affine:
     """y = L x + bias on single-sample shapes `in_shape` -> `out_shape`."""
 
-    in_shape: Shape
-    out_shape: Shape
+    @property
+    def in_shape(self) -> Shape:
+        raise NotImplementedError
+
+    @property
+    def out_shape(self) -> Shape:
+        raise NotImplementedError
 
     def apply(self, x: Tensor) -> Tensor:
         """[B, *in_shape] -> [B, *out_shape]."""
@@ -57,11 +62,11 @@ class Conv(Affine):
     groups: int = 1
 
     @property
-    def in_shape(self) -> Shape:  # type: ignore[override]
+    def in_shape(self) -> Shape:
         return (self.weight.shape[1] * self.groups, *self.geometry.in_size)
 
     @property
-    def out_shape(self) -> Shape:  # type: ignore[override]
+    def out_shape(self) -> Shape:
         return (len(self.weight), *self.geometry.out_size)
 
     def _conv(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -95,11 +100,11 @@ class Dense(Affine):
     bias: Tensor  # [out]
 
     @property
-    def in_shape(self) -> Shape:  # type: ignore[override]
+    def in_shape(self) -> Shape:
         return (self.weight.shape[1],)
 
     @property
-    def out_shape(self) -> Shape:  # type: ignore[override]
+    def out_shape(self) -> Shape:
         return (self.weight.shape[0],)
 
     def apply(self, x: Tensor) -> Tensor:
@@ -124,11 +129,15 @@ class Scale(Affine):
 
     scale: Tensor  # [C]
     shift: Tensor  # [C]
-    in_shape: Shape
+    shape: Shape
 
     @property
-    def out_shape(self) -> Shape:  # type: ignore[override]
-        return self.in_shape
+    def in_shape(self) -> Shape:
+        return self.shape
+
+    @property
+    def out_shape(self) -> Shape:
+        return self.shape
 
     def apply(self, x: Tensor) -> Tensor:
         return x * _per_channel(self.scale, self.in_shape) + _per_channel(self.shift, self.in_shape)
@@ -148,11 +157,15 @@ class Scale(Affine):
 
 @dataclass
 class Flatten(Affine):
-    in_shape: Shape
+    shape: Shape
 
     @property
-    def out_shape(self) -> Shape:  # type: ignore[override]
-        return (prod(self.in_shape),)
+    def in_shape(self) -> Shape:
+        return self.shape
+
+    @property
+    def out_shape(self) -> Shape:
+        return (prod(self.shape),)
 
     def apply(self, x: Tensor) -> Tensor:
         return x.flatten(1)

@@ -19,6 +19,11 @@ from pathlib import Path
 
 import pytest
 import torch
+
+# Where there is no GPU, its programs are interpreted; Triton asks when it is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from filelock import FileLock
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from torch import Tensor

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from rampart.data import Dataset, to_pixels
 from rampart.models import Chain, Classifier, Normalize, build_model
+from rampart.models.geometry import Geometry
 from rampart.models.links import Affine, ReLU
-from rampart.models.pulling import Geometry
 
 CLASSES = 4
 M = TypeVar("M", bound=nn.Module)

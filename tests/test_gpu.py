@@ -14,8 +14,8 @@ from rampart.bounds.margins import METHODS, margin_bounds
 from rampart.data import Augmentation, Dataset, to_pixels
 from rampart.evaluation import AttackPlan, CertificationPlan, TrustPlan, certify, evaluate, trust
 from rampart.models import Classifier
+from rampart.models.geometry import Geometry
 from rampart.models.links import MANY, Conv
-from rampart.models.pulling import Geometry
 from rampart.training import Recipe, step, train
 from rampart.training.methods import METHODS as TRAINING
 from rampart.training.methods import Normal

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from rampart.errors import ModelError, UnsupportedLayer
 from rampart.models import Layout
+from rampart.models.geometry import Geometry
 from rampart.models.links import Add, Affine, Conv, Dense, Flatten, ReLU, Scale
-from rampart.models.pulling import Geometry
 from tests.nets import NETS, convolutions, run_chain, small_classifier, small_net
 
 

@@ -115,10 +115,20 @@ class _Through(torch.autograd.Function):
         ctx: Any, a: Tensor, lower_slope: Tensor | None, upper_slope: Tensor, intercept: Tensor
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(a, lower_slope, upper_slope, intercept)
+        if a.is_cuda and lower_slope is None:
+            from rampart.bounds.onepass import through
+
+            return through(a, upper_slope, intercept)
         return _through(a, lower_slope, upper_slope, intercept)
 
     @staticmethod
     def backward(ctx: Any, of_a: Tensor, of_constant: Tensor) -> tuple[Tensor | None, ...]:
+        a, lower_slope, upper_slope, intercept = ctx.saved_tensors
+        if a.is_cuda and lower_slope is None:
+            from rampart.bounds.onepass import through_backward
+
+            to_a, *to_upper = through_backward(a, upper_slope, intercept, of_a, of_constant)
+            return to_a, None, *to_upper
         return _through_backward(*ctx.saved_tensors, of_a, of_constant, *ctx.needs_input_grad)
 
 

@@ -17,8 +17,8 @@ from torch import Tensor, fx, nn
 
 from rampart.errors import ModelError, UnsupportedLayer
 from rampart.models.classifier import Normalize
+from rampart.models.geometry import Geometry
 from rampart.models.links import Add, Affine, Conv, Dense, Flatten, Link, ReLU, Scale
-from rampart.models.pulling import Geometry
 
 
 @dataclass

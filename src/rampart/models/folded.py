@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from rampart.kernels import convolved
 from rampart.models.chain import Chain, Layout
+from rampart.models.geometry import Geometry
 from rampart.models.links import Add, Conv, Dense, Flatten, ReLU, Scale
-from rampart.models.pulling import Geometry
 
 
 class Folded(nn.Module):

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rampart.kernels import convolved
-from rampart.models import pulling
-from rampart.models.pulling import Geometry
+from rampart.models.geometry import Geometry
 
 Shape = tuple[int, ...]
 # Rows from which on a GPU goes back through a strided convolution by products of matrices; measured with 16,384.
@@ -83,7 +82,10 @@ class Conv(Affine):
         _, stride, padding, dilation, _ = self.geometry
         # These products take more memory, which is capped where no gradients are asked for.
         if a.is_cuda and len(a) >= MANY and max(stride) > 1 and self.groups == 1 and torch.is_grad_enabled():
-            return pulling.pull(a, self.weight, self.geometry)
+            # Not above: Triton is not where PyTorch has been built for other devices.
+            from rampart.models.pulling import pull
+
+            return pull(a, self.weight, self.geometry)
         skipped = self.geometry.skipped
         return F.conv_transpose2d(a, self.weight, None, stride, padding, skipped, self.groups, dilation)
 

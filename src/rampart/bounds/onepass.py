@@ -1,9 +1,7 @@
 """A step of CROWN through a ReLU, and its derivative, each in one pass over a GPU's memory (in Triton, which comes with
 PyTorch for GPUs). What they compute stands in `relaxation.py`."""
 
-# Annotations are not postponed: Triton's interpreter reads them.
-from typing import Any
-
+# Annotations are not postponed, and programs for the GPU have no others than Triton's: it reads them.
 import torch
 import triton
 import triton.language as tl
@@ -59,9 +57,7 @@ def _shaped(flat: Tensor, shape: tuple[int, ...], order: list[int]) -> Tensor:
 
 
 @triton.jit
-def _through(
-    a: Any, slope: Any, intercept: Any, out: Any, constant: Any, size: tl.constexpr, block: tl.constexpr
-) -> None:
+def _through(a, slope, intercept, out, constant, size: tl.constexpr, block: tl.constexpr):
     image = tl.program_id(0).to(tl.int64)
     row = image * tl.num_programs(1) + tl.program_id(1)
     total = tl.full([block], 0, a.dtype.element_ty)
@@ -80,18 +76,18 @@ def _through(
 
 @triton.jit
 def _through_backward(
-    a: Any,
-    slope: Any,
-    intercept: Any,
-    of_out: Any,
-    of_constant: Any,
-    to_a: Any,
-    to_slope: Any,
-    to_intercept: Any,
+    a,
+    slope,
+    intercept,
+    of_out,
+    of_constant,
+    to_a,
+    to_slope,
+    to_intercept,
     rows: tl.constexpr,
     size: tl.constexpr,
     block: tl.constexpr,
-) -> None:
+):
     image = tl.program_id(0).to(tl.int64)
     place = tl.program_id(1) * block + tl.arange(0, block)
     inside = place < size

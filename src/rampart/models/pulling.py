@@ -6,7 +6,7 @@ products take 0.4 to 1.3. What is left is to move numbers to their places and ba
 Triton, which comes with PyTorch for GPUs).
 """
 
-# Annotations are not postponed: Triton's interpreter reads them.
+# Annotations are not postponed, and programs for the GPU have no others than Triton's: it reads them.
 from math import gcd, prod
 from typing import Any
 
@@ -91,8 +91,8 @@ def _numbers(geometry: Geometry) -> list[int]:
 
 @triton.jit
 def _fold(
-    columns: Any,
-    image: Any,
+    columns,
+    image,
     kernel_rows: tl.constexpr,
     kernel_columns: tl.constexpr,
     stride_down: tl.constexpr,
@@ -107,7 +107,7 @@ def _fold(
     out_columns: tl.constexpr,
     channels: tl.constexpr,
     block: tl.constexpr,
-) -> None:
+):
     number = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * block + tl.arange(0, block)
     inside = at < in_rows * in_columns * channels
@@ -129,8 +129,8 @@ def _fold(
 
 @triton.jit
 def _unfold(
-    image: Any,
-    columns: Any,
+    image,
+    columns,
     kernel_rows: tl.constexpr,
     kernel_columns: tl.constexpr,
     stride_down: tl.constexpr,
@@ -145,7 +145,7 @@ def _unfold(
     out_columns: tl.constexpr,
     channels: tl.constexpr,
     block: tl.constexpr,
-) -> None:
+):
     number = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * block + tl.arange(0, block)
     size: tl.constexpr = out_rows * out_columns * kernel_rows * kernel_columns * channels

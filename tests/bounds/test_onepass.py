@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+pytest.importorskip("triton", reason="Triton is missing: it comes with PyTorch for GPUs")
+
 from rampart.bounds.onepass import BLOCK, BLOCK_OF_ROWS, through, through_backward
 from rampart.bounds.relaxation import Relaxation, through_relu
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+pytest.importorskip("triton", reason="Triton is missing: it comes with PyTorch for GPUs")
 
 from rampart.models.geometry import Geometry
 from rampart.models.links import Conv

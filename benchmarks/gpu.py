@@ -3,6 +3,9 @@
 Ours: the step as `train` takes it, recorded as a CUDA graph. Baseline: the same step, its kernels started one by one.
 With --processes, so many processes share the GPU (side by side where `nvidia-cuda-mps-control -d` runs, else in turn),
 and images a second are those of all.
+
+Rows `back through …`: the linear bounds of a step of `certified, supcon` taken back through a layer, with gradients.
+Ours: in as few passes over memory as can be. Baseline: by PyTorch's operations.
 """
 
 from __future__ import annotations
@@ -16,8 +19,12 @@ from multiprocessing.synchronize import Barrier
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from benchmarks.common import BATCH, Row, options, show, training_step
+from rampart.bounds.relaxation import Relaxation, through_relu
+from rampart.models.geometry import Geometry
+from rampart.models.links import Conv
 from rampart.training import Recipe
 from rampart.training import step as steps
 
@@ -34,6 +41,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "certified, study": {"method": "certified", "eps": 1 / 255, "certified_loss": "logit-lower"},
     "certified, supcon": {"method": "certified", "eps": 1 / 255, "contrastive": "double"},
 }
+# Behind the second convolution of `paper-cnn`: images, bounds of each, and the shape of a map.
+MAPS = (BATCH, 128, 64, 8, 8)
 
 
 def stepping(name: str, recorded: bool) -> Callable[[], object]:
@@ -45,6 +54,37 @@ def stepping(name: str, recorded: bool) -> Callable[[], object]:
         call()
     torch.cuda.synchronize()
     return call
+
+
+def back_through_convolution(ours: bool) -> Callable[[], object]:
+    torch.manual_seed(0)
+    torch.backends.cudnn.deterministic = True
+    weight = torch.randn(MAPS[2], 32, 3, 3, device="cuda", requires_grad=True)
+    a = torch.randn(MAPS[0] * MAPS[1], *MAPS[2:], device="cuda", requires_grad=True)
+    link = Conv(weight, weight[:, 0, 0, 0], Geometry((3, 3), (2, 2), (1, 1), (1, 1), (16, 16)))
+
+    def call() -> object:
+        pulled = link.pull(a) if ours else F.conv_transpose2d(a, weight, None, 2, 1, 1)
+        return torch.autograd.grad(pulled.sum(), (a, weight))
+
+    return call
+
+
+def back_through_relu(ours: bool) -> Callable[[], object]:
+    torch.manual_seed(0)
+    a = torch.randn(MAPS, device="cuda", requires_grad=True)
+    slope, intercept = (torch.rand(MAPS[0], *MAPS[2:], device="cuda", requires_grad=True) for _ in range(2))
+    relaxation = Relaxation(slope, intercept)
+
+    def call() -> object:
+        # Given lower slopes, if only its own, are what PyTorch's operations are for.
+        moved, constant = through_relu(a, relaxation, None if ours else relaxation.lower_slope.unsqueeze(1))
+        return torch.autograd.grad(moved.sum() + constant.sum(), (a, slope, intercept))
+
+    return call
+
+
+PASSES = {"back through a convolution": back_through_convolution, "back through a ReLU": back_through_relu}
 
 
 def images_a_second(call: Callable[[], object], seconds: float) -> float:
@@ -59,6 +99,15 @@ def images_a_second(call: Callable[[], object], seconds: float) -> float:
             count += 10
         found.append(count * BATCH / (time.perf_counter() - started))
     return statistics.median(found)
+
+
+def passing(name: str, ours: bool, seconds: float) -> float:
+    """Images a second, after the first calls."""
+    call = PASSES[name](ours)
+    for _ in range(FIRST):
+        call()
+    torch.cuda.synchronize()
+    return images_a_second(call, seconds)
 
 
 def _share(results: multiprocessing.Queue[float], begin: Barrier, name: str, recorded: bool, seconds: float) -> None:
@@ -83,7 +132,7 @@ def shared(name: str, recorded: bool, seconds: float, processes: int) -> float:
 def main() -> None:
     parser = options(__doc__, quick="a fifth of a second each")
     parser.add_argument("--processes", type=int, default=1, help="that share the GPU")
-    parser.add_argument("--rows", nargs="+", choices=RECIPES, default=list(RECIPES))
+    parser.add_argument("--rows", nargs="+", choices=[*RECIPES, *PASSES], default=[*RECIPES, *PASSES])
     given = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("error: this machine has no GPU")
@@ -91,10 +140,12 @@ def main() -> None:
     rows, seconds = [], 0.2 if given.quick else 1.0
     for name in given.rows:
         ours, baseline = (
-            images_a_second(stepping(name, recorded), seconds)
+            passing(name, better, seconds)
+            if name in PASSES
+            else images_a_second(stepping(name, better), seconds)
             if given.processes == 1
-            else shared(name, recorded, seconds, given.processes)
-            for recorded in (True, False)
+            else shared(name, better, seconds, given.processes)
+            for better in (True, False)
         )
         rows.append(Row(name, "images/s", ours, baseline, ours / baseline))
     show(

@@ -6,11 +6,13 @@ A program of its own: its JavaScript engine takes 200 MiB that a process never g
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from pathlib import Path
 
 import vl_convert
+from PIL import Image
 
 
 def main() -> None:
@@ -20,7 +22,9 @@ def main() -> None:
         return
     folder = Path(sys.argv[1])
     for name, spec in json.load(sys.stdin.buffer).items():
-        (folder / f"{name}.png").write_bytes(vl_convert.vegalite_to_png(spec, scale=2))
+        drawn = Image.open(io.BytesIO(vl_convert.vegalite_to_png(spec, scale=2)))
+        # Packed well, and without its opaque alpha channel, it takes a third to a sixth of the room.
+        drawn.convert("RGB").save(folder / f"{name}.png", optimize=True)
         (folder / f"{name}.pdf").write_bytes(vl_convert.vegalite_to_pdf(spec))
 
 

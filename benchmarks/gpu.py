@@ -45,20 +45,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 MAPS = (BATCH, 128, 64, 8, 8)
 
 
-def stepping(name: str, recorded: bool) -> Callable[[], object]:
-    """Steps on one batch, the first of them done; one kind at a time."""
-    steps.BEFORE_RECORDING = FIRST if recorded else sys.maxsize
-    torch.backends.cudnn.deterministic = True
-    call = training_step(Recipe(**RECIPES[name]), "cuda")
-    for _ in range(2 * FIRST):
-        call()
-    torch.cuda.synchronize()
-    return call
-
-
 def back_through_convolution(ours: bool) -> Callable[[], object]:
     torch.manual_seed(0)
-    torch.backends.cudnn.deterministic = True
     weight = torch.randn(MAPS[2], 32, 3, 3, device="cuda", requires_grad=True)
     a = torch.randn(MAPS[0] * MAPS[1], *MAPS[2:], device="cuda", requires_grad=True)
     link = Conv(weight, weight[:, 0, 0, 0], Geometry((3, 3), (2, 2), (1, 1), (1, 1), (16, 16)))
@@ -87,6 +75,17 @@ def back_through_relu(ours: bool) -> Callable[[], object]:
 PASSES = {"back through a convolution": back_through_convolution, "back through a ReLU": back_through_relu}
 
 
+def stepping(name: str, ours: bool) -> Callable[[], object]:
+    """Steps on one batch, or passes over maps, the first of them done; one kind at a time."""
+    steps.BEFORE_RECORDING = FIRST if ours else sys.maxsize
+    torch.backends.cudnn.deterministic = True
+    call = PASSES[name](ours) if name in PASSES else training_step(Recipe(**RECIPES[name]), "cuda")
+    for _ in range(2 * FIRST):
+        call()
+    torch.cuda.synchronize()
+    return call
+
+
 def images_a_second(call: Callable[[], object], seconds: float) -> float:
     """The median of five times."""
     found = []
@@ -101,26 +100,17 @@ def images_a_second(call: Callable[[], object], seconds: float) -> float:
     return statistics.median(found)
 
 
-def passing(name: str, ours: bool, seconds: float) -> float:
-    """Images a second, after the first calls."""
-    call = PASSES[name](ours)
-    for _ in range(FIRST):
-        call()
-    torch.cuda.synchronize()
-    return images_a_second(call, seconds)
-
-
-def _share(results: multiprocessing.Queue[float], begin: Barrier, name: str, recorded: bool, seconds: float) -> None:
-    call = stepping(name, recorded)
+def _share(results: multiprocessing.Queue[float], begin: Barrier, name: str, ours: bool, seconds: float) -> None:
+    call = stepping(name, ours)
     begin.wait()
     results.put(images_a_second(call, seconds))
 
 
-def shared(name: str, recorded: bool, seconds: float, processes: int) -> float:
+def shared(name: str, ours: bool, seconds: float, processes: int) -> float:
     """Images a second of all processes."""
     context = multiprocessing.get_context("spawn")
     results, begin = context.Queue(), context.Barrier(processes)
-    workers = [context.Process(target=_share, args=(results, begin, name, recorded, seconds)) for _ in range(processes)]
+    workers = [context.Process(target=_share, args=(results, begin, name, ours, seconds)) for _ in range(processes)]
     for worker in workers:
         worker.start()
     found = [results.get() for _ in workers]
@@ -139,15 +129,13 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     rows, seconds = [], 0.2 if given.quick else 1.0
     for name in given.rows:
-        ours, baseline = (
-            passing(name, better, seconds)
-            if name in PASSES
-            else images_a_second(stepping(name, better), seconds)
+        mine, baseline = (
+            images_a_second(stepping(name, ours), seconds)
             if given.processes == 1
-            else shared(name, better, seconds, given.processes)
-            for better in (True, False)
+            else shared(name, ours, seconds, given.processes)
+            for ours in (True, False)
         )
-        rows.append(Row(name, "images/s", ours, baseline, ours / baseline))
+        rows.append(Row(name, "images/s", mine, baseline, mine / baseline))
     show(
         f"steps of {BATCH} images, {given.processes} processes on one {torch.cuda.get_device_name()}", rows, given.json
     )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rampart.bounds import METHODS, crown, ibp, margin_bounds
 from rampart.bounds.box import Box, pixel_box
-from rampart.bounds.margins import check, margin_spec
+from rampart.bounds.margins import check, identity_spec, margin_spec
 from rampart.errors import BoundError, ModelError, SettingsError, UnsupportedLayer
 from rampart.models import Chain, Layout
 from tests.exact import exact_margins, tiny_net
@@ -307,7 +307,7 @@ def crown_alone(chain: Chain, box: Box) -> ibp.Intervals:
     for place in chain.relus:
         value = chain.sources[place][0]
         shape = chain.links[value].out_shape
-        rows = torch.eye(prod(shape)).view(1, -1, *shape).expand(len(box.lower), *[-1] * (len(shape) + 1))
+        rows = identity_spec(prod(shape), box.lower).unflatten(2, shape)
         lower, upper = (
             sign * crown.backward(chain, inputs, box, sign * rows, value).view(-1, *shape) for sign in (1, -1)
         )

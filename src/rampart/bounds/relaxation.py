@@ -116,6 +116,7 @@ class _Through(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(a, lower_slope, upper_slope, intercept)
         if a.is_cuda and lower_slope is None:
+            # Not above: Triton is not where PyTorch has been built for other devices.
             from rampart.bounds.onepass import through
 
             return through(a, upper_slope, intercept)
@@ -129,7 +130,7 @@ class _Through(torch.autograd.Function):
 
             to_a, *to_upper = through_backward(a, upper_slope, intercept, of_a, of_constant)
             return to_a, None, *to_upper
-        return _through_backward(*ctx.saved_tensors, of_a, of_constant, *ctx.needs_input_grad)
+        return _through_backward(a, lower_slope, upper_slope, intercept, of_a, of_constant, *ctx.needs_input_grad)
 
 
 @Kernel

@@ -10,3 +10,5 @@ def test_names() -> None:
 def test_the_study_has_twelve_arms() -> None:
     arms = grid(("normal", "adversarial", "certified"), (False, True), ("none", "double"))
     assert len(arms) == len({arm.name for arm in arms}) == 12
+    assert [Arm.called(arm.name) for arm in arms] == arms
+    assert Arm.called("normal+augmented") is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import product
+from typing import get_args
 
 from rampart.training.recipe import Contrastive, MethodName
 
@@ -20,6 +21,12 @@ class Arm:
     def name(self) -> str:
         parts = [self.method, "aug" if self.augment else "", f"supcon-{self.contrastive}"]
         return "+".join(part for part in parts if part and part != "supcon-none")
+
+    @classmethod
+    def called(cls, name: str) -> Arm | None:
+        """The arm of that name, if there is one."""
+        every = grid(get_args(MethodName), (False, True), get_args(Contrastive))
+        return next((arm for arm in every if arm.name == name), None)
 
     @property
     def slug(self) -> str:

@@ -12,9 +12,10 @@ from mlflow import MlflowClient
 
 from rampart.data import Dataset
 from rampart.evaluation import attacked
-from rampart.models import build_model, save_model
+from rampart.models import build_model, load_model, released, save_model
 from rampart.study.steps import run_step
 from rampart.tracking.queries import find_runs, read_arrays, read_table
+from rampart.tracking.release import release
 from tests.nets import fitted
 
 
@@ -88,3 +89,21 @@ def test_rates_are_checked_and_other_models_give_images_to_check_with(digits: Da
     data = MlflowClient().get_run(without).data
     assert "rampart.trust" not in data.tags
     assert not [name for name in data.metrics if name.startswith(("trust/", "corrupted"))]
+
+
+def test_a_released_model_is_of_the_arm_that_it_is_called_after(
+    digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(released, "FOLDER", tmp_path / "models")
+    model = load_model(weights(digits, tmp_path, 0))
+    found = {}
+    for name in ("mtl-ibp+aug+supcon-double", "mine"):
+        release(model, name, released.FOLDER)
+        run = run_step("evaluate", settings(f"rampart:{name}", trust_images="0", corruptions="none"))
+        tags = MlflowClient().get_run(run).data.tags
+        found[name] = {key: tags.get(f"rampart.{key}") for key in ("arm", "method", "augment", "contrastive", "seed")}
+    arm = "mtl-ibp+aug+supcon-double"
+    assert found == {
+        arm: {"arm": arm, "method": "mtl-ibp", "augment": "True", "contrastive": "double", "seed": "0"},
+        "mine": dict.fromkeys(("arm", "method", "augment", "contrastive", "seed")),
+    }

@@ -98,4 +98,4 @@ def test_the_arms_of_a_study_are_released(
     monkeypatch.setattr("sys.argv", ["release", "best", str(folder)])
     assert main() == 1
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said == "error: no finished training of profile 'best': train its arms first"
+    assert said == "error: no finished training of profile 'best' with seed 0: train its arms first"

@@ -9,6 +9,8 @@ from rampart.errors import ModelError, unknown
 
 PREFIX, SUFFIX = "rampart:", ".safetensors"
 FOLDER = Path(__file__).parents[3] / "results" / "models"
+# Of each arm the model of this seed.
+SEED = "0"
 # Of the form that `sha256sum --check` reads.
 SUMS = "SHA256SUMS"
 

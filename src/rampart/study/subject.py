@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from rampart.arms import Arm
 from rampart.data import Dataset, Split
 from rampart.models import Classifier, weights_digest
+from rampart.models.released import PREFIX, SEED
 from rampart.reports.drawing import Drawing, save
 from rampart.settings import EmbedSettings, EvaluateSettings, ModelSettings, VerifySettings
 from rampart.study.identity import identity
@@ -40,7 +42,7 @@ def open_subject(run: Run, settings: ModelSettings) -> Subject:
     """Model and data as inputs of `run`, which is named and tagged after them and whose metrics are about them."""
     source = source_of(settings.model)
     model = fetch_model(settings.model).to(prepare(settings))
-    known = run_tags(source.run) if source.run else {}
+    known = run_tags(source.run) if source.run else _released(settings.model)
     label = f"{known['arm']} s{known['seed']}" if "arm" in known else Path(settings.model).stem
     run.name(f"{run.step} {label}")
     run.tags({name: known[name] for name in ARM_TAGS if name in known})
@@ -51,6 +53,12 @@ def open_subject(run: Run, settings: ModelSettings) -> Subject:
     if source.model_id:
         run.uses([source.model_id])
     return Subject(model, label, source.run, weights, data, data.test.to(prepare(settings)))
+
+
+def _released(uri: str) -> dict[str, str]:
+    """ARM_TAGS of a model that came with the checkout; none of another file."""
+    arm = Arm.called(uri.removeprefix(PREFIX)) if uri.startswith(PREFIX) else None
+    return {name: str(value) for name, value in asdict(arm).items()} | {"arm": arm.name, "seed": SEED} if arm else {}
 
 
 def finish(run: Run, settings: EvaluateSettings | VerifySettings | EmbedSettings, data: Dataset) -> None:

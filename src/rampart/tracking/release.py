@@ -1,4 +1,4 @@
-"""`python -m rampart.tracking.release PROFILE [FOLDER]`: the models of a profile's arms, first seed each, as files that
+"""`python -m rampart.tracking.release PROFILE [FOLDER]`: the models of a profile's arms, seed 0 each, as files that
 come with a checkout; `load_model("rampart:<arm>")` finds those in results/models."""
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import nn
 from rampart.console import said_if_it_fails
 from rampart.errors import ModelError, RampartError
 from rampart.models import Classifier, load_model, save_model, weights_digest
-from rampart.models.released import FOLDER, SUFFIX, enter
+from rampart.models.released import FOLDER, SEED, SUFFIX, enter
 from rampart.tracking.models import fetch_model
 from rampart.tracking.queries import find_runs
 from rampart.tracking.store import experiment_id
@@ -48,18 +48,17 @@ def _holds(file: Path, model: Classifier) -> bool:
 
 
 def release_all(profile: str, folder: Path) -> None:
-    """The model of each arm of a profile that has been trained, that of the first seed.
+    """The newest model of each arm of a profile that has been trained with seed 0.
 
     Raises:
         RampartError: no arm has been trained.
     """
-    runs = find_runs(experiment_id(create=False), {"step": "train", "profile": profile})
+    runs = find_runs(experiment_id(create=False), {"step": "train", "profile": profile, "seed": SEED})
     if runs.empty:
-        raise RampartError(f"no finished training of profile '{profile}': train its arms first")
-    runs = runs.assign(seed=runs["tags.rampart.seed"].astype(int)).sort_values("seed", kind="stable")
+        raise RampartError(f"no finished training of profile '{profile}' with seed {SEED}: train its arms first")
     for run in runs.drop_duplicates("tags.rampart.arm").to_dict("records"):
         file = release(fetch_model(f"runs:/{run['run_id']}/model"), run["tags.rampart.arm"], folder)
-        print(f"{file}: run {run['run_id']}, seed {run['seed']}")
+        print(f"{file}: run {run['run_id']}")
 
 
 def main() -> int:

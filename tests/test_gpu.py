@@ -161,7 +161,7 @@ def test_evaluation(trained: Classifier, digits: Dataset) -> None:
 
 
 def test_verification(trained: Classifier, digits: Dataset) -> None:
-    plan = VerificationPlan(eps=6 / 255, images=10, selection="common", timeout=20.0)
+    plan = VerificationPlan(eps=5 / 255, images=10, selection="common", timeout=600.0)
     verdicts = [
         verify_split(trained.to(device), digits.test.to(device), plan)[0]["verdict"].tolist()
         for device in ("cpu", "cuda")

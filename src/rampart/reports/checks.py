@@ -99,11 +99,16 @@ def ledgers(runs: pd.DataFrame, notes: list[Note]) -> dict[str, pd.DataFrame]:
             continue
         _agree(run, *kept)
         found[str(run["run_id"])] = kept[0]
+    consistent(runs, found)
+    return found
+
+
+def consistent(runs: pd.DataFrame, found: Mapping[str, pd.DataFrame]) -> None:
+    """Raises Contradiction where two of the ledgers (by run) of one model say that an image was proved and broken."""
     for (arm, _), part in runs.groupby(["arm", "weights"], sort=False):
         wrong = contradiction({run: found[run] for run in part["run_id"] if run in found})
         if wrong:
             raise Contradiction(f"{arm}: {wrong}: the bounds or the attack are wrong, nothing of this can be trusted")
-    return found
 
 
 def _incomplete(run: pd.Series, ledger: pd.DataFrame) -> str:

@@ -15,6 +15,7 @@ from rampart.reports import tables
 from rampart.reports.baseline import put_beside, read_baseline
 from rampart.reports.drawing import Panels, save, script
 from rampart.reports.evidence import Evidence, collect
+from rampart.reports.joining import with_folder
 from rampart.reports.record import keep
 from rampart.reports.registry import name_best
 from rampart.reports.sections import Section, material_of, sections
@@ -37,6 +38,8 @@ def compare(run: Run, settings: CompareSettings) -> None:
     """
     published, said = read_baseline(settings.baseline) if settings.baseline else (None, [])
     evidence = collect(run.experiment, settings)
+    for place in settings.evidence:
+        evidence = with_folder(evidence, place)
     if published is not None:
         published, more = put_beside(published, set(evidence.values["method"]))
         said += more
@@ -100,6 +103,8 @@ def page(chosen: list[Section], evidence: Evidence, settings: CompareSettings, r
         script=script() if specs else "",
         words=tables.WORDS,
         address=lambda run_id: run_page(run.experiment, run_id),
+        # Of other stores' runs, which evidence in files tells of, this one has no page.
+        here=set(evidence.runs.dropna(subset="experiment_id")["run_id"]),
     )
 
 

@@ -77,13 +77,13 @@ def collect(experiment: str, settings: CompareSettings) -> Evidence:
         step: _of_linf(find_runs(experiment, {"step": step, "profile": settings.profile}), step, notes)
         for step in ("evaluate", "verify", "embed")
     }
-    runs = _newest(_keyed(found, members), notes, said=members is None)
+    runs = newest_runs(_keyed(found, members), notes, said=members is None)
     of_study = {"study": settings.study} if settings.study else {}
     broken_off = find_runs(experiment, {"profile": settings.profile, **of_study}, status="!FINISHED")
     notes += unfinished(runs, broken_off)
     if runs.empty or not runs["step"].isin(["evaluate", "verify"]).any():
         raise _nothing(experiment, settings, notes)
-    runs = _ordered(_one_dataset(runs, notes))
+    runs = ordered(_one_dataset(runs, notes))
     tables = ledgers(runs, notes)
     runs = runs[runs["run_id"].isin(tables) | (runs["step"] == "embed")]
     if not tables:
@@ -203,7 +203,7 @@ def _keyed(found: Mapping[str, pd.DataFrame], members: set[str] | None) -> pd.Da
     )
 
 
-def _newest(runs: pd.DataFrame, notes: list[Note], said: bool) -> pd.DataFrame:
+def newest_runs(runs: pd.DataFrame, notes: list[Note], said: bool) -> pd.DataFrame:
     """One run a step, arm and seed, all of one model: that of the newest evaluation of the arm and seed, or of their
     newest run where they have none."""
     one = ["arm", "seed"]
@@ -281,7 +281,7 @@ def _verified_eps(run: pd.Series) -> float:
     return float(eps_key(parse_eps("eps_pixel", run["params.eps_pixel"], "pixel")))
 
 
-def _ordered(frame: pd.DataFrame) -> pd.DataFrame:
+def ordered(frame: pd.DataFrame) -> pd.DataFrame:
     """Rows in the order of the study's tables: augmentation, method, contrastive, seed."""
 
     def rank(column: pd.Series) -> pd.Series:
@@ -301,4 +301,4 @@ def summarise(values: pd.DataFrame) -> pd.DataFrame:
         suspect=("suspect", "any"),
         runs=("run", lambda r: " ".join(r)),
     ).reset_index()
-    return _ordered(summary)
+    return ordered(summary)

@@ -125,6 +125,7 @@ class CompareSettings:
     Args:
         profile: only runs of this profile.
         study: only the runs of this study (its run id); empty: the newest finished run of every arm and seed.
+        evidence: folders that `export` has filled, from other stores perhaps, whose runs are compared, too.
         baseline: JSON file with published figures that are shown beside ours.
         export: folder that gets the evidence as CSV and Parquet files, from which the tables can be computed again, and
             the main figures.
@@ -132,6 +133,7 @@ class CompareSettings:
 
     profile: str = DEFAULT_PROFILE
     study: str = ""
+    evidence: tuple[str, ...] = ()
     baseline: str = ""
     export: str = ""
 

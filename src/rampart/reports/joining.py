@@ -1,0 +1,63 @@
+"""Evidence of several tracking stores as that of one comparison."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+import pandas as pd
+
+from rampart.errors import require
+from rampart.reports.checks import consistent
+from rampart.reports.evidence import Evidence, newest_runs, ordered
+from rampart.reports.record import read
+
+T = TypeVar("T")
+
+
+def with_folder(evidence: Evidence, folder: str) -> Evidence:
+    """The evidence together with what `export` has kept in a folder; of runs of one step, arm and seed the newest
+    counts, as within one store.
+
+    Raises:
+        SettingsError: there is no evidence in the folder, or it is of other images. Contradiction: an image of a model
+            was proved in one place and broken in the other.
+    """
+    other = read(Path(folder)).evidence
+    require(
+        other.dataset == evidence.dataset,
+        f"the evidence in '{folder}' is of {other.dataset}, not of {evidence.dataset}: compare them by themselves",
+    )
+    notes = list(evidence.notes)
+    more = other.runs[~other.runs["run_id"].isin(evidence.runs["run_id"])]
+    runs = pd.concat([evidence.runs, more], ignore_index=True).sort_values("start_time", ascending=False)
+    by_step = {step: runs[runs["step"] == step] for step in ("train", "evaluate", "verify", "embed")}
+    trained = by_step.pop("train")
+    steps = newest_runs(pd.concat(by_step.values(), ignore_index=True), notes, said=True)
+    trained = trained[trained["run_id"].isin(steps["model_run"])]
+    runs = pd.concat([ordered(trained), ordered(steps)], ignore_index=True)
+    kept = set(runs["run_id"])
+    ledgers = {run: ledger for run, ledger in (other.ledgers | evidence.ledgers).items() if run in kept}
+    consistent(steps, ledgers)
+    joined = replace(evidence, runs=runs, ledgers=ledgers, notes=notes)
+
+    def first_here(step: str) -> set[str]:
+        """The arms whose run of the first seed is this store's: what tables do not show belongs to that run."""
+        first = joined.first(step)
+        return set(first.loc[first["run_id"].isin(evidence.runs["run_id"]), "arm"])
+
+    embedded, evaluated = first_here("embed"), first_here("evaluate")
+    values = pd.concat([evidence.values, other.values[other.values["run"].isin(more["run_id"])]], ignore_index=True)
+    return replace(
+        joined,
+        values=ordered(values[values["run"].isin(kept)]),
+        points=_of(embedded, evidence.points),
+        places={arm: found for arm, found in other.places.items() if arm not in embedded}
+        | _of(embedded, evidence.places),
+        examples=_of(evaluated, evidence.examples),
+    )
+
+
+def _of(arms: set[str], found: dict[str, T]) -> dict[str, T]:
+    return {arm: one for arm, one in found.items() if arm in arms}

@@ -1,0 +1,107 @@
+"""Evidence in files beside that of a store: as if all runs were in one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from mlflow import MlflowClient
+
+from rampart.errors import Contradiction, SettingsError
+from rampart.reports.evidence import Evidence, collect
+from rampart.reports.joining import with_folder
+from rampart.reports.record import keep, read
+from rampart.reports.sections import material_of, sections
+from rampart.settings import CompareSettings, resolve
+from rampart.study.steps import run_step
+from rampart.tracking import Run
+from rampart.tracking.queries import find_runs
+from tests.conftest import Study
+from tests.reports.made import evaluation, finished, verification
+
+
+SPLIT = "3/1/4 by 0.2, 42"
+
+
+def collected() -> Evidence:
+    return collect("0", CompareSettings())
+
+
+def moved(run: Run, folder: Path) -> str:
+    """Exports all evidence that there is and takes the run out of the store."""
+    keep(material_of(collected()), folder)
+    MlflowClient().delete_run(run.id)
+    return str(folder)
+
+
+def tables(evidence: Evidence) -> dict[str, pd.DataFrame]:
+    return {s.name: s.table for s in sections(material_of(evidence)) if s.table is not None}
+
+
+def test_runs_are_compared_wherever_they_are(tmp_path: Path) -> None:
+    finished("evaluate", evaluation("1110", "0100"), seed=1)
+    elsewhere = finished("evaluate", evaluation("1100", "0100"))
+    proved = finished("verify", verification({0: "safe", 1: "unsafe"}))
+    together = tables(collected())
+    folder = moved(elsewhere, tmp_path / "kept")
+    MlflowClient().delete_run(proved.id)
+    joined = with_folder(collected(), folder)
+    for name, table in together.items():
+        pd.testing.assert_frame_equal(tables(joined)[name], table, check_dtype=False, obj=name)
+    assert "± " in tables(joined)["accuracy"]["accuracy %"].iloc[0]
+    # Once more it changes nothing.
+    again = with_folder(joined, folder)
+    pd.testing.assert_frame_equal(tables(again)["accuracy"], tables(joined)["accuracy"])
+
+
+def test_the_newest_run_counts_and_the_others_are_told_of(tmp_path: Path) -> None:
+    old = finished("evaluate", evaluation("1000"))
+    folder = moved(old, tmp_path / "kept")
+    new = finished("evaluate", evaluation("1110", "0100"))
+    joined = with_folder(collected(), folder)
+    assert set(joined.values["run"]) == set(joined.ledgers) == {new.id}
+    assert "1 older run(s) of the same arm and seed left out" in [note.text for note in joined.notes]
+    later = moved(new, tmp_path / "later")
+    finished("evaluate", evaluation("1111"), seed=1)
+    assert set(with_folder(with_folder(collected(), later), folder).values["value"]) >= {0.75, 1.0}
+
+
+def test_runs_on_another_model_than_the_newest_are_left_out(tmp_path: Path) -> None:
+    proved = finished("verify", verification({0: "safe", 1: "unsafe"}), weights="before", split=SPLIT)
+    folder = moved(proved, tmp_path / "kept")
+    finished("evaluate", evaluation("1110", "0100"))
+    joined = with_folder(collected(), folder)
+    assert "verify" not in set(joined.values["step"])
+    assert any("other models than the newest evaluation" in note.text for note in joined.notes)
+
+
+def test_other_images_and_contradictions_are_refused(tmp_path: Path) -> None:
+    proved = finished("verify", verification({0: "safe", 1: "safe"}), split=SPLIT)
+    folder = moved(proved, tmp_path / "kept")
+    finished("evaluate", evaluation("1110", "0100"))
+    with pytest.raises(Contradiction, match="was proved robust at .* and broken"):
+        with_folder(collected(), folder)
+    finished("evaluate", evaluation("1110"), dataset_digest="other")
+    with pytest.raises(SettingsError, match=r"is of .*\(digest d, .*, not of .*\(digest other,"):
+        with_folder(collected(), folder)
+    with pytest.raises(SettingsError, match="no evidence in"):
+        with_folder(collected(), str(tmp_path / "nowhere"))
+
+
+def test_a_study_and_what_another_store_knows_of_it(study: Study, tmp_path: Path) -> None:
+    before = run_step("compare", {"export": str(tmp_path / "kept")})
+    both = run_step("compare", {"evidence": f"{tmp_path / 'kept'}", "export": str(tmp_path / "again")})
+    for name in ("accuracy", "verdicts", "geometry", "claims"):
+        first, second = (
+            (Path(MlflowClient().download_artifacts(run, f"{name}.csv"))).read_text() for run in (before, both)
+        )
+        assert first == second
+    kept, again = (read(tmp_path / name).evidence for name in ("kept", "again"))
+    assert set(kept.places) == set(again.places) == set(find_runs("0", {"step": "embed"})["tags.rampart.arm"])
+    assert set(kept.runs["run_id"]) == set(again.runs["run_id"])
+
+
+def test_several_folders_are_given_by_commas() -> None:
+    settings = resolve("compare", {"evidence": "results/paper,results/best"})
+    assert settings.evidence == ("results/paper", "results/best")  # type: ignore[union-attr]

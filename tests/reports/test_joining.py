@@ -20,7 +20,6 @@ from rampart.tracking.queries import find_runs
 from tests.conftest import Study
 from tests.reports.made import evaluation, finished, verification
 
-
 SPLIT = "3/1/4 by 0.2, 42"
 
 
@@ -80,7 +79,7 @@ def test_other_images_and_contradictions_are_refused(tmp_path: Path) -> None:
     proved = finished("verify", verification({0: "safe", 1: "safe"}), split=SPLIT)
     folder = moved(proved, tmp_path / "kept")
     finished("evaluate", evaluation("1110", "0100"))
-    with pytest.raises(Contradiction, match="was proved robust at .* and broken"):
+    with pytest.raises(Contradiction, match=r"was proved robust at .* and broken"):
         with_folder(collected(), folder)
     finished("evaluate", evaluation("1110"), dataset_digest="other")
     with pytest.raises(SettingsError, match=r"is of .*\(digest d, .*, not of .*\(digest other,"):

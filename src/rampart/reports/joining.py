@@ -43,7 +43,7 @@ def with_folder(evidence: Evidence, folder: str) -> Evidence:
     joined = replace(evidence, runs=runs, ledgers=ledgers, notes=notes)
 
     def first_here(step: str) -> set[str]:
-        """The arms whose run of the first seed is this store's: what tables do not show belongs to that run."""
+        """The arms whose run of the first seed is this store's: points, places and examples are of that seed."""
         first = joined.first(step)
         return set(first.loc[first["run_id"].isin(evidence.runs["run_id"]), "arm"])
 

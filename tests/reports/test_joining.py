@@ -16,7 +16,7 @@ from rampart.reports.sections import material_of, sections
 from rampart.settings import CompareSettings, resolve
 from rampart.study.steps import run_step
 from rampart.tracking import Run
-from rampart.tracking.queries import find_runs
+from rampart.tracking.queries import find_runs, run_page
 from tests.conftest import Study
 from tests.reports.made import evaluation, finished, verification
 
@@ -52,6 +52,17 @@ def test_runs_are_compared_wherever_they_are(tmp_path: Path) -> None:
     # Once more it changes nothing.
     again = with_folder(joined, folder)
     pd.testing.assert_frame_equal(tables(again)["accuracy"], tables(joined)["accuracy"])
+
+
+def test_a_run_of_another_store_has_no_link(tmp_path: Path) -> None:
+    elsewhere = finished("evaluate", evaluation("1100", "0100"))
+    folder = moved(elsewhere, tmp_path / "kept")
+    here = finished("evaluate", evaluation("1110", "0100"), seed=1)
+    run = run_step("compare", {"evidence": folder})
+    page = Path(MlflowClient().download_artifacts(run, "report.html")).read_text()
+    assert f'<a href="{run_page("0", here.id)}"' in page
+    assert f'<code title="{elsewhere.id}">' in page
+    assert run_page("0", elsewhere.id) not in page
 
 
 def test_the_newest_run_counts_and_the_others_are_told_of(tmp_path: Path) -> None:
@@ -96,6 +107,8 @@ def test_a_study_and_what_another_store_knows_of_it(study: Study, tmp_path: Path
             (Path(MlflowClient().download_artifacts(run, f"{name}.csv"))).read_text() for run in (before, both)
         )
         assert first == second
+    linked = [Path(MlflowClient().download_artifacts(run, "report.html")).read_text() for run in (before, both)]
+    assert ["exported (kept)" in page for page in linked] == [False, True]
     kept, again = (read(tmp_path / name).evidence for name in ("kept", "again"))
     assert set(kept.places) == set(again.places) == set(find_runs("0", {"step": "embed"})["tags.rampart.arm"])
     assert set(kept.runs["run_id"]) == set(again.runs["run_id"])

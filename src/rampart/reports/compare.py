@@ -103,7 +103,8 @@ def page(chosen: list[Section], evidence: Evidence, settings: CompareSettings, r
         script=script() if specs else "",
         words=tables.WORDS,
         address=lambda run_id: run_page(run.experiment, run_id),
-        # Of other stores' runs, which evidence in files tells of, this one has no page.
+        # Of other stores' runs this one has no page.
+        others=[Path(place).name for place in settings.evidence],
         here=set(evidence.runs.dropna(subset="experiment_id")["run_id"]),
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import product
 from typing import get_args
 
@@ -21,6 +21,11 @@ class Arm:
     def name(self) -> str:
         parts = [self.method, "aug" if self.augment else "", f"supcon-{self.contrastive}"]
         return "+".join(part for part in parts if part and part != "supcon-none")
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """Its settings as a user gives them and runs are tagged with them."""
+        return {name: str(value) for name, value in asdict(self).items()}
 
     @classmethod
     def called(cls, name: str) -> Arm | None:

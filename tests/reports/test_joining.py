@@ -78,11 +78,15 @@ def test_the_newest_run_counts_and_the_others_are_told_of(tmp_path: Path) -> Non
 
 
 def test_runs_on_another_model_than_the_newest_are_left_out(tmp_path: Path) -> None:
+    embedded = finished("embed", None, weights="before", split=SPLIT)
     proved = finished("verify", verification({0: "safe", 1: "unsafe"}), weights="before", split=SPLIT)
     folder = moved(proved, tmp_path / "kept")
+    MlflowClient().delete_run(embedded.id)
+    pd.DataFrame({"image": [0]}).to_parquet(tmp_path / "kept" / "places" / "normal.parquet")
     finished("evaluate", evaluation("1110", "0100"))
     joined = with_folder(collected(), folder)
     assert "verify" not in set(joined.values["step"])
+    assert joined.places == {}
     assert any("other models than the newest evaluation" in note.text for note in joined.notes)
 
 
@@ -116,4 +120,5 @@ def test_a_study_and_what_another_store_knows_of_it(study: Study, tmp_path: Path
 
 def test_several_folders_are_given_by_commas() -> None:
     settings = resolve("compare", {"evidence": "results/paper,results/best"})
-    assert settings.evidence == ("results/paper", "results/best")  # type: ignore[union-attr]
+    assert isinstance(settings, CompareSettings)
+    assert settings.evidence == ("results/paper", "results/best")

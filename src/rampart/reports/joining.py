@@ -12,6 +12,7 @@ from rampart.errors import require
 from rampart.reports.checks import consistent
 from rampart.reports.evidence import Evidence, newest_runs, ordered
 from rampart.reports.record import read
+from rampart.settings import ARM_STEPS
 
 T = TypeVar("T")
 
@@ -32,9 +33,8 @@ def with_folder(evidence: Evidence, folder: str) -> Evidence:
     notes = list(evidence.notes)
     more = other.runs[~other.runs["run_id"].isin(evidence.runs["run_id"])]
     runs = pd.concat([evidence.runs, more], ignore_index=True).sort_values("start_time", ascending=False)
-    by_step = {step: runs[runs["step"] == step] for step in ("train", "evaluate", "verify", "embed")}
-    trained = by_step.pop("train")
-    steps = newest_runs(pd.concat(by_step.values(), ignore_index=True), notes, said=True)
+    trained, *others = (runs[runs["step"] == step] for step in ARM_STEPS)
+    steps = newest_runs(pd.concat(others, ignore_index=True), notes, said=True)
     trained = trained[trained["run_id"].isin(steps["model_run"])]
     runs = pd.concat([ordered(trained), ordered(steps)], ignore_index=True)
     kept = set(runs["run_id"])
@@ -42,20 +42,19 @@ def with_folder(evidence: Evidence, folder: str) -> Evidence:
     consistent(steps, ledgers)
     joined = replace(evidence, runs=runs, ledgers=ledgers, notes=notes)
 
-    def first_here(step: str) -> set[str]:
-        """The arms whose run of the first seed is this store's: points, places and examples are of that seed."""
+    def first_in(found: pd.DataFrame, step: str) -> set[str]:
+        """The arms whose run of the first seed is among these: points, places and examples are of that seed."""
         first = joined.first(step)
-        return set(first.loc[first["run_id"].isin(evidence.runs["run_id"]), "arm"])
+        return set(first.loc[first["run_id"].isin(found["run_id"]), "arm"])
 
-    embedded, evaluated = first_here("embed"), first_here("evaluate")
+    embedded = first_in(evidence.runs, "embed")
     values = pd.concat([evidence.values, other.values[other.values["run"].isin(more["run_id"])]], ignore_index=True)
     return replace(
         joined,
         values=ordered(values[values["run"].isin(kept)]),
         points=_of(embedded, evidence.points),
-        places={arm: found for arm, found in other.places.items() if arm not in embedded}
-        | _of(embedded, evidence.places),
-        examples=_of(evaluated, evidence.examples),
+        places=_of(embedded, evidence.places) | _of(first_in(more, "embed"), other.places),
+        examples=_of(first_in(evidence.runs, "evaluate"), evidence.examples),
     )
 
 

@@ -154,13 +154,12 @@ class Shared:
 
     def texts(self, task: Task, model: str = "", more: Mapping[str, str] | None = None) -> dict[str, str]:
         """What the user would give to do the task alone."""
-        arm = task.arm
         texts = {"threads": str(self.threads), "profile": self.profile, "seed": str(task.seed)}
         texts |= nested(self.given, task.step)
         if task.step == "tune":
             texts = nested(self.given, "train") | texts
         if task.step in ("train", "tune"):
-            texts |= {"method": arm.method, "augment": str(arm.augment), "contrastive": arm.contrastive}
+            texts |= task.arm.texts
         else:
             texts |= {"model": model} | ({"part": task.part} if task.part else {})
         return {**texts, **(more or {})}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from rampart.arms import Arm
@@ -58,7 +58,7 @@ def open_subject(run: Run, settings: ModelSettings) -> Subject:
 def _released(uri: str) -> dict[str, str]:
     """ARM_TAGS of a model that came with the checkout; none of another file."""
     arm = Arm.called(uri.removeprefix(PREFIX)) if uri.startswith(PREFIX) else None
-    return {name: str(value) for name, value in asdict(arm).items()} | {"arm": arm.name, "seed": SEED} if arm else {}
+    return arm.texts | {"arm": arm.name, "seed": SEED} if arm else {}
 
 
 def finish(run: Run, settings: EvaluateSettings | VerifySettings | EmbedSettings, data: Dataset) -> None:

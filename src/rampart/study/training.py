@@ -34,7 +34,7 @@ def run_training(run: Run, settings: Settings, given: Mapping[str, str]) -> None
     # A random state of one kind of device is none of another.
     before = interrupted_training(run, f"{key} {device.type}")
     run.name(f"{arm.name} s{settings.seed}")
-    run.tags({"method": arm.method, "augment": arm.augment, "contrastive": arm.contrastive, "arm": arm.name})
+    run.tags(arm.texts | {"arm": arm.name})
     run.tags({"seed": settings.seed, "train_profile": settings.profile})
     data = open_data(run, settings)
     # Until all is told: a second signal must not stop that.

@@ -92,9 +92,8 @@ class Worker:
     @cached_property
     def train_texts(self) -> dict[str, str]:
         """What the user said of the training itself."""
-        valid, arm = set(names("train")), self.arm
-        said = {"method": arm.method, "augment": str(arm.augment), "contrastive": arm.contrastive}
-        return {name: text for name, text in self.given.items() if name in valid} | said
+        valid = set(names("train"))
+        return {name: text for name, text in self.given.items() if name in valid} | self.arm.texts
 
     @cached_property
     def training(self) -> TrainSettings:

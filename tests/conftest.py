@@ -209,11 +209,35 @@ def finished_study(tmp_path_factory: pytest.TempPathFactory) -> Study:
 
 
 @pytest.fixture
-def study(finished_study: Study, store: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
-    """The finished study, its store being the one in use."""
+def study(finished_study: Study, store: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Study]:
+    """The finished study, its store being the one in use: to be read alone, for other tests read it, too."""
     monkeypatch.chdir(finished_study.folder)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{finished_study.folder}/mlflow.db")
-    return finished_study
+    before = runs_in(finished_study.folder)
+    yield finished_study
+    assert runs_in(finished_study.folder) == before, "a test that adds runs to the study works on a copy: take own"
+
+
+def runs_in(folder: Path) -> int:
+    with closing(sqlite3.connect(folder / "mlflow.db")) as database:
+        (count,) = database.execute("SELECT count(*) FROM runs").fetchone()
+    return int(count)
+
+
+@pytest.fixture
+def own(study: Study, store: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the finished study's store alone, for a test to work on."""
+    folder = store / "copy"
+    folder.mkdir()
+    shutil.copytree(study.folder / "mlruns", folder / "mlruns")
+    shutil.copy(study.folder / "mlflow.db", folder)
+    places = {"experiments": "artifact_location", "runs": "artifact_uri", "logged_models": "artifact_location"}
+    with closing(sqlite3.connect(folder / "mlflow.db")) as database, database:
+        for table, column in places.items():
+            database.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", (str(study.folder), str(folder)))
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+    return folder
 
 
 class Postgres:

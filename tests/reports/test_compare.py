@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 
 import mlflow
@@ -33,22 +31,6 @@ def files(run: str, kind: str = "") -> dict[str, bytes]:
     """A run's artifacts by name."""
     folder = Path(MlflowClient().download_artifacts(run, ""))
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name.endswith(kind)}
-
-
-@pytest.fixture
-def own(study: Study, store: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the finished study's store alone, for a test to work on."""
-    folder = store / "copy"
-    folder.mkdir()
-    shutil.copytree(study.folder / "mlruns", folder / "mlruns")
-    shutil.copy(study.folder / "mlflow.db", folder)
-    places = {"experiments": "artifact_location", "runs": "artifact_uri", "logged_models": "artifact_location"}
-    with closing(sqlite3.connect(folder / "mlflow.db")) as database, database:
-        for table, column in places.items():
-            database.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", (str(study.folder), str(folder)))
-    monkeypatch.chdir(folder)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
-    return folder
 
 
 def test_every_table_and_figure_is_there_in_every_form(study: Study) -> None:

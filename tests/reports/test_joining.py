@@ -17,7 +17,6 @@ from rampart.settings import CompareSettings, resolve
 from rampart.study.steps import run_step
 from rampart.tracking import Run
 from rampart.tracking.queries import find_runs, run_page
-from tests.conftest import Study
 from tests.reports.made import evaluation, finished, verification
 
 SPLIT = "3/1/4 by 0.2, 42"
@@ -103,7 +102,7 @@ def test_other_images_and_contradictions_are_refused(tmp_path: Path) -> None:
         with_folder(collected(), str(tmp_path / "nowhere"))
 
 
-def test_a_study_and_what_another_store_knows_of_it(study: Study, tmp_path: Path) -> None:
+def test_a_study_and_what_another_store_knows_of_it(own: Path, tmp_path: Path) -> None:
     before = run_step("compare", {"export": str(tmp_path / "kept")})
     both = run_step("compare", {"evidence": f"{tmp_path / 'kept'}", "export": str(tmp_path / "again")})
     for name in ("accuracy", "verdicts", "geometry", "claims"):

@@ -105,9 +105,9 @@ def test_verdict_and_attack_never_contradict(study: Study) -> None:
 
 
 @pytest.mark.slow
-def test_a_finished_arm_is_not_run_again_unless_its_settings_change(study: Study) -> None:
+def test_a_finished_arm_is_not_run_again_unless_its_settings_change(own: Path) -> None:
     before = {step: len(find_runs("0", {"step": step})) for step in ("train", "evaluate", "verify", "embed")}
-    again = run_rampart("main", TINY_STUDY, study.folder)
+    again = run_rampart("main", TINY_STUDY, own)
     assert again.returncode == 0, again.stderr
     assert again.stderr.count("was there already") == 4
     assert {step: len(find_runs("0", {"step": step})) for step in before} == before
@@ -117,7 +117,7 @@ def test_a_finished_arm_is_not_run_again_unless_its_settings_change(study: Study
     assert set(members[0]["run"]) == set(members[1]["run"])
     assert members[0]["reused"].all()
     # Another attack is measured anew, on the same models.
-    changed = run_rampart("main", {**TINY_STUDY, "methods": "normal", "evaluate.steps": "2"}, study.folder)
+    changed = run_rampart("main", {**TINY_STUDY, "methods": "normal", "evaluate.steps": "2"}, own)
     assert changed.returncode == 0, changed.stderr
     assert len(find_runs("0", {"step": "train"})) == before["train"]
     assert len(find_runs("0", {"step": "evaluate"})) == before["evaluate"] + 2

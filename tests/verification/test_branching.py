@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -11,13 +12,17 @@ from torch import nn
 
 from rampart.bounds import alpha, crown, reduced
 from rampart.bounds.box import pixel_box
+from rampart.bounds.domains import Domains, Parts, back, forth, optimise
 from rampart.bounds.margins import PROVED, margin_spec
-from rampart.bounds.reduced import Domains, Reduced, Rows, back, forth, optimise
+from rampart.bounds.narrowing import narrowed
+from rampart.bounds.reduced import Reduced, Rows
 from rampart.models import Layout
-from rampart.verification import branching, verify
-from rampart.verification.branching import branch_and_bound, linear_program
+from rampart.verification import branching, splitting, verify
+from rampart.verification.branching import branch_and_bound
+from rampart.verification.program import linear_program
 from tests.exact import exact_margins, smallest_margin, tiny_net
 from tests.nets import NETS, small_net
+from tests.problems import problem
 from tests.verification.test_cascade import predicted, refutes
 
 
@@ -60,6 +65,33 @@ def test_verdicts_of_300_networks_are_those_of_an_exact_solver(part: int) -> Non
     assert len(seen) >= 2
 
 
+def test_verdicts_are_exact_where_every_part_is_narrowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(splitting.Search, "settle", lambda _, opened, *rest: opened)
+    narrowings = 0
+
+    def counted(*args: object) -> tuple[Parts, torch.Tensor]:
+        nonlocal narrowings
+        narrowings += 1
+        return narrowed(*args)
+
+    monkeypatch.setattr(branching, "narrowed", counted)
+    seen = Counter[str]()
+    for seed in range(300, 460):
+        model, image = random_net(seed)
+        label = predicted(model, image)
+        eps = float(0.1 + 0.2 * torch.rand(()))
+        exact = smallest_margin(model, image, label, eps)
+        if abs(exact) < 2 * PROVED:
+            continue
+        before = narrowings
+        found = verify(model, image, label, eps)
+        assert found.status in ({"safe", "safe-incomplete"} if exact > 0 else {"unsafe"}), (seed, exact, found)
+        assert found.lower_bound <= exact + PROVED
+        seen[found.status] += narrowings > before
+    assert seen["safe"] > 5
+    assert seen["unsafe"] > 0
+
+
 @pytest.mark.parametrize("rule", ["babsr", "gap"])
 def test_every_rule_comes_to_the_same_verdicts(rule: str) -> None:
     for seed in range(20):
@@ -75,17 +107,6 @@ def test_the_exact_solvers_agree() -> None:
         model, image = tiny_net((3, 3)), torch.rand(1, 1, 2)
         exact = float(exact_margins(model, image, 0, 0.2).min())
         assert smallest_margin(model, image, 0, 0.2) == pytest.approx(exact, abs=1e-6)
-
-
-def problem(name: str, eps: float) -> tuple[Reduced, torch.Tensor, nn.Module, torch.Tensor]:
-    """(the reduced problem of all outputs, CROWN's bounds of them, the network, its image)."""
-    model, x, _ = small_net(name, count=1)
-    with torch.no_grad():
-        chain, box = Layout(model).resolve(x), pixel_box(x, eps)
-        spec = torch.eye(chain.output.shape[1])[None]
-        inputs = crown.preactivations(chain, box)
-        bounds = crown.backward(chain, inputs, box, spec)[0]
-        return reduced.reduce(chain, inputs, box, spec), bounds, model, x[0]
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -120,8 +141,8 @@ def split(net: Reduced, count: int = 12) -> Domains:
         setattr(net, name, getattr(net, name).double())
     shape = (count, len(net.lower))
     rows = net.outputs.at(torch.arange(count) % len(net.outputs.constant))
-    signs = torch.randint(-1, 2, shape).double()
-    return Domains(rows, signs, torch.rand(shape).double(), torch.rand(shape).double())
+    parts = replace(Parts.whole(net, count), signs=torch.randint(-1, 2, shape).double())
+    return Domains(rows, parts, torch.rand(shape).double(), torch.rand(shape).double())
 
 
 @pytest.mark.parametrize("name", ["dense", "strided", "residual"])
@@ -131,8 +152,8 @@ def test_the_way_forth_gives_the_derivatives(name: str) -> None:
     found = back(net, domains)
     v = forth(net, domains, found)
     for value, derivative in (
-        (domains.slopes, found.relu.clamp(min=0) * v * (domains.signs == 0)),
-        (domains.multipliers, -domains.signs * v),
+        (domains.slopes, found.relu.clamp(min=0) * v * (domains.parts.signs == 0)),
+        (domains.multipliers, -domains.parts.signs * v),
     ):
         direction, before = torch.randn_like(value), value.clone()
         ends = [
@@ -151,7 +172,7 @@ def test_a_domains_bound_holds_at_every_point_of_the_domain(name: str) -> None:
     net, _, _, _ = problem(name, 0.05)
     domains = split(net, 60)
     # Few splits, so that points of each part are found by sampling.
-    domains.signs[:, torch.randperm(len(net.lower))[2:]] = 0
+    domains.parts.signs[:, torch.randperm(len(net.lower))[2:]] = 0
     bound = optimise(net, domains, 5).bound
     checked = 0
     for _ in range(2000):
@@ -160,7 +181,7 @@ def test_a_domains_bound_holds_at_every_point_of_the_domain(name: str) -> None:
         for start, stop in net.layers:
             rows = net.neurons.at(slice(start, stop))
             v[start:stop] = rows.of_input @ x + rows.of_relu @ v.relu() + rows.constant
-        inside = (domains.signs * v >= 0).all(1)
+        inside = (domains.parts.signs * v >= 0).all(1)
         value = domains.rows.of_input @ x + domains.rows.of_relu @ v.relu() + domains.rows.constant
         assert bool((value >= bound - 1e-9)[inside].all())
         checked += int(inside.sum())
@@ -260,7 +281,7 @@ def test_a_gpu_out_of_memory_halves_the_batch(
             raise torch.OutOfMemoryError
         return optimise(net, domains, *rest, **named)
 
-    monkeypatch.setattr(branching, "optimise", small)
+    monkeypatch.setattr(splitting, "optimise", small)
     halved, _ = search(10, eps=0.1, batch=64)
     assert max(sizes) > 8
     assert "going on with 8 domains" in caplog.text
@@ -268,7 +289,7 @@ def test_a_gpu_out_of_memory_halves_the_batch(
 
 
 def test_too_many_open_domains_end_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(branching, "OPEN_BYTES", 100)
+    monkeypatch.setattr(splitting, "OPEN_BYTES", 100)
     outcome, root = search(3, batch=8)
     assert outcome.status == "timeout"
     assert root <= outcome.bound <= PROVED

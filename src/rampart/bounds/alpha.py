@@ -7,9 +7,9 @@ import logging
 import torch
 from torch import Tensor
 
-from rampart.bounds import crown, ibp, reduced
+from rampart.bounds import crown, domains, ibp, reduced
 from rampart.bounds.box import Box
-from rampart.bounds.reduced import Domains
+from rampart.bounds.domains import Domains
 from rampart.models.chain import Chain
 
 log = logging.getLogger(__name__)
@@ -52,4 +52,4 @@ def _of_image(
         return crown.lower_bounds(chain, own, crown.at(box, part), spec[part], memory)[0]
     with torch.no_grad():
         net = reduced.reduce(chain, inputs, box, spec, image, memory)
-        return reduced.optimise(net, Domains.roots(net, net.outputs), steps, lr, target).bound
+        return domains.optimise(net, Domains.roots(net, net.outputs), steps, lr, target).bound

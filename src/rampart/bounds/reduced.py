@@ -12,6 +12,7 @@ matrices over U neurons in the place of convolutions over all of them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from math import prod
 from typing import NamedTuple
 
@@ -25,10 +26,8 @@ from rampart.models.links import Add, ReLU
 
 # Bytes of one image's matrices beyond which they are not made: some 18,000 unstable neurons of CIFAR-10's pixels.
 LIMIT = 3 << 29
-
-
-# Of float32, as a share of the terms that the multipliers add.
-ROUNDING = 1e-6
+# Half the width of an output as a neuron.
+OUTPUT_SCALE = 0.3
 
 
 class Rows(NamedTuple):
@@ -40,6 +39,10 @@ class Rows(NamedTuple):
 
     def at(self, rows: Tensor | slice) -> Rows:
         return Rows(*(tensor[rows] for tensor in self))
+
+    def times(self, factor: Tensor) -> Rows:
+        """Each by its own factor [R]."""
+        return Rows(self.of_input * factor[:, None], self.of_relu * factor[:, None], self.constant * factor)
 
     def double(self) -> Rows:
         return Rows(*(tensor.double() for tensor in self))
@@ -69,10 +72,58 @@ class Reduced:
     center: Tensor
     half: Tensor
 
-    @property
-    def slope(self) -> Tensor:
-        """Of the upper side of each neuron's relaxation, [U]."""
-        return self.upper / (self.upper - self.lower)
+    def followed_by_outputs(self, bounds: Tensor, target: float) -> Reduced:
+        """The same problem with each output less `target` as one more neuron, which nothing reads.
+
+        With a sign of -1 it says that the output is no more than the target: what is left of the ball to prove.
+
+        Args:
+            bounds: lower ones [K] of the outputs.
+        """
+        count = len(bounds)
+
+        def wider(rows: Rows, less: float = 0.0) -> Rows:
+            of_relu = torch.cat([rows.of_relu, rows.of_relu.new_zeros(len(rows.of_relu), count)], 1)
+            return Rows(rows.of_input, of_relu, rows.constant - less)
+
+        layers = [*self.layers, (len(self.lower), len(self.lower) + count)]
+        # On a scale on which the steps of `optimise` suit multipliers between rows of a width of 1.
+        gap = (target - bounds).clamp(min=1e-3)
+        last = wider(self.outputs, target).times(OUTPUT_SCALE / gap)
+        end = torch.full_like(gap, OUTPUT_SCALE)
+        lower, upper = torch.cat([self.lower, -end]), torch.cat([self.upper, end])
+        neurons = Rows.joined([wider(self.neurons), last])
+        return Reduced(layers, neurons, wider(self.outputs), lower, upper, self.center, self.half)
+
+    def up_to(self, layer: int) -> Reduced:
+        """The problem of the neurons before a layer."""
+        stop = self.layers[layer][0]
+        first = self.neurons.at(slice(0, stop))
+        neurons = Rows(first.of_input, first.of_relu[:, :stop], first.constant)
+        none = self.outputs.at(slice(0, 0))
+        outputs = Rows(none.of_input, none.of_relu[:, :stop], none.constant)
+        lower, upper = self.lower[:stop], self.upper[:stop]
+        return Reduced(self.layers[:layer], neurons, outputs, lower, upper, self.center, self.half)
+
+    def without(self, signs: Tensor, lower: Tensor, upper: Tensor) -> Reduced:
+        """The problem of the neurons of sign [U] 0 alone, with bounds [U]; the other signs hold all over the ball."""
+        neurons, outputs = self.substituted(signs)
+        kept = signs == 0
+        counts = [int(kept[start:stop].sum()) for start, stop in self.layers]
+        ends = [0, *accumulate(counts)]
+
+        def left(rows: Rows) -> Rows:
+            return Rows(rows.of_input, rows.of_relu[:, kept], rows.constant)
+
+        return Reduced(
+            [(ends[i], ends[i + 1]) for i, count in enumerate(counts) if count],
+            left(neurons.at(kept)),
+            left(outputs),
+            lower[kept],
+            upper[kept],
+            self.center,
+            self.half,
+        )
 
     def substituted(self, signs: Tensor) -> tuple[Rows, Rows]:
         """(neurons, outputs) where the neurons of sign [U] 1 pass and those of -1 give 0: neither is read any more."""
@@ -92,17 +143,6 @@ class Reduced:
             for tensor, new in zip(done, put_in(done.at(slice(start, stop)), start), strict=True):
                 tensor[start:stop] = new
         return done, put_in(self.outputs, len(signs))
-
-    def relaxation(self, signs: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(lower slopes, upper slopes, intercepts), each [D, U], of domains: a neuron that is split is linear.
-
-        Args:
-            signs: [D, U] of 1 (v >= 0), -1 (v <= 0) and 0 (not split).
-            slopes: [D, U] lower slopes in [0, 1] of the neurons that are not split.
-        """
-        free, on = signs == 0, (signs > 0).to(slopes.dtype)
-        upper = torch.where(free, self.slope, on)
-        return torch.where(free, slopes, on), upper, torch.where(free, -self.lower * self.slope, 0.0)
 
 
 def size_of(inputs: ibp.Intervals, box: Box, image: int) -> int:
@@ -185,135 +225,3 @@ class _Puller:
             for source in self.chain.sources[place]:
                 coefficients[source] = coefficients[source] + a if source in coefficients else a
         return Rows(coefficients[-1].flatten(1), of_relu, constant)
-
-
-class Sweep(NamedTuple):
-    """What a pass back finds of each of D rows.
-
-    Args:
-        bound: [D].
-        relu: [D, U] coefficients of ReLU(v) on the way.
-        x: [D, I] the point of the ball where the linear bound is smallest.
-    """
-
-    bound: Tensor
-    relu: Tensor
-    x: Tensor
-
-
-@dataclass
-class Domains:
-    """D parts of the ball: the row that is bounded over each, the signs of v in it, and what its bound is made with.
-
-    Args:
-        rows: D of them.
-        signs: [D, U] of 1 (v >= 0), -1 (v <= 0) and 0 (not split).
-        slopes: [D, U] in [0, 1], below the neurons that are not split.
-        multipliers: β >= 0 of the splits, [D, U].
-    """
-
-    rows: Rows
-    signs: Tensor
-    slopes: Tensor
-    multipliers: Tensor
-
-    def __len__(self) -> int:
-        return len(self.signs)
-
-    def at(self, which: Tensor) -> Domains:
-        return Domains(self.rows.at(which), self.signs[which], self.slopes[which], self.multipliers[which])
-
-    @classmethod
-    def roots(cls, net: Reduced, rows: Rows) -> Domains:
-        """The whole ball for each row, with CROWN's slopes."""
-        none = net.lower.new_zeros(len(rows.constant), len(net.lower))
-        return cls(rows, none, none + (net.slope > 0.5), none)
-
-
-def back(net: Reduced, domains: Domains) -> Sweep:
-    """Lower bounds of the domains' rows (β-CROWN: Wang et al. 2021, theorem 3.1)."""
-    lower_slope, upper_slope, intercept = net.relaxation(domains.signs, domains.slopes)
-    shift = domains.multipliers * domains.signs
-    relu = domains.rows.of_relu.clone()
-    pulled = torch.empty_like(relu)
-    for start, stop in reversed(net.layers):
-        part = slice(start, stop)
-        negative = relu[:, part].clamp(max=0)
-        own = (relu[:, part] - negative) * lower_slope[:, part]
-        pulled[:, part] = torch.addcmul(own, negative, upper_slope[:, part]).sub_(shift[:, part])
-        if start:
-            relu[:, :start] += pulled[:, part] @ net.neurons.of_relu[part, :start]
-    weights = torch.addmm(domains.rows.of_input, pulled, net.neurons.of_input)
-    constant = domains.rows.constant + pulled @ net.neurons.constant + (relu.clamp(max=0) * intercept).sum(1)
-    bound = weights @ net.center - weights.abs() @ net.half + constant
-    return Sweep(bound, relu, net.center - weights.sign() * net.half)
-
-
-def forth(net: Reduced, domains: Domains, found: Sweep) -> Tensor:
-    """v [D, U] at the minimisers, where each ReLU before it is the side of its relaxation that the bound has taken.
-
-    It gives the bound's derivatives: relu+ * v by a slope, -sign * v by a multiplier.
-    """
-    lower_slope, upper_slope, intercept = net.relaxation(domains.signs, domains.slopes)
-    rising = found.relu >= 0
-    taken, offset = torch.where(rising, lower_slope, upper_slope), intercept.masked_fill_(rising, 0)
-    v = torch.addmm(net.neurons.constant, found.x, net.neurons.of_input.T)
-    after = torch.empty_like(v)
-    for start, stop in net.layers:
-        part = slice(start, stop)
-        if start:
-            v[:, part] += after[:, :start] @ net.neurons.of_relu[part, :start].T
-        after[:, part] = torch.addcmul(offset[:, part], taken[:, part], v[:, part])
-    return v
-
-
-class Optimised(NamedTuple):
-    """The best bounds [D] seen, the domains with what gave them, and the sweep [D] and v [D, U] seen last."""
-
-    bound: Tensor
-    domains: Domains
-    last: Sweep
-    v: Tensor
-
-
-def optimise(
-    net: Reduced, domains: Domains, steps: int, lr: float = 0.1, target: float | Tensor = float("inf")
-) -> Optimised:
-    """Raises the bounds by Adam on slopes (Xu et al. 2021) and multipliers (Wang et al. 2021).
-
-    The first bound is that of the domains as given; a domain above `target` (one, or [D]) is not worked on further.
-    """
-    bound = domains.signs.new_full((len(domains),), -torch.inf)
-    slopes, multipliers = domains.slopes.clone(), domains.multipliers.clone()
-    relu, x, v = torch.zeros_like(slopes), domains.rows.of_input.new_empty(domains.rows.of_input.shape), slopes.clone()
-    target = torch.as_tensor(target, device=bound.device).expand(len(domains))
-    reach = torch.maximum(net.lower.abs(), net.upper.abs())
-    active, now = torch.arange(len(domains), device=bound.device), domains
-    # Adam's two averages for either.
-    averages = [torch.zeros_like(slopes) for _ in range(4)]
-    for step in range(steps + 1):
-        found = back(net, now)
-        ahead = forth(net, now, found)
-        relu[active], x[active], v[active] = found.relu, found.x, ahead
-        # Large multipliers of what should be 0 leave their rounding behind.
-        proven = found.bound - ROUNDING * ((now.multipliers * now.signs).abs() @ reach)
-        better = (proven > bound[active]) & proven.isfinite()
-        bound[active[better]] = proven[better]
-        slopes[active[better]], multipliers[active[better]] = now.slopes[better], now.multipliers[better]
-        left = bound[active] <= target[active]
-        if step == steps or not bool(left.any()):
-            break
-        if 4 * int(left.sum()) < 3 * len(left):
-            active, now, ahead = active[left], now.at(left), ahead[left]
-            found = Sweep(*(tensor[left] for tensor in found))
-            averages = [average[left] for average in averages]
-        gradients = found.relu.clamp(min=0).mul_(ahead), -ahead * now.signs
-        values = []
-        for number, (value, gradient) in enumerate(zip((now.slopes, now.multipliers), gradients, strict=True)):
-            mean, square = averages[2 * number : 2 * number + 2]
-            mean.lerp_(gradient, 0.1)
-            square.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
-            deviation = (square / (1 - 0.999 ** (step + 1))).sqrt_().add_(1e-8)
-            values.append(torch.addcdiv(value, mean, deviation, value=lr * 0.98**step / (1 - 0.9 ** (step + 1))))
-        now = Domains(now.rows, now.signs, values[0].clamp_(0, 1), values[1].clamp_(min=0))
-    return Optimised(bound, Domains(domains.rows, domains.signs, slopes, multipliers), Sweep(bound, relu, x), v)

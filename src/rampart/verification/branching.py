@@ -1,35 +1,33 @@
-"""Branch and bound over the signs of unstable neurons (Bunel et al. 2020), with β-CROWN's bounds (Wang et al. 2021)."""
+"""Branch and bound, in which hard parts of the ball get tighter bounds of their neurons before they are split."""
 
 from __future__ import annotations
 
 import heapq
-import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from itertools import product
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rampart.bounds import reduced
-from rampart.bounds.reduced import Domains, Optimised, Reduced, Rows, optimise
+from rampart.bounds.domains import Domains, Optimised, Parts, optimise
+from rampart.bounds.narrowing import narrowed, tightened
+from rampart.bounds.reduced import Reduced
+from rampart.verification.splitting import Branching, Domain, Search
 
-Branching = Literal["kfsb", "babsr", "gap"]
-
-# Neurons that a domain remembers as worth a split, best first.
-CANDIDATES = 6
-# Those of each score that `kfsb` tries.
-FILTERED = 3
-
-
-# Multiplier that float16 keeps.
-LARGEST = 6e4
-# Beyond this the search of an image ends, as at its time limit.
-OPEN_BYTES = 2 << 30
-
-log = logging.getLogger(__name__)
+# Of `optimise`, for the neurons' bounds of the whole ball, and of a part of it.
+TIGHTENING_STEPS, NARROWING_STEPS = 10, 5
+# Of the time left, what the former may take.
+TIGHTENING_SHARE = 0.25
+# Of the outputs' bounds with them.
+ROOT_STEPS = 20
+# Of the cost of narrowing a part, what an attempt at it by splits alone may cost that does not go well.
+PROBE_SHARE = 0.25
+# A part is narrowed again if that has brought its bound nearer to the target by this share.
+WORTHWHILE = 0.15
+# Of a problem's layers, where the outputs are its last one.
+LAST_HIDDEN = -2
 
 
 class Outcome(NamedTuple):
@@ -38,7 +36,7 @@ class Outcome(NamedTuple):
     Args:
         status: `safe`, `unsafe`, `timeout` (time or domains ran out) or `unknown` (what is left is nearer to 0 than the
             tolerance of a proof).
-        bound: the lowest bound of a domain that is left; above the target for `safe`.
+        bound: the lowest bound of a domain that is left; the target for `safe`.
         example: [I] for `unsafe`.
         domains: bounded in all.
     """
@@ -50,14 +48,12 @@ class Outcome(NamedTuple):
 
 
 @dataclass(order=True)
-class _Domain:
-    bound: float
-    number: int
-    row: int = field(compare=False)
-    signs: Tensor = field(compare=False)  # [U] int8
-    slopes: Tensor = field(compare=False)  # [U] float16: a start for the children, not part of a proof
-    multipliers: Tensor = field(compare=False)  # [U] float16
-    candidates: Tensor = field(compare=False)  # [CANDIDATES]
+class _Node:
+    """A domain whose neurons have bounds [U] of their own."""
+
+    domain: Domain
+    lower: Tensor = field(compare=False)
+    upper: Tensor = field(compare=False)
 
 
 def branch_and_bound(
@@ -77,6 +73,10 @@ def branch_and_bound(
     each, or on several while there are few; a child starts from its parent's slopes and multipliers. A domain whose
     neurons are all split is a linear program, which HiGHS solves.
 
+    Where that does not go well, all neurons of the ball get tighter bounds, and then the last hidden ones of the worst
+    domain, in that part of it where the output is no more than the target: this is all that has to be shown empty. With
+    these it is split as above; if it does not go well either, its two children are treated in the same way.
+
     Args:
         roots: the outputs over the whole ball (`optimise`).
         refute: given points [N, I] of the ball, a counterexample among or near them, or None.
@@ -88,186 +88,74 @@ def branch_and_bound(
         steps: of `optimise` for each.
         max_domains: bounded in all.
     """
-    search = _Search(net, refute, target, rule)
-    search.examine(torch.arange(len(roots.bound)), roots, roots.bound)
-    while search.open and search.example is None:
-        if time.perf_counter() > deadline or search.domains >= max_domains:
-            return search.outcome("timeout")
-        if search.bytes > OPEN_BYTES:
-            log.warning("%d open domains take %d MiB: giving up", len(search.open), OPEN_BYTES >> 20)
-            return search.outcome("timeout")
-        parents = search.worst(max(batch // 2, 1))
-        try:
-            signs, parent = search.split(parents, batch)
-            found = optimise(net, search.domains_of(parents, parent, signs), steps, target=target)
-        except torch.OutOfMemoryError:
-            if batch <= 2:
-                raise
-            batch //= 2
-            log.warning("the GPU ran out of memory: going on with %d domains at once", batch)
-            search.back(parents)
-            continue
-        row = torch.tensor([domain.row for domain in parents], device=parent.device)[parent]
-        # A part of a ball is no worse than the whole.
-        known = torch.tensor([domain.bound for domain in parents], device=parent.device)
-        bound = torch.maximum(found.bound, known[parent])
-        search.domains += len(signs)
-        search.examine(row, found, bound)
+    search = Search(net, len(net.lower), refute, target, deadline, rule, batch, steps, max_domains)
+    opened = search.examine(torch.arange(len(roots.bound), device=roots.bound.device), roots, roots.bound)
+    opened = search.settle(opened, net.lower, net.upper, _patience(net, opened[:1]))
+    if opened and search.example is None and not search.late:
+        opened = _narrowing(search, roots.bound, opened)
     if search.example is not None:
-        return search.outcome("unsafe")
-    return search.outcome("unknown" if search.unresolved else "safe")
+        return Outcome("unsafe", target, search.example, search.domains)
+    status = "timeout" if opened else "unknown" if search.unresolved else "safe"
+    left = [domain.bound for domain in opened] + search.unresolved
+    return Outcome(status, min(left, default=target), None, search.domains)
 
 
-class _Search:
-    """The open domains, and what is known."""
-
-    def __init__(self, net: Reduced, refute: Callable[[Tensor], Tensor | None], target: float, rule: Branching) -> None:
-        self.net, self.refute, self.target, self.rule = net, refute, target, rule
-        self.open: list[_Domain] = []
-        self.example: Tensor | None = None
-        self.unresolved: list[float] = []
-        self.domains = self.numbers = 0
-
-    def outcome(self, status: str) -> Outcome:
-        left = [domain.bound for domain in self.open[:1]] + self.unresolved
-        return Outcome(status, min(left, default=self.target), self.example, self.domains)
-
-    @property
-    def bytes(self) -> int:
-        """That the open domains take, about."""
-        return 5 * len(self.net.lower) * len(self.open)
-
-    def back(self, domains: list[_Domain]) -> None:
-        for domain in domains:
-            heapq.heappush(self.open, domain)
-
-    def worst(self, count: int) -> list[_Domain]:
-        """Takes the `count` domains of the lowest bounds."""
-        return [heapq.heappop(self.open) for _ in range(min(count, len(self.open)))]
-
-    def domains_of(self, parents: list[_Domain], parent: Tensor, signs: Tensor) -> Domains:
-        """Children of the given signs [C, U], `parent` [C] of each, to start from their parents' bounds."""
-        row = torch.tensor([domain.row for domain in parents], device=parent.device)[parent]
-        slopes = torch.stack([domain.slopes for domain in parents])[parent].float()
-        multipliers = torch.stack([domain.multipliers for domain in parents])[parent].float()
-        return Domains(self.net.outputs.at(row), signs, slopes, multipliers)
-
-    def examine(self, row: Tensor, found: Optimised, bound: Tensor) -> None:
-        """Keeps the domains that are not proved; looks for a counterexample where they are worst."""
-        left = (bound <= self.target).nonzero().squeeze(1)
-        if not len(left):
-            return
-        order = left[bound[left].argsort()]
-        self.example = self.refute(found.last.x[order[:32]])
-        if self.example is not None:
-            return
-        signs = found.domains.signs
-        settled = (signs[left] != 0).all(1)
-        for domain in left[settled].tolist():
-            self.solve(int(row[domain]), signs[domain])
-            if self.example is not None:
-                return
-        left = left[~settled]
-        best = self.candidates(found, left)
-        for place, domain in enumerate(left.tolist()):
-            self.numbers += 1
-            heapq.heappush(
-                self.open,
-                _Domain(
-                    float(bound[domain]),
-                    self.numbers,
-                    int(row[domain]),
-                    signs[domain].to(torch.int8),
-                    found.domains.slopes[domain].half(),
-                    found.domains.multipliers[domain].clamp(max=LARGEST).half(),
-                    best[place],
-                ),
-            )
-
-    def solve(self, row: int, signs: Tensor) -> None:
-        """Settles a domain in which every neuron is linear."""
-        bound, x = linear_program(self.net, self.net.outputs.at(slice(row, row + 1)), signs)
-        if bound > self.target:
-            return
-        if x is not None:
-            self.example = self.refute(x[None])
-        if self.example is None:
-            self.unresolved.append(bound)
-
-    def candidates(self, found: Optimised, which: Tensor) -> Tensor:
-        """Neurons [N, CANDIDATES] to split next, best first; those split already come last."""
-        split = found.domains.signs[which] != 0
-        scores = {name: score[which].masked_fill(split, -1) for name, score in _scores(self.net, found).items()}
-        count = min(CANDIDATES, split.shape[1])
-        if self.rule != "kfsb":
-            return scores[self.rule].topk(count).indices
-        # In turns the best by each.
-        best = [score.topk(min(FILTERED, count)).indices for score in scores.values()]
-        return torch.stack(best, 2).flatten(1)
-
-    def split(self, parents: list[_Domain], batch: int) -> tuple[Tensor, Tensor]:
-        """(signs [C, U] of the children, [C] the parent of each)."""
-        signs = torch.stack([domain.signs for domain in parents]).float()
-        candidates = torch.stack([domain.candidates for domain in parents])
-        free = signs.gather(1, candidates) == 0
-        rounds = max((batch // len(parents)).bit_length() - 1, 1)
-        if self.rule == "kfsb" and rounds == 1:
-            candidates = self.filtered(parents, signs, candidates, free)
-            free = signs.gather(1, candidates) == 0
-        children, origins = [], []
-        for parent in range(len(parents)):
-            chosen = list(dict.fromkeys(candidates[parent][free[parent]].tolist()))[:rounds]
-            for values in product((1.0, -1.0), repeat=len(chosen)):
-                child = signs[parent].clone()
-                child[chosen] = torch.tensor(values, device=child.device)
-                children.append(child)
-                origins.append(parent)
-        return torch.stack(children), torch.tensor(origins, device=signs.device)
-
-    def filtered(self, parents: list[_Domain], signs: Tensor, candidates: Tensor, free: Tensor) -> Tensor:
-        """The best candidate [P, 1] of each parent: whose worse child has the better bound, before any step on it."""
-        count, tried = candidates.shape
-        parent = torch.arange(count, device=signs.device).repeat_interleave(tried * 2)
-        children = signs[parent]
-        place = torch.arange(len(parent), device=signs.device)
-        pair = torch.tensor([1.0, -1.0], device=signs.device)
-        children[place, candidates.flatten().repeat_interleave(2)] = pair.repeat(count * tried)
-        bound = reduced.back(self.net, self.domains_of(parents, parent, children)).bound.view(count, tried, 2)
-        bound = bound.clamp(max=self.target)
-        # Of equally bad worse children the better other one.
-        score = (bound.amin(2) + 1e-3 * bound.amax(2)).masked_fill(~free, -torch.inf)
-        return candidates.gather(1, score.argmax(1, keepdim=True))
+def _patience(net: Reduced, opened: list[Domain], layer: int = -1) -> float:
+    """Domains that may be bounded before new bounds of a layer's neurons in all those opened are the better bargain."""
+    layers = net.layers[layer:][:1]
+    rows = sum(2 * int((domain.signs[start:stop] == 0).sum()) for domain in opened for start, stop in layers)
+    return PROBE_SHARE * rows
 
 
-def _scores(net: Reduced, found: Optimised) -> dict[str, Tensor]:
-    """[D, U] of each rule: how much of the bound a neuron's relaxation costs."""
-    relu, v = found.last.relu, found.v
-    negative = relu.clamp(max=0)
-    intercept = -net.lower * net.slope
-    below = (relu - negative) * (v.relu() - found.domains.slopes * v)
-    above = -negative * (net.slope * v + intercept - v.relu())
-    return {"gap": below + above, "babsr": -negative * intercept}
+def _narrowing(search: Search, bounds: Tensor, opened: list[Domain]) -> list[Domain]:
+    """What is left of the rows of `opened` at the end, and of the whole ball; `bounds` [K] are those of the rows."""
+    now = time.perf_counter()
+    net = tightened(search.net, TIGHTENING_STEPS, now + TIGHTENING_SHARE * (search.deadline - now))
+    search.net, search.relus = net.followed_by_outputs(bounds, search.target), len(net.lower)
+    rows = torch.tensor(sorted({domain.row for domain in opened}), device=bounds.device)
+    parts = Parts.whole(search.net, len(rows))
+    parts.signs[torch.arange(len(rows), device=rows.device), search.relus + rows] = -1
+    roots = optimise(search.net, Domains.over(search.net.outputs.at(rows), parts), ROOT_STEPS, target=search.target)
+    search.domains += len(rows)
+    least = {int(row): min(d.bound for d in opened if d.row == row) for row in rows}
+    known = torch.tensor([least[int(row)] for row in rows], device=bounds.device)
+    nodes = [
+        _Node(domain, search.net.lower, search.net.upper)
+        for domain in search.examine(rows, roots, torch.maximum(roots.bound, known))
+    ]
+    heapq.heapify(nodes)
+    while nodes and search.example is None and not search.is_late():
+        for node in _worked_on(search, heapq.heappop(nodes)):
+            heapq.heappush(nodes, node)
+    return [node.domain for node in nodes]
 
 
-def linear_program(net: Reduced, row: Rows, signs: Tensor) -> tuple[float, Tensor | None]:
-    """(minimum of a row where every neuron has its sign, [I] the point); inf and None where there is no such point."""
-    try:
-        from scipy.optimize import linprog
-    except ImportError:  # a machine that has PyTorch alone
-        log.warning("scipy is not installed: a domain without unstable neurons stays unsolved")
-        return float("-inf"), None
-    exact = replace(net, neurons=net.neurons.double(), outputs=row.double(), lower=net.lower.double())
-    neurons, output = exact.substituted(signs)
-    ends = torch.stack([net.center - net.half, net.center + net.half], 1).double()
-    found = linprog(
-        output.of_input[0].numpy(force=True),
-        (-signs.double()[:, None] * neurons.of_input).numpy(force=True) if len(signs) else None,
-        (signs.double() * neurons.constant).numpy(force=True) if len(signs) else None,
-        bounds=ends.numpy(force=True),
-        method="highs",
-    )
-    if found.status == 2:  # infeasible
-        return float("inf"), None
-    if found.status != 0:
-        return float("-inf"), None
-    return float(found.fun + output.constant[0]), torch.from_numpy(found.x).to(net.center)
+def _worked_on(search: Search, node: _Node) -> list[_Node]:
+    """What is left of a node: nothing, itself where a limit is reached, or its children."""
+    domain = node.domain
+    while True:
+        before = domain.bound
+        parts = Parts(domain.signs.float()[None], node.lower[None], node.upper[None])
+        parts, empty = narrowed(search.net, parts, LAST_HIDDEN, NARROWING_STEPS, search.deadline)
+        if bool(empty):
+            return []
+        row = torch.tensor([domain.row], device=empty.device)
+        start = Domains(
+            search.net.outputs.at(row), parts, domain.slopes.float()[None], domain.multipliers.float()[None]
+        )
+        found = optimise(search.net, start, search.steps, target=search.target)
+        search.domains += 1
+        left = search.examine(row, found, found.bound.clamp(min=before))
+        if not left:
+            return []
+        (domain,) = left
+        node = _Node(domain, parts.lower[0], parts.upper[0])
+        left = search.settle([domain], node.lower, node.upper, _patience(search.net, [domain], LAST_HIDDEN))
+        if not left or search.example is not None:
+            return []
+        domain.bound = max(domain.bound, min(part.bound for part in left))
+        if search.late:
+            return [node]
+        if domain.bound - before < WORTHWHILE * (search.target - before):
+            children = search.children([domain], node.lower, node.upper, 2)
+            return [_Node(child, node.lower, node.upper) for child in children]

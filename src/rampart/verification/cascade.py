@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from rampart.attacks import pgd
 from rampart.bounds import crown, find_layout, ibp, margin_bounds, reduced
 from rampart.bounds.box import pixel_box
+from rampart.bounds.domains import Domains, Optimised, optimise
 from rampart.bounds.margins import PROVED, chain_bounds, check, margin_spec
-from rampart.bounds.reduced import Domains, Optimised, Reduced, optimise
+from rampart.bounds.reduced import Reduced
 from rampart.errors import BoundError, ModelError, RampartError, UnsupportedLayer, require, unknown
 from rampart.models import Chain, Layout
-from rampart.verification.branching import Branching, Outcome, branch_and_bound
+from rampart.verification.branching import Outcome, branch_and_bound
+from rampart.verification.splitting import Branching
 from rampart.verification.verdict import Verdict, is_counterexample
 
 log = logging.getLogger(__name__)

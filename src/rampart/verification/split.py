@@ -24,9 +24,9 @@ from rampart.errors import Contradiction, require, require_choices, unknown
 from rampart.ledger import PROVED
 from rampart.models import Layout, predict
 from rampart.verification import exchange
-from rampart.verification.branching import Branching
 from rampart.verification.cascade import ENGINES, STAGES, attack, verify
 from rampart.verification.selection import Selection, choose
+from rampart.verification.splitting import Branching
 from rampart.verification.verdict import Verdict, is_counterexample
 
 COLUMNS = (

@@ -1,0 +1,122 @@
+"""Tighter bounds of neurons: sound at sampled points, where the network may err, and against an exact solver."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from rampart.bounds.domains import Domains, Parts, optimise
+from rampart.bounds.narrowing import narrowed, tightened
+from rampart.bounds.reduced import Reduced
+from tests.problems import problem
+
+NEVER = float("inf")
+
+
+def values(net: Reduced, x: torch.Tensor) -> torch.Tensor:
+    """v [N, U] at points [N, I]."""
+    v = torch.zeros(len(x), len(net.lower), dtype=x.dtype)
+    for start, stop in net.layers:
+        rows = net.neurons.at(slice(start, stop))
+        v[:, start:stop] = x @ rows.of_input.T + v.relu() @ rows.of_relu.T + rows.constant
+    return v
+
+
+def outputs(net: Reduced, x: torch.Tensor) -> torch.Tensor:
+    return x @ net.outputs.of_input.T + values(net, x).relu() @ net.outputs.of_relu.T + net.outputs.constant
+
+
+def points(net: Reduced, count: int = 2000) -> torch.Tensor:
+    """Of the ball, some of its corners among them."""
+    torch.manual_seed(1)
+    share = 2 * torch.rand(count, len(net.center)) - 1
+    share[::2] = share[::2].sign()
+    return net.center + share * net.half
+
+
+@pytest.mark.parametrize("name", ["dense", "strided", "residual"])
+def test_tightened_bounds_hold_and_the_network_stays_the_same(name: str) -> None:
+    net, _, _, _ = problem(name, 0.1)
+    tight = tightened(net, 10, NEVER)
+    x = points(net)
+    v = values(tight, x)
+    assert bool((v >= tight.lower - 1e-4).all())
+    assert bool((v <= tight.upper + 1e-4).all())
+    assert torch.allclose(outputs(tight, x), outputs(net, x), rtol=1e-4, atol=1e-4)
+    before, after = (optimise(n, Domains.roots(n, n.outputs), 20).bound for n in (net, tight))
+    assert bool((after > before + 1e-4).any())
+    assert bool((after > before - 1e-2).all())
+    assert bool((outputs(net, x) >= after - 1e-4).all())
+
+
+def test_without_time_nothing_is_tightened() -> None:
+    net, _, _, _ = problem("strided", 0.05)
+    tight = tightened(net, 10, until=time.perf_counter())
+    assert torch.equal(tight.lower, net.lower)
+    assert torch.equal(tight.upper, net.upper)
+
+
+def conditioned(net: Reduced, target: float) -> tuple[Reduced, Parts]:
+    """The problem with its outputs as neurons, and for each the part of the ball in which it is at most `target`."""
+    bounds = optimise(net, Domains.roots(net, net.outputs), 20).bound
+    wide = net.followed_by_outputs(bounds, target)
+    count = len(bounds)
+    parts = Parts.whole(wide, count)
+    parts.signs[torch.arange(count), len(net.lower) + torch.arange(count)] = -1
+    return wide, parts
+
+
+@pytest.mark.parametrize("name", ["dense", "strided", "residual"])
+@pytest.mark.parametrize("quantile", [0.02, 0.5])
+def test_narrowed_bounds_hold_where_an_output_is_no_more_than_the_target(name: str, quantile: float) -> None:
+    net, _, _, _ = problem(name, 0.05)
+    x = points(net, 20_000)
+    out = outputs(net, x)
+    target = float(out[:, 0].quantile(quantile))
+    wide, parts = conditioned(net, target)
+    layer, count = len(net.layers) - 1, len(net.lower)
+    plain = replace(parts, signs=torch.zeros_like(parts.signs))
+    narrow, empty = narrowed(wide, parts, layer, 10, NEVER)
+    wider, _ = narrowed(wide, plain, layer, 10, NEVER)
+    v = values(net, x)
+    for row in range(out.shape[1]):
+        left = v[out[:, row] <= target]
+        assert not (len(left) and bool(empty[row]))
+        assert bool((left >= narrow.lower[row, :count] - 1e-4).all())
+        assert bool((left <= narrow.upper[row, :count] + 1e-4).all())
+        known = narrow.signs[row, :count]
+        assert bool((left * known >= -1e-4).all())
+    assert bool((out[:, 0] <= target).any())
+    if quantile < 0.1:
+        size = [float((p.upper - p.lower)[:, :count].clamp(min=0).sum()) for p in (narrow, wider)]
+        assert size[0] < size[1]
+
+
+def test_a_part_in_which_the_network_cannot_err_turns_out_empty() -> None:
+    net, _, _, _ = problem("dense", 0.02)
+    bounds = optimise(net, Domains.roots(net, net.outputs), 20).bound
+    # Below what is proved already, there is nothing.
+    wide, parts = conditioned(net, float(bounds.min()) - 1.0)
+    for _ in range(5):
+        parts, empty = narrowed(wide, parts, len(net.layers) - 1, 10, NEVER)
+        if bool(empty.all()):
+            return
+    pytest.fail(f"not empty: {(~empty).nonzero().squeeze(1).tolist()}")
+
+
+def test_split_neurons_narrow_others() -> None:
+    net, _, _, _ = problem("dense", 0.1)
+    start, stop = net.layers[-1]
+    parts = Parts.whole(net, 2)
+    parts.signs[0, :start] = 1
+    parts.signs[1, :start] = -1
+    narrow, _ = narrowed(net, parts, len(net.layers) - 1, 10, NEVER)
+    v = values(net, points(net, 20_000))
+    for row, sign in enumerate((1, -1)):
+        left = v[(sign * v[:, :start] >= 0).all(1)][:, start:stop]
+        assert bool((left >= narrow.lower[row, start:stop] - 1e-4).all())
+        assert bool((left <= narrow.upper[row, start:stop] + 1e-4).all())
+    assert bool((narrow.upper - narrow.lower < parts.upper - parts.lower - 1e-4)[:, start:stop].any())

@@ -55,15 +55,20 @@ class Parts:
         return cls(net.lower.new_zeros(shape), net.lower.expand(shape), net.upper.expand(shape))
 
     @cached_property
+    def free(self) -> Tensor:
+        """[D, U] of neurons of unknown sign."""
+        return self.signs == 0
+
+    @cached_property
+    def passing(self) -> Tensor:
+        """[D, U]: 1 of those that are known to pass, else 0."""
+        return (self.signs > 0).to(self.signs.dtype)
+
+    @cached_property
     def above(self) -> tuple[Tensor, Tensor]:
         """(slopes, intercepts) of the upper side of each neuron's relaxation, each [D, U]."""
         slope = self.upper / (self.upper - self.lower)
-        free = self.signs == 0
-        return torch.where(free, slope, (self.signs > 0).to(slope.dtype)), torch.where(free, -self.lower * slope, 0.0)
-
-    def below(self, slopes: Tensor) -> Tensor:
-        """Slopes of the lower side: those given, [D, U] in [0, 1], where nothing is known."""
-        return torch.where(self.signs == 0, slopes, (self.signs > 0).to(slopes.dtype))
+        return torch.where(self.free, slope, self.passing), torch.where(self.free, -self.lower * slope, 0.0)
 
 
 @dataclass
@@ -85,6 +90,11 @@ class Domains:
     def __len__(self) -> int:
         return len(self.slopes)
 
+    @cached_property
+    def below(self) -> Tensor:
+        """Slopes [D, U] of the lower side of each neuron's relaxation."""
+        return torch.where(self.parts.free, self.slopes, self.parts.passing)
+
     def at(self, which: Tensor) -> Domains:
         return Domains(self.rows.at(which), self.parts.at(which), self.slopes[which], self.multipliers[which])
 
@@ -102,18 +112,19 @@ class Domains:
 
 def back(net: Reduced, domains: Domains) -> Sweep:
     """Lower bounds of the domains' rows (β-CROWN: Wang et al. 2021, theorem 3.1)."""
-    (upper_slope, intercept), lower_slope = domains.parts.above, domains.parts.below(domains.slopes)
+    (upper_slope, intercept), lower_slope = domains.parts.above, domains.below
     shift = domains.multipliers * domains.parts.signs
     relu = domains.rows.of_relu.clone()
     pulled = torch.empty_like(relu)
-    for start, stop in reversed(net.layers):
+    of_input, of_relu = net.reading
+    for (start, stop), before in zip(reversed(net.layers), reversed(of_relu), strict=True):
         part = slice(start, stop)
         negative = relu[:, part].clamp(max=0)
         own = (relu[:, part] - negative) * lower_slope[:, part]
         pulled[:, part] = torch.addcmul(own, negative, upper_slope[:, part]).sub_(shift[:, part])
-        if start:
-            relu[:, :start] += pulled[:, part] @ net.neurons.of_relu[part, :start]
-    weights = torch.addmm(domains.rows.of_input, pulled, net.neurons.of_input)
+        before.add(relu[:, :start], pulled[:, part])
+    weights = domains.rows.of_input.clone()
+    of_input.add(weights, pulled)
     constant = domains.rows.constant + pulled @ net.neurons.constant + (relu.clamp(max=0) * intercept).sum(1)
     bound = weights @ net.center - weights.abs() @ net.half + constant
     return Sweep(bound, relu, net.center - weights.sign() * net.half)
@@ -124,15 +135,16 @@ def forth(net: Reduced, domains: Domains, found: Sweep) -> Tensor:
 
     It gives the bound's derivatives: relu+ * v by a slope, -sign * v by a multiplier.
     """
-    (upper_slope, intercept), lower_slope = domains.parts.above, domains.parts.below(domains.slopes)
+    (upper_slope, intercept), lower_slope = domains.parts.above, domains.below
     rising = found.relu >= 0
     taken, offset = torch.where(rising, lower_slope, upper_slope), intercept.masked_fill(rising, 0)
-    v = torch.addmm(net.neurons.constant, found.x, net.neurons.of_input.T)
+    of_input, of_relu = net.reading
+    v = net.neurons.constant.repeat(len(domains), 1)
+    of_input.add_transposed(v, found.x)
     after = torch.empty_like(v)
-    for start, stop in net.layers:
+    for (start, stop), before in zip(net.layers, of_relu, strict=True):
         part = slice(start, stop)
-        if start:
-            v[:, part] += after[:, :start] @ net.neurons.of_relu[part, :start].T
+        before.add_transposed(v[:, part], after[:, :start])
         after[:, part] = torch.addcmul(offset[:, part], taken[:, part], v[:, part])
     return v
 
@@ -156,35 +168,43 @@ def optimise(
     parts = domains.parts
     bound = domains.slopes.new_full((len(domains),), -torch.inf)
     slopes, multipliers = domains.slopes.clone(), domains.multipliers.clone()
-    relu, x, v = torch.zeros_like(slopes), domains.rows.of_input.new_empty(domains.rows.of_input.shape), slopes.clone()
+    relu, x, v = torch.empty_like(slopes), torch.empty_like(domains.rows.of_input), torch.empty_like(slopes)
     target = torch.as_tensor(target, device=bound.device).expand(len(domains))
     active, now = torch.arange(len(domains), device=bound.device), domains
-    reach = torch.maximum(parts.lower.abs(), parts.upper.abs())
+    # Few neurons are of a known sign in any domain, and have a multiplier.
+    known = (~parts.free).any(0).nonzero().squeeze(1)
+    signs = parts.signs[:, known]
+    reach = signs.abs() * torch.maximum(parts.lower[:, known].abs(), parts.upper[:, known].abs())
     # Adam's two averages for either.
-    averages = [torch.zeros_like(slopes) for _ in range(4)]
+    averages = [torch.zeros_like(value) for value in (slopes, slopes, signs, signs)]
     for step in range(steps + 1):
         found = back(net, now)
         ahead = forth(net, now, found)
-        relu[active], x[active], v[active] = found.relu, found.x, ahead
         # Large multipliers of what should be 0 leave their rounding behind.
-        proven = found.bound - ROUNDING * (now.multipliers * now.parts.signs.abs() * reach).sum(1)
+        proven = found.bound - ROUNDING * (now.multipliers[:, known] * reach).sum(1)
         better = (proven > bound[active]) & proven.isfinite()
         bound[active[better]] = proven[better]
         slopes[active[better]], multipliers[active[better]] = now.slopes[better], now.multipliers[better]
         left = bound[active] <= target[active]
-        if step == steps or not bool(left.any()):
+        last = step == steps or not bool(left.any())
+        fewer = 4 * int(left.sum()) < 3 * len(left)
+        if last or fewer:
+            relu[active], x[active], v[active] = found.relu, found.x, ahead
+        if last:
             break
-        if 4 * int(left.sum()) < 3 * len(left):
-            active, now, ahead, reach = active[left], now.at(left), ahead[left], reach[left]
+        if fewer:
+            active, now, ahead, reach, signs = active[left], now.at(left), ahead[left], reach[left], signs[left]
             found = Sweep(*(tensor[left] for tensor in found))
             averages = [average[left] for average in averages]
-        gradients = found.relu.clamp(min=0).mul_(ahead), -ahead * now.parts.signs
-        values = []
-        for number, (value, gradient) in enumerate(zip((now.slopes, now.multipliers), gradients, strict=True)):
+        moved = []
+        for number, (value, gradient) in enumerate(
+            ((now.slopes, found.relu.clamp(min=0).mul_(ahead)), (now.multipliers[:, known], -ahead[:, known] * signs))
+        ):
             mean, square = averages[2 * number : 2 * number + 2]
             mean.lerp_(gradient, 0.1)
             square.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
             deviation = (square / (1 - 0.999 ** (step + 1))).sqrt_().add_(1e-8)
-            values.append(torch.addcdiv(value, mean, deviation, value=lr * 0.98**step / (1 - 0.9 ** (step + 1))))
-        now = Domains(now.rows, now.parts, values[0].clamp_(0, 1), values[1].clamp_(min=0))
+            moved.append(torch.addcdiv(value, mean, deviation, value=lr * 0.98**step / (1 - 0.9 ** (step + 1))))
+        betas = now.multipliers.index_copy(1, known, moved[1].clamp_(min=0))
+        now = Domains(now.rows, now.parts, moved[0].clamp_(0, 1), betas)
     return Optimised(bound, Domains(domains.rows, parts, slopes, multipliers), Sweep(bound, relu, x), v)

@@ -12,6 +12,7 @@ matrices over U neurons in the place of convolutions over all of them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from math import prod
 from typing import NamedTuple
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from rampart.bounds import crown, ibp
+from rampart.bounds.banded import Banded
 from rampart.bounds.box import Box
 from rampart.models.chain import Chain
 from rampart.models.links import Add, ReLU
@@ -71,6 +73,12 @@ class Reduced:
     upper: Tensor
     center: Tensor
     half: Tensor
+
+    @cached_property
+    def reading(self) -> tuple[Banded, list[Banded]]:
+        """What v reads of the input, [U, I], and each layer of the neurons before it."""
+        of_relu = [self.neurons.of_relu[start:stop, :start] for start, stop in self.layers]
+        return Banded(self.neurons.of_input), [Banded(matrix) for matrix in of_relu]
 
     def followed_by_outputs(self, bounds: Tensor, target: float) -> Reduced:
         """The same problem with each output less `target` as one more neuron, which nothing reads.
@@ -183,6 +191,15 @@ def reduce(
     )
 
 
+def _by_place(unstable: Tensor) -> Tensor:
+    """Places [N] of the neurons, those of a map by its lines: neighbours read the same pixels (`Banded`)."""
+    which = unstable.flatten().nonzero().squeeze(1)
+    if unstable.dim() < 3:
+        return which
+    line = which % unstable[0].numel() // unstable.shape[-1]
+    return which[line.argsort(stable=True)]
+
+
 class _Puller:
     """Pulls rows of a value back to the input and to the unstable ReLUs, `size` at a time."""
 
@@ -195,7 +212,7 @@ class _Puller:
         for place in chain.relus:
             if place in inputs:
                 self.on[place] = (inputs[place].lower[image] >= 0).to(box.lower.dtype)
-                which = inputs[place].unstable[image].flatten().nonzero().squeeze(1)
+                which = _by_place(inputs[place].unstable[image])
                 if len(which):
                     self.unstable[place] = which
                     self.columns[place] = slice(self.count, self.count + len(which))

@@ -1,16 +1,19 @@
 """Complete verification: images settled, time of those, domains a second.
 
 python -m benchmarks.verification --models FILE… takes the same images in every run: the first of the test set, class by
-class, that survive PGD at twice ε (the study's way of choosing). Where α,β-CROWN is installed it is asked about each
-image right after our engine, with the same limit, and every pair of verdicts is compared.
+class, that survive PGD at twice ε (the study's way of choosing). A baseline is asked about each image right after our
+engine, with the same limit, and every pair of verdicts is compared: α,β-CROWN where it is installed (`abcrown`), or our
+own branch and bound without narrowing (`splits`: the parts of the ball are only split).
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import statistics
 from pathlib import Path
+from unittest.mock import patch
 
 import pandas as pd
 import torch
@@ -20,7 +23,7 @@ from benchmarks.common import Row, options, show
 from rampart.data import Split, load_dataset, to_pixels
 from rampart.models import load_model
 from rampart.settings import parse_eps
-from rampart.verification import choose, verify
+from rampart.verification import branching, choose, verify
 
 SETTLED = ("safe", "safe-incomplete", "unsafe")
 COLUMNS = ["model", "image", "status", "seconds", "domains"]
@@ -28,14 +31,19 @@ COLUMNS = ["model", "image", "status", "seconds", "domains"]
 
 def ask(engine: str, model: nn.Module, name: str, image: int, split: Split, eps: float, timeout: float) -> list[object]:
     """A row of COLUMNS."""
-    found = verify(model, to_pixels(split.images[image]), int(split.labels[image]), eps, timeout, engine=engine)
+    x, label = to_pixels(split.images[image]), int(split.labels[image])
+    if engine == "splits":
+        with patch.object(branching, "PROBE_SHARE", math.inf):
+            found = verify(model, x, label, eps, timeout)
+    else:
+        found = verify(model, x, label, eps, timeout, engine=engine)
     row = [name, image, found.status, round(found.seconds, 3), found.domains]
     print(json.dumps({"engine": engine, **dict(zip(COLUMNS, row, strict=True))}), flush=True)
     return row
 
 
 def rows_of(name: str, ours: pd.DataFrame, theirs: pd.DataFrame) -> list[Row]:
-    """What one model's results say beside the other engine's; without one, beside themselves."""
+    """What one model's results say beside the baseline's."""
     both = ours.merge(theirs, on="image", suffixes=("", "_other"))
     settled = both[both["status"].isin(SETTLED) & both["status_other"].isin(SETTLED)]
     contradictions = settled[settled["status"].eq("unsafe") != settled["status_other"].eq("unsafe")]
@@ -63,15 +71,14 @@ def main() -> None:
     parser.add_argument("--eps", default="1/255", help="radius in pixels")
     parser.add_argument("--images", type=int, default=20, help="a model")
     parser.add_argument("--timeout", type=float, default=30.0, help="seconds an image")
+    beside = "splits" if importlib.util.find_spec("abcrown") is None else "abcrown"
+    parser.add_argument("--beside", choices=["abcrown", "splits"], default=beside, help="the baseline")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     eps = parse_eps("eps", given.eps, "pixel")
     images, timeout = (3, 5.0) if given.quick else (given.images, given.timeout)
     test = load_dataset(given.dataset).test
-    engines = ["native", "abcrown"]
-    if importlib.util.find_spec("abcrown") is None:
-        print("alpha-beta-CROWN is not installed: ours alone")
-        engines = ["native"]
+    engines = ["native", given.beside]
     rows: list[Row] = []
     for file in given.models:
         model, name = load_model(file), Path(file).stem
@@ -79,10 +86,14 @@ def main() -> None:
         for image in choose(model, test, images, "survivors", 2 * eps):
             for engine in engines:
                 found[engine].append(ask(engine, model, name, image, test, eps, timeout))
-        frames = [pd.DataFrame(found[engine], columns=COLUMNS) for engine in (engines[0], engines[-1])]
+        frames = [pd.DataFrame(found[engine], columns=COLUMNS) for engine in engines]
         rows += rows_of(name, *frames)
         show(f"{name} at ε {given.eps}, {timeout:g} s an image, {given.threads} threads", rows[-3:], as_json=False)
-    show(f"verification at ε {given.eps}, {timeout:g} s an image, {given.threads} threads", rows, given.json)
+    show(
+        f"verification beside {given.beside} at ε {given.eps}, {timeout:g} s an image, {given.threads} threads",
+        rows,
+        given.json,
+    )
 
 
 if __name__ == "__main__":

@@ -79,6 +79,7 @@ def main() -> None:
     images, timeout = (3, 5.0) if given.quick else (given.images, given.timeout)
     test = load_dataset(given.dataset).test
     engines = ["native", given.beside]
+    asked = f"beside {given.beside} at ε {given.eps}, {timeout:g} s an image, {given.threads} threads"
     rows: list[Row] = []
     for file in given.models:
         model, name = load_model(file), Path(file).stem
@@ -88,12 +89,8 @@ def main() -> None:
                 found[engine].append(ask(engine, model, name, image, test, eps, timeout))
         frames = [pd.DataFrame(found[engine], columns=COLUMNS) for engine in engines]
         rows += rows_of(name, *frames)
-        show(f"{name} at ε {given.eps}, {timeout:g} s an image, {given.threads} threads", rows[-3:], as_json=False)
-    show(
-        f"verification beside {given.beside} at ε {given.eps}, {timeout:g} s an image, {given.threads} threads",
-        rows,
-        given.json,
-    )
+        show(f"{name}, {asked}", rows[-3:], as_json=False)
+    show(f"verification, {asked}", rows, given.json)
 
 
 if __name__ == "__main__":

@@ -48,6 +48,10 @@ class Parts:
     def at(self, which: Tensor) -> Parts:
         return Parts(self.signs[which], self.lower[which], self.upper[which])
 
+    def up_to(self, count: int) -> Parts:
+        """What is known of the first `count` neurons."""
+        return Parts(self.signs[:, :count], self.lower[:, :count], self.upper[:, :count])
+
     @classmethod
     def whole(cls, net: Reduced, count: int) -> Parts:
         """The whole ball, `count` times."""
@@ -116,7 +120,7 @@ def back(net: Reduced, domains: Domains) -> Sweep:
     shift = domains.multipliers * domains.parts.signs
     relu = domains.rows.of_relu.clone()
     pulled = torch.empty_like(relu)
-    of_input, of_relu = net.reading
+    of_input, of_relu = net.bands
     for (start, stop), before in zip(reversed(net.layers), reversed(of_relu), strict=True):
         part = slice(start, stop)
         negative = relu[:, part].clamp(max=0)
@@ -138,7 +142,7 @@ def forth(net: Reduced, domains: Domains, found: Sweep) -> Tensor:
     (upper_slope, intercept), lower_slope = domains.parts.above, domains.below
     rising = found.relu >= 0
     taken, offset = torch.where(rising, lower_slope, upper_slope), intercept.masked_fill(rising, 0)
-    of_input, of_relu = net.reading
+    of_input, of_relu = net.bands
     v = net.neurons.constant.repeat(len(domains), 1)
     of_input.add_transposed(v, found.x)
     after = torch.empty_like(v)

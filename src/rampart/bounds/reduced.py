@@ -46,6 +46,10 @@ class Rows(NamedTuple):
         """Each by its own factor [R]."""
         return Rows(self.of_input * factor[:, None], self.of_relu * factor[:, None], self.constant * factor)
 
+    def reading(self, count: int) -> Rows:
+        """The same of rows that read none but the first `count` neurons."""
+        return Rows(self.of_input, self.of_relu[:, :count], self.constant)
+
     def double(self) -> Rows:
         return Rows(*(tensor.double() for tensor in self))
 
@@ -75,7 +79,7 @@ class Reduced:
     half: Tensor
 
     @cached_property
-    def reading(self) -> tuple[Banded, list[Banded]]:
+    def bands(self) -> tuple[Banded, list[Banded]]:
         """What v reads of the input, [U, I], and each layer of the neurons before it."""
         of_relu = [self.neurons.of_relu[start:stop, :start] for start, stop in self.layers]
         return Banded(self.neurons.of_input), [Banded(matrix) for matrix in of_relu]
@@ -106,10 +110,7 @@ class Reduced:
     def up_to(self, layer: int) -> Reduced:
         """The problem of the neurons before a layer."""
         stop = self.layers[layer][0]
-        first = self.neurons.at(slice(0, stop))
-        neurons = Rows(first.of_input, first.of_relu[:, :stop], first.constant)
-        none = self.outputs.at(slice(0, 0))
-        outputs = Rows(none.of_input, none.of_relu[:, :stop], none.constant)
+        neurons, outputs = (rows.reading(stop) for rows in (self.neurons.at(slice(0, stop)), self.outputs.at(slice(0))))
         lower, upper = self.lower[:stop], self.upper[:stop]
         return Reduced(self.layers[:layer], neurons, outputs, lower, upper, self.center, self.half)
 

@@ -10,8 +10,9 @@ from torch import Tensor
 from rampart.bounds.domains import Domains, Parts, optimise
 from rampart.bounds.reduced import Reduced
 
-# Rows that are optimised at once: of more, the tensors of a step leave a processor's cache.
-ROWS = 512
+# Rows that are optimised at once, and the terms of a pass over them: a second or two on a core, since a time limit is
+# only looked at between them.
+ROWS, TERMS = 512, 10**10
 # By how much of a neuron's width its lower bound must be above the upper one to tell that there is no point: more than
 # float32 loses on the way.
 EMPTY = 1e-4
@@ -49,10 +50,11 @@ def narrowed(net: Reduced, parts: Parts, layer: int, steps: int, until: float) -
     ends = torch.cat([low, -high])
     # Where nothing is known of later neurons, they say nothing.
     within, known = (net, parts) if bool(parts.signs[:, first:].any()) else (net.up_to(layer), parts.up_to(first))
-    for start in range(0, len(ends), ROWS):
+    size = min(ROWS, max(TERMS // max(within.neurons.terms, 1), 16))
+    for start in range(0, len(ends), size):
         if time.perf_counter() > until:
             break
-        some = torch.arange(start, min(start + ROWS, len(ends)), device=ends.device)
+        some = torch.arange(start, min(start + size, len(ends)), device=ends.device)
         which = some % len(part)
         rows = net.neurons.at(neuron[which]).times(1 / scale[some]).reading(len(within.lower))
         found = optimise(within, Domains.over(rows, known.at(part[which])), steps, LR, target=0.0).bound

@@ -42,6 +42,10 @@ class Rows(NamedTuple):
     def at(self, rows: Tensor | slice) -> Rows:
         return Rows(*(tensor[rows] for tensor in self))
 
+    @property
+    def terms(self) -> int:
+        return self.of_input.numel() + self.of_relu.numel()
+
     def times(self, factor: Tensor) -> Rows:
         """Each by its own factor [R]."""
         return Rows(self.of_input * factor[:, None], self.of_relu * factor[:, None], self.constant * factor)

@@ -21,3 +21,16 @@ def problem(name: str, eps: float) -> tuple[Reduced, torch.Tensor, nn.Module, to
         inputs = crown.preactivations(chain, box)
         bounds = crown.backward(chain, inputs, box, spec)[0]
         return reduced.reduce(chain, inputs, box, spec), bounds, model, x[0]
+
+
+def values(net: Reduced, x: torch.Tensor) -> torch.Tensor:
+    """v [N, U] at points [N, I]."""
+    v = torch.zeros(len(x), len(net.lower), dtype=x.dtype)
+    for start, stop in net.layers:
+        rows = net.neurons.at(slice(start, stop))
+        v[:, start:stop] = x @ rows.of_input.T + v.relu() @ rows.of_relu.T + rows.constant
+    return v
+
+
+def outputs(net: Reduced, x: torch.Tensor) -> torch.Tensor:
+    return x @ net.outputs.of_input.T + values(net, x).relu() @ net.outputs.of_relu.T + net.outputs.constant

@@ -11,22 +11,9 @@ import torch
 from rampart.bounds.domains import Domains, Parts, optimise
 from rampart.bounds.narrowing import narrowed, tightened
 from rampart.bounds.reduced import Reduced
-from tests.problems import problem
+from tests.problems import outputs, problem, values
 
 NEVER = float("inf")
-
-
-def values(net: Reduced, x: torch.Tensor) -> torch.Tensor:
-    """v [N, U] at points [N, I]."""
-    v = torch.zeros(len(x), len(net.lower), dtype=x.dtype)
-    for start, stop in net.layers:
-        rows = net.neurons.at(slice(start, stop))
-        v[:, start:stop] = x @ rows.of_input.T + v.relu() @ rows.of_relu.T + rows.constant
-    return v
-
-
-def outputs(net: Reduced, x: torch.Tensor) -> torch.Tensor:
-    return x @ net.outputs.of_input.T + values(net, x).relu() @ net.outputs.of_relu.T + net.outputs.constant
 
 
 def points(net: Reduced, count: int = 2000) -> torch.Tensor:

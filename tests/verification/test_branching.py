@@ -22,7 +22,7 @@ from rampart.verification.branching import branch_and_bound
 from rampart.verification.program import linear_program
 from tests.exact import exact_margins, smallest_margin, tiny_net
 from tests.nets import NETS, small_net
-from tests.problems import problem
+from tests.problems import outputs, problem, values
 from tests.verification.test_cascade import predicted, refutes
 
 
@@ -122,13 +122,10 @@ def test_the_reduced_problem_is_the_network_in_the_ball(name: str) -> None:
     net, _, model, image = problem(name, 0.05)
     for _ in range(20):
         x = (net.center + (2 * torch.rand(len(net.center)) - 1) * net.half).view(image.shape)
-        v = torch.zeros(len(net.lower))
-        for start, stop in net.layers:
-            rows = net.neurons.at(slice(start, stop))
-            v[start:stop] = rows.of_input @ x.flatten() + rows.of_relu @ v.relu() + rows.constant
+        (v,) = values(net, x.flatten()[None])
         assert bool((v >= net.lower - 1e-4).all())
         assert bool((v <= net.upper + 1e-4).all())
-        out = net.outputs.of_input @ x.flatten() + net.outputs.of_relu @ v.relu() + net.outputs.constant
+        (out,) = outputs(net, x.flatten()[None])
         with torch.no_grad():
             assert torch.allclose(out, model(x[None])[0], rtol=1e-4, atol=1e-4)
 
@@ -177,10 +174,7 @@ def test_a_domains_bound_holds_at_every_point_of_the_domain(name: str) -> None:
     checked = 0
     for _ in range(2000):
         x = net.center + (2 * torch.rand(len(net.center)).double() - 1) * net.half
-        v = torch.zeros(len(net.lower)).double()
-        for start, stop in net.layers:
-            rows = net.neurons.at(slice(start, stop))
-            v[start:stop] = rows.of_input @ x + rows.of_relu @ v.relu() + rows.constant
+        (v,) = values(net, x[None])
         inside = (domains.parts.signs * v >= 0).all(1)
         value = domains.rows.of_input @ x + domains.rows.of_relu @ v.relu() + domains.rows.constant
         assert bool((value >= bound - 1e-9)[inside].all())

@@ -18,7 +18,6 @@ class Banded:
     """
 
     def __init__(self, matrix: Tensor) -> None:
-        self.shape = matrix.shape
         size = max(len(matrix), 1) if matrix.is_cuda else BLOCK
         self.blocks = [
             (slice(start, start + size), columns, matrix[start : start + size, columns])

@@ -90,7 +90,8 @@ def branch_and_bound(
     """
     search = Search(net, len(net.lower), refute, target, deadline, rule, batch, steps, max_domains)
     opened = search.examine(torch.arange(len(roots.bound), device=roots.bound.device), roots, roots.bound)
-    opened = search.settle(opened, net.lower, net.upper, _patience(net, opened[:1]))
+    if opened:
+        opened = search.settle(opened, net.lower, net.upper, _patience(opened[0], net.layers[-1]))
     if opened and search.example is None and not search.late:
         opened = _narrowing(search, roots.bound, opened)
     if search.example is not None:
@@ -100,11 +101,10 @@ def branch_and_bound(
     return Outcome(status, min(left, default=target), None, search.domains)
 
 
-def _patience(net: Reduced, opened: list[Domain], layer: int = -1) -> float:
-    """Domains that may be bounded before new bounds of a layer's neurons in all those opened are the better bargain."""
-    layers = net.layers[layer:][:1]
-    rows = sum(2 * int((domain.signs[start:stop] == 0).sum()) for domain in opened for start, stop in layers)
-    return PROBE_SHARE * rows
+def _patience(domain: Domain, layer: tuple[int, int]) -> float:
+    """Domains that may be bounded before new bounds of a layer's neurons in this one are the better bargain."""
+    start, stop = layer
+    return PROBE_SHARE * 2 * int((domain.signs[start:stop] == 0).sum())
 
 
 def _narrowing(search: Search, bounds: Tensor, opened: list[Domain]) -> list[Domain]:
@@ -124,7 +124,7 @@ def _narrowing(search: Search, bounds: Tensor, opened: list[Domain]) -> list[Dom
         for domain in search.examine(rows, roots, torch.maximum(roots.bound, known))
     ]
     heapq.heapify(nodes)
-    while nodes and search.example is None and not search.is_late():
+    while nodes and search.example is None and not search.is_late(len(nodes)):
         for node in _worked_on(search, heapq.heappop(nodes)):
             heapq.heappush(nodes, node)
     return [node.domain for node in nodes]
@@ -150,7 +150,7 @@ def _worked_on(search: Search, node: _Node) -> list[_Node]:
             return []
         (domain,) = left
         node = _Node(domain, parts.lower[0], parts.upper[0])
-        left = search.settle([domain], node.lower, node.upper, _patience(search.net, [domain], LAST_HIDDEN))
+        left = search.settle([domain], node.lower, node.upper, _patience(domain, search.net.layers[LAST_HIDDEN]))
         if not left or search.example is not None:
             return []
         domain.bound = max(domain.bound, min(part.bound for part in left))

@@ -149,7 +149,7 @@ class Search:
                 heapq.heappush(opened, child)
         return opened
 
-    def is_late(self, opened: int = 0) -> bool:
+    def is_late(self, opened: int) -> bool:
         """Whether a limit is reached, with so many domains open."""
         if 5 * len(self.net.lower) * opened > OPEN_BYTES:
             log.warning("%d open domains take %d MiB: giving up", opened, OPEN_BYTES >> 20)

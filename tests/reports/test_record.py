@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -59,6 +60,15 @@ def test_what_is_kept_takes_the_place_of_what_was_kept_before(tmp_path: Path) ->
     (tmp_path / "ledgers" / "0123.parquet").touch()
     keep(material_of(collect("0", CompareSettings())), tmp_path)
     assert [file.stem for file in (tmp_path / "ledgers").iterdir()] == [run.id]
+
+
+def test_files_do_not_depend_on_the_order_in_which_the_server_gives_columns(tmp_path: Path) -> None:
+    finished("evaluate", evaluation("1110", "0100"))
+    evidence = collect("0", CompareSettings())
+    keep(material_of(evidence), tmp_path / "one")
+    keep(material_of(replace(evidence, runs=evidence.runs[evidence.runs.columns[::-1]])), tmp_path / "other")
+    one, other = ((tmp_path / name / "runs.csv").read_text() for name in ("one", "other"))
+    assert one == other
 
 
 def test_evidence_that_cannot_be_written_or_read_is_named(tmp_path: Path) -> None:

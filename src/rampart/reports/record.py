@@ -41,8 +41,9 @@ def keep(material: Material, folder: Path) -> None:
     """
     evidence = material.evidence
     runs = evidence.runs
-    kept = [name for name in runs.columns if name in COLUMNS or str(name).endswith(SPEED)]
-    runs = runs[kept].dropna(axis=1, how="all")
+    # The server gives columns in an order of its own.
+    speeds = sorted(name for name in map(str, runs.columns) if name.endswith(SPEED))
+    runs = runs[[*(name for name in COLUMNS if name in runs.columns), *speeds]].dropna(axis=1, how="all")
     hidden = runs["command"].str.replace(FOLDER, "dataset=folder:PATH", regex=True)
     about = {"dataset": evidence.dataset, "classes": evidence.classes}
     try:

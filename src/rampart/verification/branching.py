@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rampart.bounds.box import Box
 from rampart.bounds.domains import Domains, Optimised, Parts, optimise
 from rampart.bounds.narrowing import narrowed, tightened
 from rampart.bounds.reduced import Reduced
@@ -52,8 +53,7 @@ class _Node:
     """A domain whose neurons have bounds [U] of their own."""
 
     domain: Domain
-    lower: Tensor = field(compare=False)
-    upper: Tensor = field(compare=False)
+    neurons: Box = field(compare=False)
 
 
 def branch_and_bound(
@@ -91,7 +91,7 @@ def branch_and_bound(
     search = Search(net, len(net.lower), refute, target, deadline, rule, batch, steps, max_domains)
     opened = search.examine(torch.arange(len(roots.bound), device=roots.bound.device), roots, roots.bound)
     if opened:
-        opened = search.settle(opened, net.lower, net.upper, _patience(opened[0], net.layers[-1]))
+        opened = search.settle(opened, Box(net.lower, net.upper), _patience(opened[0], net.layers[-1]))
     if opened and search.example is None and not search.late:
         opened = _narrowing(search, roots.bound, opened)
     if search.example is not None:
@@ -120,7 +120,7 @@ def _narrowing(search: Search, bounds: Tensor, opened: list[Domain]) -> list[Dom
     least = {int(row): min(d.bound for d in opened if d.row == row) for row in rows}
     known = torch.tensor([least[int(row)] for row in rows], device=bounds.device)
     nodes = [
-        _Node(domain, search.net.lower, search.net.upper)
+        _Node(domain, Box(search.net.lower, search.net.upper))
         for domain in search.examine(rows, roots, torch.maximum(roots.bound, known))
     ]
     heapq.heapify(nodes)
@@ -135,7 +135,7 @@ def _worked_on(search: Search, node: _Node) -> list[_Node]:
     domain = node.domain
     while True:
         before = domain.bound
-        parts = Parts(domain.signs.float()[None], node.lower[None], node.upper[None])
+        parts = Parts(domain.signs.float()[None], node.neurons.lower[None], node.neurons.upper[None])
         parts, empty = narrowed(search.net, parts, LAST_HIDDEN, NARROWING_STEPS, search.deadline)
         if bool(empty):
             return []
@@ -149,13 +149,13 @@ def _worked_on(search: Search, node: _Node) -> list[_Node]:
         if not left:
             return []
         (domain,) = left
-        node = _Node(domain, parts.lower[0], parts.upper[0])
-        left = search.settle([domain], node.lower, node.upper, _patience(domain, search.net.layers[LAST_HIDDEN]))
+        node = _Node(domain, Box(parts.lower[0], parts.upper[0]))
+        left = search.settle([domain], node.neurons, _patience(domain, search.net.layers[LAST_HIDDEN]))
         if not left or search.example is not None:
             return []
         domain.bound = max(domain.bound, min(part.bound for part in left))
         if search.late:
             return [node]
         if domain.bound - before < WORTHWHILE * (search.target - before):
-            children = search.children([domain], node.lower, node.upper, 2)
-            return [_Node(child, node.lower, node.upper) for child in children]
+            children = search.children([domain], node.neurons, 2)
+            return [_Node(child, node.neurons) for child in children]

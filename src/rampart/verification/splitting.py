@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rampart.bounds import domains as linear
+from rampart.bounds.box import Box
 from rampart.bounds.domains import Domains, Optimised, Parts, optimise
 from rampart.bounds.reduced import Reduced
 from rampart.verification.program import linear_program
@@ -119,14 +120,14 @@ class Search:
             for place, domain in enumerate(left.tolist())
         ]
 
-    def settle(self, found: list[Domain], lower: Tensor, upper: Tensor, patience: float) -> list[Domain]:
+    def settle(self, found: list[Domain], neurons: Box, patience: float) -> list[Domain]:
         """Splits domains, the worst first; returns what is left at the end.
 
         That is nothing if all are proved. Else there is a counterexample, a limit is reached, or it does not go well:
         more than `patience` domains have been bounded, and of the last ones more than half were not proved.
 
         Args:
-            found: domains in all of which the neurons have the bounds lower, upper [U].
+            found: domains in all of which the neurons have the bounds `neurons` [U].
         """
         opened, first, share = list(found), self.domains, 0.0
         heapq.heapify(opened)
@@ -136,7 +137,7 @@ class Search:
             parents = [heapq.heappop(opened) for _ in range(min(max(self.batch // 2, 1), len(opened)))]
             before = self.domains
             try:
-                children = self.children(parents, lower, upper, self.batch)
+                children = self.children(parents, neurons, self.batch)
             except torch.OutOfMemoryError:
                 if self.batch <= 2:
                     raise
@@ -157,12 +158,11 @@ class Search:
         self.late |= time.perf_counter() > self.deadline or self.domains >= self.max_domains
         return self.late
 
-    def children(self, parents: list[Domain], lower: Tensor, upper: Tensor, batch: int) -> list[Domain]:
+    def children(self, parents: list[Domain], neurons: Box, batch: int) -> list[Domain]:
         """Those, about `batch`, that are not proved."""
-        signs, parent = self.split(parents, lower, upper, batch)
-        found = optimise(
-            self.net, self.domains_of(parents, parent, signs, lower, upper), self.steps, target=self.target
-        )
+        signs, parent = self.split(parents, neurons, batch)
+        domains = self.domains_of(parents, parent, signs, neurons)
+        found = optimise(self.net, domains, self.steps, target=self.target)
         row, known = (
             torch.tensor([getattr(domain, name) for domain in parents], device=parent.device)[parent]
             for name in ("row", "bound")
@@ -171,12 +171,12 @@ class Search:
         # A part of a ball is no worse than the whole.
         return self.examine(row, found, torch.maximum(found.bound, known.to(found.bound)))
 
-    def domains_of(self, parents: list[Domain], parent: Tensor, signs: Tensor, lower: Tensor, upper: Tensor) -> Domains:
+    def domains_of(self, parents: list[Domain], parent: Tensor, signs: Tensor, neurons: Box) -> Domains:
         """Parts of the given signs [C, U], `parent` [C] of each, to start from their parents' bounds."""
         row = torch.tensor([domain.row for domain in parents], device=parent.device)[parent]
         slopes = torch.stack([domain.slopes for domain in parents])[parent].float()
         multipliers = torch.stack([domain.multipliers for domain in parents])[parent].float()
-        parts = Parts(signs, lower.expand(signs.shape), upper.expand(signs.shape))
+        parts = Parts(signs, neurons.lower.expand(signs.shape), neurons.upper.expand(signs.shape))
         return Domains(self.net.outputs.at(row), parts, slopes, multipliers)
 
     def solve(self, row: int, signs: Tensor) -> None:
@@ -200,14 +200,14 @@ class Search:
         best = [score.topk(min(FILTERED, count)).indices for score in scores.values()]
         return torch.stack(best, 2).flatten(1)
 
-    def split(self, parents: list[Domain], lower: Tensor, upper: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+    def split(self, parents: list[Domain], neurons: Box, batch: int) -> tuple[Tensor, Tensor]:
         """(signs [C, U] of the children, [C] the parent of each): on one neuron, or on several of few parents."""
         signs = torch.stack([domain.signs for domain in parents]).float()
         candidates = torch.stack([domain.candidates for domain in parents])
         free = signs.gather(1, candidates) == 0
         rounds = max((batch // len(parents)).bit_length() - 1, 1)
         if self.rule == "kfsb" and rounds == 1:
-            candidates = self.filtered(parents, signs, candidates, free, lower, upper)
+            candidates = self.filtered(parents, signs, candidates, free, neurons)
             free = signs.gather(1, candidates) == 0
         children, origins = [], []
         for parent in range(len(parents)):
@@ -219,9 +219,7 @@ class Search:
                 origins.append(parent)
         return torch.stack(children), torch.tensor(origins, device=signs.device)
 
-    def filtered(
-        self, parents: list[Domain], signs: Tensor, candidates: Tensor, free: Tensor, lower: Tensor, upper: Tensor
-    ) -> Tensor:
+    def filtered(self, parents: list[Domain], signs: Tensor, candidates: Tensor, free: Tensor, neurons: Box) -> Tensor:
         """The best candidate [P, 1] of each parent: whose worse child has the better bound, before any step on it."""
         count, tried = candidates.shape
         parent = torch.arange(count, device=signs.device).repeat_interleave(tried * 2)
@@ -229,7 +227,7 @@ class Search:
         place = torch.arange(len(parent), device=signs.device)
         pair = torch.tensor([1.0, -1.0], device=signs.device)
         children[place, candidates.flatten().repeat_interleave(2)] = pair.repeat(count * tried)
-        tries = self.domains_of(parents, parent, children, lower, upper)
+        tries = self.domains_of(parents, parent, children, neurons)
         bound = linear.back(self.net, tries).bound.view(count, tried, 2).clamp(max=self.target)
         # Of equally bad worse children the better other one.
         score = (bound.amin(2) + 1e-3 * bound.amax(2)).masked_fill(~free, -torch.inf)

@@ -134,6 +134,25 @@ def test_dense_links_have_no_windows() -> None:
     assert windows.receptive_field(chain, chain.last) is None
 
 
+def test_windows_that_outgrow_the_maps_give_way_to_these(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A neuron k convolutions deep sees 2k + 1 pixels each way, of a map of 8."""
+    used: list[int] = []
+    lower_bounds = windows.lower_bounds
+
+    def watched(chain: Chain, value: int, *given: object) -> Tensor:
+        used.append(value)
+        return lower_bounds(chain, value, *given)
+
+    monkeypatch.setattr(windows, "lower_bounds", watched)
+    layers = [layer for _ in range(6) for layer in (nn.Conv2d(4, 4, 3, padding=1), nn.ReLU())]
+    x = torch.rand(2, 4, 8, 8)
+    with torch.no_grad():
+        chain = Layout(randomised(nn.Sequential(*layers))).resolve(x)
+        crown.preactivations(chain, pixel_box(x, 0.1))
+    # The first map's intervals are exact; the second and third look at 5x5 and 7x7 pixels, the fourth at 9x9.
+    assert set(used) == {2, 4}
+
+
 @pytest.mark.parametrize("name", ["strided", "residual", "pooled"])
 @pytest.mark.parametrize("method", ["crown-ibp", "crown", "alpha-crown"])
 def test_bounds_do_not_depend_on_how_many_coefficients_are_held_at_once(

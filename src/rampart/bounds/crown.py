@@ -158,13 +158,16 @@ def _tighten(
     images, neurons = ((lower < 0) & (upper > 0)).nonzero(as_tuple=True)
     if not len(images):
         return loose
-    field = windows.receptive_field(chain, value)
-    size = max(rows_at_once(field or widest(chain, value), memory), 1)
-    bound_rows = windows.lower_bounds if field is not None else _neuron_bounds
+    whole = widest(chain, value)
+    field = windows.receptive_field(chain, value) or whole
+    # Of neurons deep in a network, windows are larger than the maps, on whose padding they lie for the greater part.
+    windowed = field < whole
+    size = max(rows_at_once(min(field, whole), memory), 1)
+    bound_rows = windows.lower_bounds if windowed else _neuron_bounds
 
     def improve(image: Tensor, neuron: Tensor, sign: Tensor) -> Tensor:
         """Writes the bounds and returns them, [R], times the sign."""
-        lengths = size if field is not None else _lengths(image, size)
+        lengths = size if windowed else _lengths(image, size)
         parts = zip(*(tensor.split(lengths) for tensor in (image, neuron, sign)), strict=True)
         bounds = torch.cat([bound_rows(chain, value, relaxed, box, *part) for part in parts])
         below = sign > 0

@@ -60,8 +60,10 @@ def _works() -> bool:
     logging.getLogger("torch.fx.experimental.symbolic_shapes").setLevel(logging.ERROR)
     # A kernel is compiled for each number of axes, memory layout and set of gradients asked for: 8 are soon reached.
     torch._dynamo.config.recompile_limit = 64
-    # As many threads as the caller may use, not as many as there were when a kernel was made: parts of a batch that are
-    # attacked side by side have their share of them each, and the cache on disk serves processes of either number.
+    # Part of the key of the cache on disk: a kernel made for one thread would be taken for two otherwise, each of which
+    # might do what a single one should.
+    torch._inductor.config.cpp.threads = torch.get_num_threads()
+    # It runs on as many as its caller may use: parts of a batch that are attacked side by side have their share each.
     torch._inductor.config.cpp.dynamic_threads = True
     try:
         torch.compile(_probe, dynamic=True)(torch.ones(2, device="cuda" if torch.cuda.is_available() else "cpu"))

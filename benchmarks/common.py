@@ -8,8 +8,11 @@ import json
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pandas as pd
@@ -56,6 +59,46 @@ def in_turn(contenders: dict[str, Callable[[], object]], repeats: int) -> dict[s
             call()
             seconds[name].append(time.perf_counter() - started)
     return {name: statistics.median(found) for name, found in seconds.items()}
+
+
+@contextmanager
+def apart(prepared: Mapping[str, Callable[[], Callable[[], object]]]) -> Iterator[dict[str, Callable[[], object]]]:
+    """Contenders in processes of their own, where what one asks of its C library, and how it leaves memory, is not the
+    other's: each is what its entry of `prepared`, which is pickled, returns there."""
+    context = torch.multiprocessing.get_context("spawn")  # tensors are shared, not copied
+    pipes: dict[str, Connection] = {}
+    processes = []
+
+    def run(name: str) -> None:
+        try:
+            pipes[name].send(None)
+            pipes[name].recv()
+        except EOFError:
+            raise SystemExit(f"{name} has failed: its process tells why above") from None
+
+    for name, prepare in prepared.items():
+        pipes[name], there = context.Pipe()
+        process = context.Process(target=_serve, args=(there, torch.get_num_threads(), prepare))
+        process.start()
+        there.close()
+        processes.append(process)
+    try:
+        yield {name: partial(run, name) for name in prepared}
+    finally:
+        for pipe in pipes.values():
+            pipe.close()
+        for process in processes:
+            process.join()
+
+
+def _serve(pipe: Connection, threads: int, prepare: Callable[[], Callable[[], object]]) -> None:
+    torch.set_num_threads(threads)
+    call = prepare()
+    with suppress(EOFError):  # nobody asks any more
+        while True:
+            pipe.recv()
+            call()
+            pipe.send(None)
 
 
 def training_step(recipe: Recipe, device: str = "cpu") -> Callable[[], object]:

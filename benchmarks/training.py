@@ -2,9 +2,10 @@
 
 Conventional: torchvision's PIL transforms in a DataLoader with workers, fp32, Adam, PGD whose images stay to the end,
 one run of it an ε. Ours: the loop and the attack that `train` and `evaluate` run, in fp32 unless a row says otherwise;
-rows in bf16 are left out where the hardware does not compute in it. Whole epochs are timed, in turn; on a GPU ours are
-ten, the recording of a step among them, and the floating-point operations of plain trainings stand beside those of a
-large product of matrices.
+rows in bf16 are left out where the hardware does not compute in it. Each contender runs in a process of its own, ours
+keeping freed memory as all of Rampart's steps do. Whole epochs are timed, in turn; on a GPU ours are ten, the recording
+of a step among them, and the floating-point operations of plain trainings stand beside those of a large product of
+matrices.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from torch.utils.data import Dataset as TorchDataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
-from benchmarks.common import BATCH, Row, in_turn, options, show
+from benchmarks.common import BATCH, Row, apart, in_turn, options, show
 from rampart.data import Augmentation, Dataset, Split, load_dataset, to_pixels
 from rampart.evaluation import AttackPlan, evaluate
 from rampart.kernels import compiling
+from rampart.memory import keep_freed_memory
 from rampart.models import Classifier, build_model, load_model
 from rampart.training import Recipe, train
 from rampart.training.loop import fit
@@ -39,6 +41,12 @@ EPS, STEP, STEPS = 8 / 510, 2 / 510, 10
 SIZE = 8192
 # The study's list, on its own scale.
 RADII = tuple(k / 510 for k in (1, 2, 4, 8, 16))
+
+
+def noisy(x: Tensor) -> Tensor:
+    return (x + 0.025 * torch.randn_like(x)).clamp(0, 1)
+
+
 PLAIN = [transforms.ToTensor()]
 AUGMENTED = [
     transforms.RandomCrop(32, padding=4),
@@ -46,7 +54,7 @@ AUGMENTED = [
     transforms.RandomRotation(15),
     transforms.ColorJitter(0.4, 0.4, 0.4, 0.1),
     transforms.ToTensor(),
-    transforms.RandomApply([transforms.Lambda(lambda x: (x + 0.025 * torch.randn_like(x)).clamp(0, 1))], 0.5),
+    transforms.RandomApply([transforms.Lambda(noisy)], 0.5),
 ]
 
 
@@ -114,9 +122,9 @@ class OurTraining:
     """Epochs of the loop; the few images that it validates on are the only ones beside those it trains on."""
 
     def __init__(self, data: Dataset, device: str, recipe: Recipe) -> None:
+        keep_freed_memory()
         torch.manual_seed(0)
         self.model, self.data, self.recipe = build_model().to(device), data.to(device), recipe
-        self.images = len(data.train) * recipe.epochs
         (self.stage,) = stages(recipe, self.model)
         self.streams = Streams(torch.Generator().manual_seed(0), torch.Generator(device).manual_seed(0))
         self.augmentation = Augmentation() if recipe.augment else None
@@ -126,16 +134,31 @@ class OurTraining:
             fit(self.stage, self.model, self.data, self.recipe, self.augmentation, self.streams, Silent(), 1)
 
 
-def conventional_evaluation(model: Classifier, batches: DataLoader[tuple[Tensor, int]], device: str) -> None:
-    for eps in RADII:
-        broken = 0
-        for x, y in batches:
-            x, y = x.to(device), y.to(device)
-            with torch.no_grad():
-                right = model(x).argmax(1) == y
-            moved = conventional_pgd(model, x, y, eps, STEPS, eps / 2)
-            with torch.no_grad():
-                broken += int(((model(moved).argmax(1) != y) & right).sum())
+class OurEvaluation:
+    def __init__(self, model: Classifier, test: Split, device: str) -> None:
+        keep_freed_memory()
+        self.model, self.test = model.to(device).eval(), test.to(device)
+        self.plan = AttackPlan(eps=RADII, steps=STEPS, rel_step=0.5)
+
+    def __call__(self) -> None:
+        evaluate(self.model, self.test, self.plan)
+
+
+class ConventionalEvaluation:
+    def __init__(self, model: Classifier, test: Split, device: str, workers: int) -> None:
+        self.model, self.device = model.to(device).eval(), device
+        self.batches = loader(test, PLAIN, workers, shuffle=False)
+
+    def __call__(self) -> None:
+        for eps in RADII:
+            broken = 0
+            for x, y in self.batches:
+                x, y = x.to(self.device), y.to(self.device)
+                with torch.no_grad():
+                    right = self.model(x).argmax(1) == y
+                moved = conventional_pgd(self.model, x, y, eps, STEPS, eps / 2)
+                with torch.no_grad():
+                    broken += int(((self.model(moved).argmax(1) != y) & right).sum())
 
 
 def computes_bf16(device: str) -> bool:
@@ -160,21 +183,21 @@ def training_rows(data: Dataset, device: str, workers: int, images: dict[str, in
     rows = []
     for name, recipe in arms.items():
         part = replace(data, train=data.train[: images[name]], val=data.val[:1])
-        adversarial = name == "adversarial"
-        ours = {kind: OurTraining(part, device, replace(recipe, **change)) for kind, change in kinds.items()}
-        calls: dict[str, Callable[[], object]] = {
-            **ours,
-            "conventional": ConventionalTraining(part, device, workers, recipe.augment, adversarial),
+        ours = {kind: replace(recipe, **change) for kind, change in kinds.items()}
+        prepared: dict[str, Callable[[], Callable[[], object]]] = {
+            **{kind: partial(OurTraining, part, device, changed) for kind, changed in ours.items()},
+            "conventional": partial(
+                ConventionalTraining, part, device, workers, recipe.augment, recipe.method == "adversarial"
+            ),
         }
-        trained = {kind: training.images for kind, training in ours.items()} | {"conventional": len(part.train)}
-        speed = {call: trained[call] / seconds for call, seconds in in_turn(calls, repeats).items()}
-        rows += [
-            Row(f"{name} training{kind}", "images/s", speed[kind], speed["conventional"], ratio)
-            for kind in kinds
-            for ratio in [speed[kind] / speed["conventional"]]
-        ]
-        if device == "cuda" and not adversarial:
-            rows += [roofline(f"{name} training{kind}", ours[kind], speed[kind]) for kind in kinds]
+        with apart(prepared) as calls:
+            seconds = in_turn(calls, repeats)
+        conventional = len(part.train) / seconds["conventional"]
+        for kind, changed in ours.items():
+            speed = len(part.train) * epochs / seconds[kind]
+            rows.append(Row(f"{name} training{kind}", "images/s", speed, conventional, speed / conventional))
+            if device == "cuda" and recipe.method == "normal":
+                rows.append(roofline(f"{name} training{kind}", OurTraining(part, device, changed), speed))
     return rows
 
 
@@ -198,14 +221,14 @@ def roofline(name: str, training: OurTraining, speed: float) -> Row:
 
 
 def evaluation_rows(models: dict[str, Classifier], test: Split, device: str, workers: int, repeats: int) -> list[Row]:
-    plan, rows = AttackPlan(eps=RADII, steps=STEPS, rel_step=0.5), []
+    rows = []
     for name, model in models.items():
-        model.to(device).eval()
-        calls: dict[str, Callable[[], object]] = {
-            "ours": partial(evaluate, model, test.to(device), plan),
-            "conventional": partial(conventional_evaluation, model, loader(test, PLAIN, workers, False), device),
+        prepared: dict[str, Callable[[], Callable[[], object]]] = {
+            "ours": partial(OurEvaluation, model, test, device),
+            "conventional": partial(ConventionalEvaluation, model, test, device, workers),
         }
-        speed = {call: len(test) / seconds for call, seconds in in_turn(calls, repeats).items()}
+        with apart(prepared) as calls:
+            speed = {call: len(test) / seconds for call, seconds in in_turn(calls, repeats).items()}
         ratio = speed["ours"] / speed["conventional"]
         rows.append(Row(f"{name}, {len(RADII)} ε", "images/s", speed["ours"], speed["conventional"], ratio))
     return rows

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 
+from benchmarks.common import apart
 from benchmarks.verification import COLUMNS, rows_of
 from rampart.data import Dataset
 from rampart.models import build_model, save_model
@@ -58,3 +62,35 @@ def test_verifiers_are_compared_on_the_images_that_both_settle() -> None:
 def test_verdicts_that_contradict_each_other_stop_the_benchmark() -> None:
     with pytest.raises(SystemExit, match=r"images \[1\] of m"):
         rows_of("m", results("m", (1, "safe", 1.0, 2)), results("m", (1, "unsafe", 1.0, 2)))
+
+
+def _told(file: Path) -> Callable[[], object]:
+    prepared_in = os.getpid()
+
+    def call() -> None:
+        with file.open("a") as lines:
+            lines.write(f"{prepared_in} {os.getpid()} {torch.get_num_threads()}\n")
+
+    return call
+
+
+def _failing() -> Callable[[], object]:
+    return partial(int, "none")
+
+
+def test_contenders_apart_have_a_process_each(tmp_path: Path) -> None:
+    with apart({name: partial(_told, tmp_path / name) for name in ("ours", "theirs")}) as calls:
+        for name in ("ours", "theirs", "ours"):
+            calls[name]()
+    ours, theirs = ((tmp_path / name).read_text().splitlines() for name in ("ours", "theirs"))
+    assert len(ours) == 2
+    assert len({*ours, *theirs}) == 2
+    for line in (*ours, *theirs):
+        prepared_in, called_in, threads = map(int, line.split())
+        assert prepared_in == called_in != os.getpid()
+        assert threads == torch.get_num_threads()
+
+
+def test_a_contender_that_fails_ends_the_benchmark() -> None:
+    with apart({"theirs": _failing}) as calls, pytest.raises(SystemExit, match="theirs has failed"):
+        calls["theirs"]()

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rampart.data import Augmentation
+from rampart.data import Augmentation, to_pixels
 from rampart.data.augmentation import _rotate, _shift_hue
 from rampart.errors import SettingsError
+from rampart.kernels import convolved
 
 OFF = {"crop_padding": 0, "flip": 0.0, "rotation": 0.0, "jitter": (0.0, 0.0, 0.0, 0.0), "noise_std": 0.0}
 # One step alone.
@@ -58,6 +59,12 @@ def test_shape_and_range_are_kept(shape: tuple[int, int, int, int], strength: fl
     assert out.dtype == x.dtype
     assert out.min() >= 0
     assert out.max() <= 1
+
+
+def test_a_batch_lies_in_memory_as_before() -> None:
+    batch = to_pixels(torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8))
+    assert batch.is_contiguous(memory_format=convolved(batch))
+    assert Augmentation()(batch, generator()).is_contiguous(memory_format=convolved(batch))
 
 
 @pytest.mark.parametrize("settings", [OFF, {**OFF, "noise_std": 0.1, "noise_probability": 0.0}])

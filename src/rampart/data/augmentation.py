@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rampart.errors import require
-from rampart.kernels import Kernel
+from rampart.kernels import Kernel, convolved
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ class Augmentation:
         require(0 <= self.noise_probability <= 1, f"noise_probability is a probability, not {self.noise_probability}")
 
     def __call__(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """x [B, C, H, W] in [0, 1] -> the same shape and range; `generator` lives on x's device."""
+        """x [B, C, H, W] in [0, 1] -> the same shape and range, as convolutions like it in memory; `generator` lives on
+        x's device."""
 
         def uniform(low: float, high: float) -> Tensor:
             return torch.empty(len(x), device=x.device).uniform_(low, high, generator=generator)
@@ -66,7 +67,7 @@ class Augmentation:
             # Drawn in plain order, whatever x's: many times as fast on a CPU.
             noise = torch.empty(x.shape, device=x.device).normal_(std=self.noise_std, generator=generator)
             x = _noisy(x, noise, noisy)
-        return x
+        return x.contiguous(memory_format=convolved(x))
 
     def _colours(
         self, x: Tensor, uniform: Callable[[float, float], Tensor], generator: torch.Generator | None

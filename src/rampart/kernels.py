@@ -63,8 +63,6 @@ def _works() -> bool:
     # Part of the key of the cache on disk: a kernel made for one thread would be taken for two otherwise, each of which
     # might do what a single one should.
     torch._inductor.config.cpp.threads = torch.get_num_threads()
-    # It runs on as many as its caller may use: parts of a batch that are attacked side by side have their share each.
-    torch._inductor.config.cpp.dynamic_threads = True
     try:
         torch.compile(_probe, dynamic=True)(torch.ones(2, device="cuda" if torch.cuda.is_available() else "cpu"))
     except Exception as error:  # of many kinds: no compiler, no headers, an unsupported platform

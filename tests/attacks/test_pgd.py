@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from rampart.attacks import AttackResult, perturb, pgd
 from rampart.attacks.objectives import margin
 from rampart.errors import ModelError, SettingsError
-from tests.nets import CLASSES
 
 RADII = (0.0, 0.01, 0.03, 0.1)
 
@@ -331,7 +330,7 @@ def test_a_network_in_training_mode_is_refused(network, images, labels) -> None:
 
 
 def ascend(network: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int = 10, step: float = 0.02) -> Tensor:
-    return perturb(lambda moved, rows: F.cross_entropy(network(moved), y), x, eps, steps, step, generator())
+    return perturb(lambda moved: F.cross_entropy(network(moved), y), x, eps, steps, step, generator())
 
 
 @pytest.mark.parametrize("eps", RADII)
@@ -351,7 +350,7 @@ def test_perturb_raises_the_loss(network, images, labels) -> None:
 
 def test_perturb_reaches_the_worst_corner_of_a_linear_loss() -> None:
     weight, x = torch.randn(3, 2, 2), torch.rand(5, 3, 2, 2)
-    moved = perturb(lambda moved, rows: (moved * weight).sum(), x, 0.1, 4, 0.05, generator())
+    moved = perturb(lambda moved: (moved * weight).sum(), x, 0.1, 4, 0.05, generator())
     assert torch.allclose(moved, (x + 0.1 * weight.sign()).clamp(0, 1))
 
 
@@ -366,25 +365,3 @@ def test_perturb_draws_its_start_from_the_generator(network, images, labels) -> 
     expected = (images - 0.05).clamp(0, 1)
     expected += ((images + 0.05).clamp(0, 1) - expected) * torch.rand(images.shape, generator=generator())
     assert torch.allclose(ascend(network, images, labels, 0.05, steps=0), expected)
-
-
-def test_parts_of_a_batch_are_perturbed_side_by_side_to_the_same_images(network) -> None:
-    x, y = torch.rand(80, 3, 4, 4), torch.randint(CLASSES, (80,))
-    seen: dict[tuple[int | None, int], int] = {}
-
-    def loss(moved: torch.Tensor, rows: slice) -> torch.Tensor:
-        seen[rows.start, rows.stop] = torch.get_num_threads()
-        return F.cross_entropy(network(moved), y[rows])
-
-    def moved(apart: bool) -> torch.Tensor:
-        return perturb(loss, x, 0.05, 4, 0.02, generator(), apart=apart)
-
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        together, parts = moved(apart=False), moved(apart=True)
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(threads)
-    assert seen == {(None, 80): 2, (0, 40): 1, (40, 80): 1}
-    torch.testing.assert_close(together, parts)

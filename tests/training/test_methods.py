@@ -88,7 +88,7 @@ def test_attacked_images_are_normalised_as_the_setting_says(model: Classifier, b
         assert all(module.training for module in model.modules())
         twin = copy.deepcopy(model).train(kind == "train")
         expected = perturb(
-            lambda moved, rows, twin=twin: F.cross_entropy(twin(moved), y),
+            lambda moved, twin=twin: F.cross_entropy(twin(moved), y),
             x, 0.05, 1, 0.05, torch.Generator().manual_seed(0),
         )  # fmt: skip
         torch.testing.assert_close(found[kind], expected)
@@ -183,7 +183,7 @@ def diverging_half(model: Classifier, x: Tensor, eps: float) -> Tensor:
     fixed = copy.deepcopy(model).eval()
     p = fixed(x).softmax(1).detach()
 
-    def divergence(moved: Tensor, rows: slice) -> Tensor:
+    def divergence(moved: Tensor) -> Tensor:
         return (p * (p.log() - fixed(moved).log_softmax(1))).sum(1).mean()
 
     return perturb(divergence, x, eps, 3, eps / 4, torch.Generator().manual_seed(0))
@@ -192,9 +192,7 @@ def diverging_half(model: Classifier, x: Tensor, eps: float) -> Tensor:
 def adversarial_half(model: Classifier, batch: Batch, criterion: Criterion, eps: float) -> Tensor:
     fixed = copy.deepcopy(model).eval()
     generator = torch.Generator().manual_seed(0)
-    return perturb(
-        lambda moved, rows: clean_loss(fixed, (moved, batch[1]), criterion), batch[0], eps, 3, eps / 4, generator
-    )
+    return perturb(lambda moved: clean_loss(fixed, (moved, batch[1]), criterion), batch[0], eps, 3, eps / 4, generator)
 
 
 @pytest.mark.parametrize("criterion", [CROSS_ENTROPY, SUPCON, BOTH], ids=["none", "double", "single"])
@@ -233,7 +231,7 @@ def test_the_certified_loss_bounds_that_of_every_attack(
     bound = loss_of(made("certified", model, certified_loss=certified_loss), batch, CROSS_ENTROPY, eps)
     for seed in range(4):
         generator = torch.Generator().manual_seed(seed)
-        moved = perturb(lambda z, rows: F.cross_entropy(network(z), y), x, eps, 6, eps / 3, generator)
+        moved = perturb(lambda z: F.cross_entropy(network(z), y), x, eps, 6, eps / 3, generator)
         assert F.cross_entropy(network(moved), y) <= bound + 1e-5
     assert bound > F.cross_entropy(network(x), y)
 

@@ -34,7 +34,7 @@ class Ball:
         self.lower = torch.nextafter(self.x - near, self.x).clamp_(0, 1)
         self.upper = torch.nextafter(self.x + near, self.x).clamp_(0, 1)
 
-    def __getitem__(self, rows: Tensor | slice) -> Ball:
+    def __getitem__(self, rows: Tensor) -> Ball:
         part = object.__new__(Ball)
         part.x, part.eps, part.norm = self.x[rows], self.eps, self.norm
         part.lower, part.upper = self.lower[rows], self.upper[rows]

@@ -14,7 +14,6 @@ from rampart.attacks.ball import Ball, Norm, gradient
 from rampart.attacks.objectives import OBJECTIVES, Loss, margin
 from rampart.attacks.sweep import AttackResult, Attempt, Start, radii_of, require_budget, sweep
 from rampart.errors import require, unknown
-from rampart.threads import side_by_side
 
 Schedule = Literal["constant", "cosine"]
 
@@ -94,41 +93,34 @@ def _one_start(
     return Attempt(example, step)
 
 
+@torch.enable_grad()
 def perturb(
-    loss: Callable[[Tensor, slice], Tensor],
+    loss: Callable[[Tensor], Tensor],
     x: Tensor,
     eps: float,
     steps: int,
     step_size: float,
     generator: torch.Generator | None = None,
     wide: bool = False,
-    apart: bool = False,
 ) -> Tensor:
     """The last iterate of PGD (for training): [B, C, H, W] in the ball and [0, 1].
 
     Args:
-        loss: of the moved images at some rows of the batch; a scalar.
+        loss: of the moved images; a scalar.
         wide: starts within twice the radius and brings nothing back to the ball (N-FGSM, de Jorge et al. 2022, with one
             step of size ε): the result lies in [0, 1] and within 2 ε + steps * step_size.
-        apart: no image's loss depends on the others, so that parts of the batch may be attacked side by side.
     """
     ball = Ball(x, eps)
     if wide:
         draw = torch.rand(x.shape, device=x.device, generator=generator)
-        start = (x + 2 * eps * (2 * draw - 1)).clamp(0, 1)
+        current = (x + 2 * eps * (2 * draw - 1)).clamp(0, 1)
     else:
-        start = ball.random(generator)
-
-    @torch.enable_grad()
-    def climb(rows: slice) -> Tensor:
-        part, current = ball[rows], start[rows]
-        for _ in range(steps):
-            current.requires_grad_()
-            slope = gradient(loss(current, rows), current)
-            if wide:
-                current = (current.detach() + step_size * slope.sign()).clamp(0, 1)
-            else:
-                current = part.ascend(current.detach(), slope, step_size)
-        return current.detach()
-
-    return torch.cat(side_by_side(climb, len(x))) if apart and x.device.type == "cpu" else climb(slice(len(x)))
+        current = ball.random(generator)
+    for _ in range(steps):
+        current.requires_grad_()
+        slope = gradient(loss(current), current)
+        if wide:
+            current = (current.detach() + step_size * slope.sign()).clamp(0, 1)
+        else:
+            current = ball.ascend(current.detach(), slope, step_size)
+    return current.detach()

@@ -62,11 +62,7 @@ class Trades(Adversarial):
         with self.attacker.view(x) as network, torch.no_grad():
             target = F.log_softmax(network(x), 1)
         adversarial = self.attacker.ascend(
-            lambda network, moved, rows: _divergence(target[rows], F.log_softmax(network(moved), 1)),
-            x,
-            radius,
-            generator,
-            apart=True,
+            lambda network, moved: _divergence(target, F.log_softmax(network(moved), 1)), x, radius, generator
         )
         embeddings = self.network.embed(torch.cat([x, adversarial]))
         clean, moved = F.log_softmax(model.head(embeddings), 1).chunk(2)

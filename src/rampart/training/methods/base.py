@@ -62,29 +62,19 @@ class Attacker:
 
     def example(self, x: Tensor, y: Tensor, criterion: Criterion, eps: float, generator: Generator | None) -> Tensor:
         """The last iterate on the criterion at radius eps (pixels), [B, C, H, W]."""
-        return self.ascend(
-            lambda network, moved, rows: criterion.on_images(network, moved, y[rows]),
-            x,
-            eps,
-            generator,
-            apart=not criterion.needs_embeddings,
-        )
+        return self.ascend(lambda network, moved: criterion.on_images(network, moved, y), x, eps, generator)
 
     def ascend(
         self,
-        loss: Callable[[Network, Tensor, slice], Tensor],
+        loss: Callable[[Network, Tensor], Tensor],
         x: Tensor,
         eps: float,
         generator: Generator | None,
-        apart: bool,
     ) -> Tensor:
-        """As `example`, on any loss of a network and the moved images at some rows of the batch; `apart`: it couples no
-        two images."""
-        recipe = self.recipe
-        step, wide = recipe.attack_rel_step * eps, recipe.attack_start == "wide"
-        apart = apart and recipe.attack_batchnorm == "eval"
+        """As `example`, on any loss of a network and the moved images."""
+        step, wide = self.recipe.attack_rel_step * eps, self.recipe.attack_start == "wide"
         with self.view(x) as network:
-            return perturb(partial(loss, network), x, eps, recipe.attack_steps, step, generator, wide, apart)
+            return perturb(partial(loss, network), x, eps, self.recipe.attack_steps, step, generator, wide)
 
     @contextmanager
     def view(self, x: Tensor) -> Iterator[Network]:

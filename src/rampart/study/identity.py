@@ -12,7 +12,7 @@ from rampart.settings import Settings
 
 # They change where or how fast a step runs, not what it computes.
 IRRELEVANT = {"device", "threads", "data_root", "eps_space", "images_at_once", "export", "part"}
-_CORE = ("data", "models", "attacks", "bounds", "kernels.py", "threads.py")
+_CORE = ("data", "models", "attacks", "bounds", "kernels.py")
 CODE = {
     "train": (*_CORE, "losses", "training"),
     "evaluate": (*_CORE, "verification", "evaluation", "ledger.py"),

@@ -69,20 +69,25 @@ def apart(prepared: Mapping[str, Callable[[], Callable[[], object]]]) -> Iterato
     pipes: dict[str, Connection] = {}
     processes = []
 
-    def run(name: str) -> None:
+    def done(name: str) -> None:
         try:
-            pipes[name].send(None)
             pipes[name].recv()
-        except EOFError:
+        except (EOFError, OSError):
             raise SystemExit(f"{name} has failed: its process tells why above") from None
 
-    for name, prepare in prepared.items():
-        pipes[name], there = context.Pipe()
-        process = context.Process(target=_serve, args=(there, torch.get_num_threads(), prepare))
-        process.start()
-        there.close()
-        processes.append(process)
+    def run(name: str) -> None:
+        with suppress(OSError):  # of one that is gone `done` tells
+            pipes[name].send(None)
+        done(name)
+
     try:
+        for name, prepare in prepared.items():
+            pipes[name], there = context.Pipe()
+            process = context.Process(target=_serve, args=(there, torch.get_num_threads(), prepare))
+            process.start()
+            there.close()
+            processes.append(process)
+            done(name)
         yield {name: partial(run, name) for name in prepared}
     finally:
         for pipe in pipes.values():
@@ -96,9 +101,9 @@ def _serve(pipe: Connection, threads: int, prepare: Callable[[], Callable[[], ob
     call = prepare()
     with suppress(EOFError):  # nobody asks any more
         while True:
+            pipe.send(None)
             pipe.recv()
             call()
-            pipe.send(None)
 
 
 def training_step(recipe: Recipe, device: str = "cpu") -> Callable[[], object]:

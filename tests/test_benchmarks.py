@@ -78,6 +78,10 @@ def _failing() -> Callable[[], object]:
     return partial(int, "none")
 
 
+def _never_prepared() -> Callable[[], object]:
+    raise ValueError("no such contender")
+
+
 def test_contenders_apart_have_a_process_each(tmp_path: Path) -> None:
     with apart({name: partial(_told, tmp_path / name) for name in ("ours", "theirs")}) as calls:
         for name in ("ours", "theirs", "ours"):
@@ -91,6 +95,7 @@ def test_contenders_apart_have_a_process_each(tmp_path: Path) -> None:
         assert threads == torch.get_num_threads()
 
 
-def test_a_contender_that_fails_ends_the_benchmark() -> None:
-    with apart({"theirs": _failing}) as calls, pytest.raises(SystemExit, match="theirs has failed"):
+@pytest.mark.parametrize("prepare", [_failing, _never_prepared])
+def test_a_contender_that_fails_ends_the_benchmark(prepare: Callable[[], Callable[[], object]]) -> None:
+    with pytest.raises(SystemExit, match="theirs has failed"), apart({"theirs": prepare}) as calls:
         calls["theirs"]()

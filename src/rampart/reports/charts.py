@@ -112,7 +112,7 @@ def pareto(summary: pd.DataFrame) -> Panels:
 
     def panel(part: pd.DataFrame) -> alt.LayerChart:
         x = alt.X("accuracy:Q", title="test accuracy (%)", scale=alt.Scale(zero=False, padding=12))
-        y = alt.Y("percent:Q", title="certified accuracy (%)", scale=alt.Scale(padding=12))
+        y = alt.Y("percent:Q", title="certified accuracy (%)", scale=alt.Scale(domainMin=0))
         tip = ["arm", number("accuracy", "accuracy %"), number("percent", "certified %"), "seeds"]
         points = alt.Chart(part).encode(x=x, y=y)
         front = alt.Chart(part[_undominated(part)]).mark_line(color="#888888", strokeDash=[4, 3])

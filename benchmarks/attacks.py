@@ -10,16 +10,15 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import Row, options, show
+from benchmarks.common import Row, models_of, options, show
 from rampart.data import load_dataset, stratified_order, to_pixels
 from rampart.evaluation import AttackPlan
 from rampart.evaluation.attacked import Attack as OurAttack
-from rampart.models import load_model, predict
+from rampart.models import predict
 from rampart.settings import parse_eps
 
 Attack = Callable[[nn.Module, Tensor, Tensor, float], Tensor]  # -> whether each image is broken
@@ -78,7 +77,7 @@ def main() -> None:
     parser.add_argument("--dataset", default="digits", help="images, as of the other entry points")
     parser.add_argument("--images", type=int, default=300, help="class by class")
     parser.add_argument("--eps", default="2/255", help="radius in pixels")
-    parser.add_argument("--models", nargs="+", required=True, help="files")
+    parser.add_argument("--models", nargs="+", default=[], help="files; none: one that is trained on the images")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     steps, restarts, longer = (10, 2, 20) if given.quick else (50, 10, 100)
@@ -89,15 +88,16 @@ def main() -> None:
         pairs[f"PGD {restarts} x {steps}"] = ours(plan), foolbox_pgd(steps, restarts)
     if find_spec("pyautoattack"):
         pairs[f"APGD {longer}"] = ours(replace(plan, attack="apgd", steps=longer, restarts=1)), their_apgd(longer)
-    test = load_dataset(given.dataset).test
+    data = load_dataset(given.dataset)
+    test = data.test
     chosen = test[torch.tensor(stratified_order(test, 0)[: 20 if given.quick else given.images])]
     rows = []
-    for file in given.models:
-        model, x = load_model(file), to_pixels(chosen.images)
+    for name, model in models_of(given.models, data).items():
+        x = to_pixels(chosen.images)
         right = predict(model, x) == chosen.labels
         if not right.any():
-            raise SystemExit(f"{file} gets none of the images right: nothing to attack")
-        rows += rows_of(Path(file).stem, model, x[right], chosen.labels[right], eps, pairs)
+            raise SystemExit(f"{name} gets none of the images right: nothing to attack")
+        rows += rows_of(name, model, x[right], chosen.labels[right], eps, pairs)
     show(f"attacks at ε {given.eps}, {given.threads} threads", rows, given.json)
 
 

@@ -8,7 +8,7 @@ import json
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -18,8 +18,9 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from rampart.models import build_model
-from rampart.training import Recipe
+from rampart.data import Dataset
+from rampart.models import Classifier, build_model, load_model
+from rampart.training import Recipe, State, train
 from rampart.training.state import Streams
 from rampart.training.step import Step
 from rampart.training.train import stages
@@ -104,6 +105,23 @@ def _serve(pipe: Connection, threads: int, prepare: Callable[[], Callable[[], ob
             pipe.send(None)
             pipe.recv()
             call()
+
+
+def models_of(files: Sequence[str], data: Dataset) -> dict[str, Classifier]:
+    """By name: those in the files, or where none is given a small one, trained on the dataset in seconds."""
+    if files:
+        return {Path(file).stem: load_model(file) for file in files}
+    return {"normal": train(Recipe(width=0.25, epochs=3, lr=0.01), data, _Unheard())}
+
+
+class _Unheard:
+    """A recorder of nothing."""
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        pass
+
+    def checkpoint(self, model: Classifier, state: State) -> str:
+        return ""
 
 
 def training_step(recipe: Recipe, device: str = "cpu") -> Callable[[], object]:

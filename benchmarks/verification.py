@@ -12,16 +12,14 @@ import importlib.util
 import json
 import math
 import statistics
-from pathlib import Path
 from unittest.mock import patch
 
 import pandas as pd
 import torch
 from torch import nn
 
-from benchmarks.common import Row, options, show
+from benchmarks.common import Row, models_of, options, show
 from rampart.data import Split, load_dataset, to_pixels
-from rampart.models import load_model
 from rampart.settings import parse_eps
 from rampart.verification import branching, choose, verify
 
@@ -66,7 +64,7 @@ def _speed(found: pd.DataFrame) -> float:
 
 def main() -> None:
     parser = options(__doc__, quick="3 images, 5 seconds each")
-    parser.add_argument("--models", nargs="+", required=True, help="weights (.npz, .safetensors)")
+    parser.add_argument("--models", nargs="+", default=[], help="files; none: one that is trained on the images")
     parser.add_argument("--dataset", default="digits", help="as for the study, e.g. folder:PATH")
     parser.add_argument("--eps", default="1/255", help="radius in pixels")
     parser.add_argument("--images", type=int, default=20, help="a model")
@@ -77,12 +75,12 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     eps = parse_eps("eps", given.eps, "pixel")
     images, timeout = (3, 5.0) if given.quick else (given.images, given.timeout)
-    test = load_dataset(given.dataset).test
+    data = load_dataset(given.dataset)
+    test = data.test
     engines = ["native", given.beside]
     asked = f"beside {given.beside} at ε {given.eps}, {timeout:g} s an image, {given.threads} threads"
     rows: list[Row] = []
-    for file in given.models:
-        model, name = load_model(file), Path(file).stem
+    for name, model in models_of(given.models, data).items():
         found: dict[str, list[list[object]]] = {engine: [] for engine in engines}
         for image in choose(model, test, images, "survivors", 2 * eps):
             for engine in engines:

@@ -11,6 +11,7 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from rampart.__main__ import main
+from rampart.models import build_model, save_model
 
 
 def _folder(top: Path, classes: tuple[str, ...] = ("cat", "dog"), size: int = 8) -> Path:
@@ -41,6 +42,7 @@ def test_bad_input_ends_in_one_line_exit_code_2_and_a_failed_run(
     (foreign / "test" / "cow").mkdir()
     Image.new("RGB", (8, 8)).save(foreign / "test" / "cow" / "0.png")
     (store / "broken.npz").write_bytes(b"no weights")
+    save_model(build_model(classes=2, width=0.125), store / "two.safetensors")
     cases = [
         (["train", "--method", "certifed"], "certified"),
         (["train", "--profile", "quik"], "quick"),
@@ -58,6 +60,8 @@ def test_bad_input_ends_in_one_line_exit_code_2_and_a_failed_run(
         (["evaluate", "--model", str(store / "broken.npz")], "does not hold"),
         (["evaluate", "--model", "runs:/0123456789abcdef0123456789abcdef/model"], "no "),
         (["evaluate", "--model", "models:/nothing/1"], "no model"),
+        (["evaluate", "--model", str(store / "two.safetensors"), "--certify", "none"], "10 classes"),
+        (["train", "--width", "1e6"], "memory"),
         (["compare"], "nothing to compare"),
         (["compare", "--study", "0123456789abcdef0123456789abcdef"], "no run"),
     ]
@@ -89,8 +93,6 @@ def test_a_loss_that_becomes_nan_names_the_last_good_checkpoint_which_loads(
 
 
 def test_images_of_a_size_that_a_model_does_not_take(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from rampart.models import build_model, save_model
-
     save_model(build_model(in_shape=(3, 8, 8), width=0.125), store / "small.safetensors")
     assert main(["evaluate", "--model", str(store / "small.safetensors")]) == 2
     assert "wrong dataset or model" in capsys.readouterr().err
@@ -101,6 +103,15 @@ def test_help_lists_settings_with_their_meaning(capsys: pytest.CaptureFixture[st
     shown = capsys.readouterr().out
     assert "--lr" in shown
     assert "Adam's learning rate" in " ".join(shown.split())
+
+
+@pytest.mark.parametrize(("words", "expected"), [([], "double"), (["--contrastive", "single"], "single")])
+def test_contrastive_is_train_with_supcon(store: Path, words: list[str], expected: str) -> None:
+    short = ["--encoder_epochs", "1", "--head_epochs", "1", "--epochs", "1", "--width", "0.125"]
+    assert main(["contrastive", *short, *words]) == 0
+    (run,) = MlflowClient().search_runs(["0"])
+    assert (run.data.tags["rampart.step"], run.data.params["contrastive"]) == ("train", expected)
+    assert main(["contrastive", "--encoder_epoch", "1"]) == 2
 
 
 def test_a_run_that_mlflow_started_is_gone_on_with(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:

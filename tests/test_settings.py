@@ -112,6 +112,15 @@ def test_eps_are_written_as_people_write_them(eps: float, text: str) -> None:
         ("train", {"eps_space": "unit"}, "unknown eps_space"),
         ("train", {"lr": "fast"}, "valid number"),
         ("train", {"lr": "0"}, "above 0"),
+        ("train", {"lr": "inf"}, "must be a number"),
+        ("train", {"jitter": "0.2"}, "takes 4 values"),
+        ("train", {"jitter": "0.2,0.2,0,0,0"}, "takes 4 values"),
+        ("train", {"threads": "100000"}, "threads must lie between"),
+        ("train", {"split_seed": "-1"}, "split_seed must lie between"),
+        ("train", {"seed": "99999999999999999999999"}, "seed must lie between"),
+        ("verify", {"model": "x", "selection_seed": "-1"}, "selection_seed must lie between"),
+        ("main", {"seeds": "1000000"}, "seeds must lie between"),
+        ("main", {"force": "kep"}, "unknown value 'kep': did you mean 'keep'? (valid: keep, redo)"),
         ("train", {"batch_size": "1"}, "2 or more"),
         ("train", {"epochs": "0"}, "1 or more"),
         ("train", {"device": "tpu"}, "device must be"),
@@ -122,7 +131,7 @@ def test_eps_are_written_as_people_write_them(eps: float, text: str) -> None:
         ("verify", {"model": "x", "timeout": "0"}, "above 0"),
         ("embed", {"model": "x", "points": "3"}, "10 or more"),
         ("main", {"methods": "normal,robust"}, "unknown value 'robust'"),
-        ("main", {"seeds": "0"}, "1 or more"),
+        ("main", {"seeds": "0"}, "seeds must lie between"),
         ("main", {"train.epohs": "1"}, "did you mean 'train.epochs'"),
     ],
 )
@@ -140,6 +149,28 @@ def test_a_profile_with_an_unknown_setting_is_refused(tmp_path: Path) -> None:
         resolve("train", {"profile": str(file)})
     file.write_text("trainn: {}")
     with pytest.raises(SettingsError, match="did you mean 'train'"):
+        resolve("train", {"profile": str(file)})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: 3", "section train .* mapping"),
+        ("arms: 3", "section arms .* list"),
+        ("arms: [3]", "'when' and 'set'"),
+        ("arms: [{when: 3, set: {}}]", "'when' and 'set'"),
+        ("arms: [{when: {method: norml}, set: {lr: 0.1}}]", "method in a rule .* did you mean 'normal'"),
+        ("arms: [{when: {method: [normal, foo]}, set: {lr: 0.1}}]", "unknown method in a rule"),
+        ("train: {lr: 1}\ntrain: {epochs: 2}", "'train' stands there twice"),
+    ],
+)
+def test_a_profile_of_another_form_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "own.yaml"
+    file.write_text(text)
+    with pytest.raises(SettingsError, match=message):
+        resolve("train", {"profile": str(file)})
+    file.write_bytes(b"about: \xff\xfe")
+    with pytest.raises(SettingsError, match="cannot be read"):
         resolve("train", {"profile": str(file)})
 
 

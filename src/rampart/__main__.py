@@ -12,18 +12,22 @@ from typing import Any
 import click
 
 from rampart.console import configure_logging
-from rampart.errors import RampartError
+from rampart.errors import RampartError, is_out_of_memory
 from rampart.settings import STEPS, names, resolve
 
 ABOUT = {
     "main": "The whole study: every arm trained, attacked, verified, embedded, and all of them compared.",
     "train": "Train one arm.",
+    "contrastive": "Train one arm with SupCon: train with contrastive=double, unless it is given.",
     "evaluate": "Measure a model's accuracy and attack a test set at several ε.",
     "verify": "Prove or refute the robustness of test images.",
     "embed": "Draw UMAP of a model's embeddings.",
     "tune": "Search the settings of one arm's training with Optuna.",
     "compare": "Build every table and figure from the tracking server.",
 }
+
+# Entry points that are another step with some of its settings made.
+ENTRIES = {"contrastive": ("train", {"contrastive": "double"})}
 
 
 def documentation(step: str) -> dict[str, str]:
@@ -35,8 +39,9 @@ def documentation(step: str) -> dict[str, str]:
     return found
 
 
-def command(step: str) -> click.Command:
-    """A subcommand whose options are the step's settings. Values stay texts: `resolve` gives them their types."""
+def command(entry: str) -> click.Command:
+    """A subcommand whose options are its step's settings. Values stay texts: `resolve` gives them their types."""
+    step, preset = ENTRIES.get(entry, (entry, {}))
     known = documentation(step)
     fields = {field.name for field in dataclasses.fields(STEPS[step])}
     options: list[click.Parameter] = []
@@ -48,13 +53,13 @@ def command(step: str) -> click.Command:
     def callback(**values: Any) -> None:
         from rampart.study import run_step
 
-        run_step(step, {name.replace("__", "."): text for name, text in values.items() if text is not None})
+        run_step(step, preset | {name.replace("__", "."): text for name, text in values.items() if text is not None})
 
-    about = ABOUT[step] + " Defaults come from the profile; -P name=value of `mlflow run` is --name value here."
-    return click.Command(step, params=options, callback=callback, help=about)
+    about = ABOUT[entry] + " Defaults come from the profile; -P name=value of `mlflow run` is --name value here."
+    return click.Command(entry, params=options, callback=callback, help=about)
 
 
-cli = click.Group("rampart", commands=[command(step) for step in STEPS], help=__doc__)
+cli = click.Group("rampart", commands=[command(entry) for entry in ABOUT], help=__doc__)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -73,6 +78,11 @@ def main(arguments: list[str] | None = None) -> int:
     except RampartError as error:
         click.echo(f"error: {error}", err=True)
         return 2
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        click.echo("error: out of memory: take a smaller width, batch_size or memory", err=True)
+        return 2
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted: what was finished is kept", err=True)
         return 130
@@ -83,7 +93,8 @@ def _reject(words: list[str], name: str) -> int:
     """A setting that the step does not have: said as for any other bad setting, and the run FAILED."""
     from rampart.tracking import open_run
 
-    step = next((word for word in words if word in STEPS), "main")
+    entry = next((word for word in words if word in ABOUT), "main")
+    step, _ = ENTRIES.get(entry, (entry, {}))
     try:
         with open_run(step):
             resolve(step, {name: ""})

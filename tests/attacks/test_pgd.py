@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 
 from rampart.attacks import AttackResult, perturb, pgd
 from rampart.attacks.objectives import margin
+from rampart.bounds import margin_bounds
 from rampart.errors import ModelError, SettingsError
+from rampart.verification import verify
 
 RADII = (0.0, 0.01, 0.03, 0.1)
 
@@ -45,6 +48,44 @@ def test_examples_lie_in_the_ball_and_in_the_range_of_pixels(network, images, la
         assert (examples - images.double()).abs().max() <= eps  # to the last bit
         assert examples.min() >= 0
         assert examples.max() <= 1
+
+
+def test_a_model_that_rounds_its_input_has_no_gradient_and_stops_no_attack(images, labels) -> None:
+    class Rounded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(images[0].numel(), 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear((x > 0.5).float().flatten(1))
+
+    result = attack(Rounded().eval(), images, labels % 3, 0.2)
+    assert result.success.shape == (1, len(images))
+
+
+def test_a_part_of_a_model_in_training_mode_is_refused(images, labels) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(images[0].numel(), 3), nn.BatchNorm1d(3)).eval()
+    model[2].train()
+    with pytest.raises(ModelError, match="eval"):
+        attack(model, images, labels % 3, 0.1)
+    with pytest.raises(ModelError, match="eval"):
+        margin_bounds(model, images, labels % 3, 0.1)
+    with pytest.raises(ModelError, match="eval"):
+        verify(model, images[0], 0, 0.1)
+
+
+def test_radii_may_come_as_arrays_and_images_with_gradients_or_from_inference_mode(network, images, labels) -> None:
+    expected = attack(network, images, labels, RADII, step_size=0.02)
+    assert 0 < expected.success.sum() < expected.success.numel()
+    for eps in (np.array(RADII), torch.tensor(RADII, dtype=torch.float64), list(map(np.float64, RADII))):
+        assert torch.equal(attack(network, images, labels, eps, step_size=0.02).success, expected.success)
+    again = attack(network, images.clone().requires_grad_(), labels, RADII, step_size=[0.02] * len(RADII))
+    with torch.inference_mode():
+        there = attack(network, images.clone(), labels.clone(), RADII, step_size=0.02)
+    for result in (again, there):
+        assert torch.equal(result.adversarial, expected.adversarial)
+    with torch.no_grad():
+        assert attack(network, images[:0], labels[:0], RADII).success.shape == (len(RADII), 0)
 
 
 def test_success_is_what_a_forward_pass_on_the_examples_says(network, images, labels) -> None:

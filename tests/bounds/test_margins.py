@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Callable
 from itertools import pairwise
 from math import prod
 
@@ -22,8 +23,9 @@ from rampart.models import Chain, Layout
 from tests.exact import exact_margins, tiny_net
 from tests.nets import CLASSES, NETS, margins, points_in_ball, randomised, small_net
 
-# auto_LiRPA has no BatchNorm without scale and shift, and no average pooling in windows that overlap.
-SHARED_NETS = [name for name in NETS if name not in ("plain-norm", "pooled")]
+# auto_LiRPA has no BatchNorm without scale and shift, no average pooling in windows that overlap, and no view in CROWN;
+# its intervals do not take arithmetic after the last map as a part of that map.
+SHARED_NETS = [name for name in NETS if name not in ("plain-norm", "pooled", "arithmetic")]
 EPS = 0.04
 
 
@@ -170,6 +172,12 @@ def test_a_larger_ball_never_has_a_higher_ibp_bound() -> None:
         assert bool((larger <= smaller).all())
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_no_images_have_no_bounds(method: str) -> None:
+    model, x, y = small_net("strided")
+    assert margin_bounds(model, x[:0], y[:0], EPS, method).shape == (0, CLASSES)
+
+
 def test_bounds_of_an_image_do_not_depend_on_its_batch() -> None:
     model, x, y = small_net("deep", count=4)
     alone = torch.cat([margin_bounds(model, x[i : i + 1], y[i : i + 1], EPS, "crown") for i in range(4)])
@@ -186,11 +194,84 @@ def test_auto_lirpa_takes_over_and_says_so(name: str, method: str, caplog: pytes
     assert_sound(bounds, sampled_minima(model, x, y, EPS))
 
 
+class Around(nn.Module):
+    """A function of two convolutions of an image, and a linear map of what it gives."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor], features: int) -> None:
+        super().__init__()
+        self.function, self.one, self.two = function, nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(3, 4, 3, padding=1)
+        self.head = nn.Linear(features, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.function(self.one(x), self.two(x)).flatten(1))
+
+
+def third(inputs: int, outputs: int) -> Tensor:
+    """The weights of a convolution that averages, by 3 x 3."""
+    return torch.full((outputs, inputs, 3, 3), 1 / 6)
+
+
+# What auto_LiRPA is trusted with: (function, the size of what it gives).
+FALLBACKS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], int]] = {
+    "tanh": (lambda a, b: a.tanh(), 144),
+    "sigmoid": (lambda a, b: a.sigmoid(), 144),
+    "leaky": (lambda a, b: F.leaky_relu(a, 0.2), 144),
+    "absolute": (lambda a, b: a.abs(), 144),
+    "maximum in windows": (lambda a, b: F.max_pool2d(a.relu(), 2), 36),
+    "average in windows": (lambda a, b: F.avg_pool2d(a.tanh(), 2), 36),
+    "transposed convolution": (lambda a, b: F.conv_transpose2d(a.tanh(), third(2, 4), stride=2), 338),
+    "difference": (lambda a, b: a.relu() - b, 144),
+    "product": (lambda a, b: a.relu() * b, 144),
+    "negation": (lambda a, b: -a.tanh(), 144),
+    "side by side": (lambda a, b: torch.cat([a.relu(), b], 1), 288),
+    "sum over channels": (lambda a, b: a.relu().sum(1), 36),
+    "mean over channels": (lambda a, b: a.relu().mean(1), 36),
+    "rows": (lambda a, b: a.relu()[:, :, 1:4], 72),
+    "other order": (lambda a, b: a.tanh().permute(0, 2, 3, 1), 144),
+    "dilated": (lambda a, b: F.conv2d(a.tanh(), third(4, 2), dilation=2, padding=2).tanh(), 72),
+    "in groups": (lambda a, b: F.conv2d(a.tanh(), third(2, 4), groups=2, padding=1).tanh(), 144),
+    "circular": (lambda a, b: F.conv2d(F.pad(a, (1,) * 4, "circular"), third(4, 2)).relu(), 72),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", FALLBACKS)
+def test_what_auto_lirpa_is_trusted_with_is_sound(name: str, method: str) -> None:
+    model, x, y = Around(*FALLBACKS[name]).eval(), torch.rand(1, 3, 6, 6), torch.tensor([1])
+    try:
+        bounds = margin_bounds(model, x, y, EPS, method)
+    except UnsupportedLayer:
+        assert method == "alpha-crown", "which does not know all of them"
+    else:
+        assert_sound(bounds, sampled_minima(model, x, y, EPS))
+
+
+UNTRUSTED: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], int]] = {
+    "steep": (lambda a, b: F.leaky_relu(a, 2.0), 144),
+    "falling": (lambda a, b: F.leaky_relu(a, -0.5), 144),
+    "square root": (lambda a, b: (a.relu() + 1).sqrt(), 144),
+    "quotient": (lambda a, b: a / (b.relu() + 1), 144),
+    "reflected": (lambda a, b: F.conv2d(F.pad(a, (1,) * 4, "reflect"), third(4, 2)).relu(), 72),
+    "replicated": (lambda a, b: F.conv2d(F.pad(a, (1,) * 4, "replicate"), third(4, 2)).relu(), 72),
+    "framed": (lambda a, b: F.pad(a, (1,) * 4, value=-1.0).tanh(), 256),
+    "average in windows that overlap": (lambda a, b: F.avg_pool2d(a.tanh(), 3, 1, 1), 144),
+}
+
+
+@pytest.mark.parametrize("name", UNTRUSTED)
+@pytest.mark.parametrize("method", METHODS)
+def test_what_auto_lirpa_may_bound_wrongly_is_refused(name: str, method: str) -> None:
+    model, x, y = Around(*UNTRUSTED[name]).eval(), torch.rand(1, 3, 6, 6), torch.tensor([1])
+    with pytest.raises(UnsupportedLayer):
+        margin_bounds(model, x, y, EPS, method)
+
+
 @pytest.mark.parametrize("operation", ["sort", "cumsum"])
 def test_a_layer_that_no_engine_can_bound_is_named_as_such(operation: str) -> None:
     with pytest.raises(UnsupportedLayer) as raised:
         margin_bounds(Opaque(operation).eval(), torch.rand(2, 3, 2, 2), torch.tensor([0, 2]), EPS, "crown")
     assert "\n" not in str(raised.value)
+    assert operation in raised.value.path
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -54,6 +54,11 @@ def test_every_class_is_split_by_the_same_share(digits: Dataset) -> None:
         assert test == pytest.approx(0.25 * (train + val + test), abs=1)
 
 
+def test_a_seed_below_0_is_refused() -> None:
+    with pytest.raises(SettingsError, match="seed"):
+        load_dataset("digits", seed=-1)
+
+
 @pytest.mark.parametrize("fraction", [0.001, 0.1, 0.5, 0.999])
 def test_the_share_of_validation_is_what_was_asked_for_and_neither_side_is_empty(fraction: float) -> None:
     data = load_dataset("digits", val_fraction=fraction)

@@ -178,6 +178,12 @@ def _written(place: Path, content: bytes) -> Path:
     return place
 
 
+def _linked(place: Path) -> Path:
+    place.unlink()
+    place.symlink_to("nowhere.png")
+    return place
+
+
 def _cut(place: Path) -> Path:
     return _written(place, place.read_bytes()[: place.stat().st_size // 2])
 
@@ -209,6 +215,7 @@ BAD: dict[str, Callable[[Path], object]] = {
     "truncated bmp": lambda top: _cut(top / "train" / "bird" / "2.bmp"),
     "text named png": lambda top: _written(top / "train" / "cat" / "0.png", b"no picture\nat all"),
     "empty png": lambda top: _written(top / "train" / "cat" / "0.png", b""),
+    "link to nothing": lambda top: _linked(top / "train" / "cat" / "0.png"),
     "another size": _other_size,
     "class not in train": _new_class,
 }

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from rampart.errors import SettingsError
 from rampart.losses import supcon_loss
 
 
@@ -29,6 +30,16 @@ def by_loops(embeddings: Tensor, labels: Tensor, temperature: float) -> float:
             total = sum(math.exp(similarity(i, a)) for a in others)
             terms.append(-sum(math.log(math.exp(similarity(i, p)) / total) for p in positives) / len(positives))
     return sum(terms) / len(terms) if terms else 0.0
+
+
+def test_what_is_no_batch_of_labelled_embeddings_is_refused() -> None:
+    z, y = torch.rand(4, 3), torch.tensor([0, 1, 0, 1])
+    for temperature in (0.0, -1.0, float("nan")):
+        with pytest.raises(SettingsError, match="temperature"):
+            supcon_loss(z, y, temperature)
+    for labels in (y[:, None], y[:3]):
+        with pytest.raises(SettingsError, match=r"labels \[B\]"):
+            supcon_loss(z, labels)
 
 
 @settings(max_examples=50, deadline=None)

@@ -15,7 +15,7 @@ from rampart.errors import ModelError, UnsupportedLayer
 from rampart.models import Layout
 from rampart.models.geometry import Geometry
 from rampart.models.links import Add, Affine, Conv, Dense, Flatten, ReLU, Scale
-from tests.nets import NETS, convolutions, run_chain, small_classifier, small_net
+from tests.nets import NETS, convolutions, randomised, run_chain, small_classifier, small_net
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
@@ -201,7 +201,15 @@ UNSUPPORTED: dict[str, tuple[nn.Module, str]] = {
     ),
     "pooling with a ragged edge": (nn.Sequential(nn.AvgPool2d(2, ceil_mode=True)), "0"),
     "pooling that does not count its border": (nn.Sequential(nn.AvgPool2d(3, 1, 1, count_include_pad=False)), "0"),
-    "constant added": (Forward(lambda m, x: m.hidden(x) + 1, hidden=nn.Linear(4, 4)), "add"),
+    "division by a value": (Forward(lambda m, x: 1 / m.hidden(x), hidden=nn.Linear(4, 4)), "truediv"),
+    "difference of two values": (Forward(lambda m, x: m.hidden(x) - x, hidden=nn.Linear(4, 4)), "sub"),
+    "constant in place of a value that is read again": (
+        Forward(lambda m, x: (h := m.hidden(x)).add_(1) * 2 + h, hidden=nn.Linear(4, 4)),
+        "add_",
+    ),
+    "mean over channels": (Forward(lambda m, x: x.mean(1)), "mean"),
+    "view of a fixed batch": (Forward(lambda m, x: x.view(2, -1)), "view"),
+    "call in a layer of ours": (nn.Sequential(nn.Linear(4, 4), Forward(lambda m, x: x.sort(1).values)), "1.sort"),
     "early exit": (Forward(lambda m, x: m.hidden(x) if x.sum() > 0 else x, hidden=nn.Linear(4, 4)), "model"),
     "layer beside the chain": (Forward(lambda m, x: (m.hidden(x), x)[1], hidden=nn.Linear(4, 4)), "model"),
     "two inputs": (TwoInputs(), "model"),
@@ -216,6 +224,69 @@ def test_what_is_no_chain_is_named_with_its_place(case: str) -> None:
     assert place in (raised.value.path or "model")
     assert f"'{raised.value.path or 'model'}'" in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 2), (2,), (1, 2), (1, 2, 1, 1)])
+def test_arithmetic_is_with_one_number_a_channel(shape: tuple[int, ...]) -> None:
+    """[2] stands beside columns, [1, 2] beside them too, [3, 2, 2] beside pixels; [1, 2, 1, 1] has too few channels."""
+    model = Forward(lambda m, x: x + m.constant)
+    model.register_buffer("constant", torch.rand(shape))
+    with pytest.raises(UnsupportedLayer, match="number a channel") as raised:
+        Layout(model).resolve(torch.rand(1, 3, 2, 2) if shape != (1, 2, 1, 1) else torch.rand(1, 1, 2, 2))
+    assert "add" in raised.value.path
+
+
+def test_tracing_leaves_a_module_as_it_was() -> None:
+    model, x, _ = small_net("arithmetic")
+    before = set(vars(model)), dict(model.state_dict())
+    layout = Layout(model)
+    assert (set(vars(model)), set(model.state_dict())) == (before[0], set(before[1]))
+    # Constants that the module holds are those of the moment.
+    model.double().mean += 0.1
+    assert torch.allclose(run_chain(layout.resolve(x.double()), x.double()), model(x.double()))
+
+
+def test_torchvisions_normalisation_is_a_layer() -> None:
+    transforms = pytest.importorskip("torchvision.transforms")
+    x = torch.rand(2, 3, 4, 4)
+    model = nn.Sequential(transforms.Normalize([0.5, 0.4, 0.3], [0.5, 0.25, 0.2]), nn.Conv2d(3, 2, 3))
+    links = Layout(model).resolve(x).links
+    assert [type(link) for link in links] == [Scale, Conv]
+    assert torch.allclose(run_chain(Layout(model).resolve(x), x), model(x), atol=1e-6)
+
+
+def aliased(name: str) -> nn.Module:
+    """A value with two readers, of which one reads it under another name."""
+    layers = {"first": nn.Linear(6, 6), "second": nn.Linear(6, 6), "norm": randomised(nn.BatchNorm1d(6))}
+    nothing = {"dropout": nn.Dropout(0.1), "identity": nn.Identity(), "flatten": nn.Flatten()}[name]
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        h = m.first(x)
+        return h + m.second(torch.relu(m.norm(m.nothing(h))))
+
+    return Forward(forward, nothing=nothing, **layers).eval()
+
+
+@pytest.mark.parametrize("name", ["dropout", "identity", "flatten"])
+def test_a_value_that_is_read_under_two_names_is_not_folded_into(name: str) -> None:
+    model, x = aliased(name), torch.rand(3, 6)
+    chain, other = Layout(model).resolve(x), torch.rand(3, 6)
+    assert torch.allclose(run_chain(chain, other), model(other), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "nothing", [nn.Dropout(0.1), nn.Identity(), nn.Flatten(), nn.Sequential(nn.Flatten(), nn.Dropout())]
+)
+def test_a_value_that_is_overwritten_under_another_name_is_refused(nothing: nn.Module) -> None:
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        h = m.first(x)
+        return m.relu(m.nothing(h)) + h
+
+    model = Forward(forward, first=nn.Linear(6, 6), nothing=nothing, relu=nn.ReLU(inplace=True)).eval()
+    with pytest.raises(UnsupportedLayer, match="overwrites"):
+        Layout(model)
+    alone = nn.Sequential(nn.Linear(6, 6), nothing, nn.ReLU(inplace=True), nn.Linear(6, 4)).eval()
+    assert len(Layout(alone).resolve(torch.rand(2, 6)).links) >= 3
 
 
 def test_dropout_has_no_chain_in_training_mode_and_leaves_no_trace_in_eval_mode() -> None:

@@ -9,6 +9,7 @@ import pytest
 from mlflow import MlflowClient
 
 from rampart.errors import Contradiction, RampartError
+from rampart.reports import derived
 from rampart.reports.evidence import Evidence, collect
 from rampart.settings import CompareSettings
 from rampart.tracking.queries import find_runs
@@ -142,6 +143,8 @@ def test_swapped_ledgers_are_found() -> None:
         ("evaluate", "accuracy", "0.75"),
         ("evaluate", "asr/0.1", "0.333333"),
         ("evaluate", "robust_accuracy/0.2", "knows nothing"),
+        ("evaluate", "corrupted/blur", "knows nothing"),
+        ("evaluate", "corrupted_accuracy", "knows nothing"),
         ("verify", "verdicts/safe", "1"),
     ],
 )
@@ -161,6 +164,42 @@ def test_a_model_that_is_proved_and_broken_stops_the_comparison() -> None:
     proved = finished("verify", verification({3: "safe"}))
     with pytest.raises(Contradiction, match=f"image 3 was proved robust at ε 0.1 .run {proved.id}. and broken"):
         collected()
+
+
+def proved_of(proved: str, broken: str = "") -> pd.DataFrame:
+    """An evaluation of images, all of them right: 1 where one was proved at ε 0.1, 0 where it was not, - where it was
+    not to be."""
+    ledger = evaluation("1" * len(proved), broken)
+    values = [None if c == "-" else c == "1" for c in proved]
+    return ledger.assign(**{"certified/0.1": pd.array(values, dtype="boolean")})
+
+
+def test_proofs_of_several_seeds_are_compared_on_the_images_that_all_share() -> None:
+    whole = finished("evaluate", proved_of("110000", "000011"), weights="v")
+    part = finished("evaluate", proved_of("-101--", "001000"), seed=1)
+    evidence = collected()
+    key = {"metric": ["certified_accuracy", "attacked_accuracy"], "step": ["evaluate"] * 2}
+
+    def rates(values: pd.DataFrame, run: str) -> list[float]:
+        rows = values[values["run"] == run].set_index("metric")["value"]
+        return [round(float(rows[name]), 6) for name in key["metric"]]
+
+    assert rates(evidence.values, whole.id) == [round(2 / 6, 6), round(4 / 6, 6)]
+    values = derived.on_common_images(evidence)
+    assert rates(values, whole.id) == [round(1 / 3, 6), 1.0]
+    assert rates(values, part.id) == rates(evidence.values, part.id) == [round(2 / 3, 6), round(2 / 3, 6)]
+    assert list(derived.of_whole_set(evidence)["run"].unique()) == [whole.id]
+    # Other numbers are those of all images.
+    others = ~values["metric"].isin(key["metric"])
+    assert values[others].equals(evidence.values[others])
+
+
+def test_proofs_of_one_set_of_images_stay_as_they_are() -> None:
+    for seed, proved in enumerate(("11-", "10-")):
+        finished("evaluate", proved_of(proved), seed=seed, weights=str(seed))
+    evidence = collected()
+    assert derived.on_common_images(evidence).equals(evidence.values)
+    assert derived.of_whole_set(evidence).empty
 
 
 def test_a_run_that_is_no_study_is_refused() -> None:

@@ -102,6 +102,17 @@ def test_too_few_seeds_are_said() -> None:
     assert "published" not in text
 
 
+def test_a_test_that_speaks_for_the_other_direction_shows_nothing() -> None:
+    """Of two seeds the first is worse beyond doubt, and the mean better."""
+    for seed, (normal, supcon) in enumerate((("1" * 60, "1" * 45), ("1" * 20, "1" * 60))):
+        for arm, right in (("normal", normal), ("supcon", supcon)):
+            finished("evaluate", evaluation(right.ljust(100, "0")), seed=seed, **ARMS[arm])
+    row = claims(collect("0", CompareSettings()), None).iloc[0]
+    assert row["difference"] == pytest.approx((-0.15 + 0.4) / 2)
+    assert row["image_p"] < 0.01
+    assert row["finding"] == "not enough seeds; these models: no difference shown"
+
+
 def test_a_clear_difference_is_found_and_none_is_not() -> None:
     found = claims(evidence(5, normal=0.9, supcon=0.5, augmented=0.9), 0.1).query("metric == 'accuracy'")
     finding = dict(zip(found["factor"], found["finding"], strict=True))

@@ -118,18 +118,26 @@ def test_geometry_is_set_against_certificates() -> None:
     assert tables.geometry(few.assign(**arm))["ρ(margin, certificate)"].tolist() == ["-"]
 
 
-def test_costs_are_means_over_seeds() -> None:
-    arm = {"augment": False, "contrastive": "none", "engine": "native", "method": "normal", "arm": "normal"}
-    rows = [
-        {**arm, "seed": seed, "step": step, "run": f"{step}{seed}", "seconds": seconds, "images_per_second": speed}
-        for seed, step, seconds, speed in (
-            ("0", "train", 10.0, 500.0), ("1", "train", 20.0, 700.0), ("0", "evaluate", 4.0, float("nan")),
-        )
-    ]  # fmt: skip
-    (row,) = tables.costs(pd.DataFrame(rows)).to_dict("records")
-    assert (row["training s"], row["evaluation s"], row["verification s"]) == ("15.0", "4.0", "-")
-    assert row["training images/s"] == "600"
-    assert row["runs"] == "train0 train1 evaluate0"
+def test_costs_are_means_over_seeds_on_one_machine() -> None:
+    nan = float("nan")
+    rows = pd.DataFrame(
+        [
+            ("a", "0", "train", "cpu", 10.0, 500.0, nan, nan),
+            ("a", "1", "train", "cpu", 20.0, 700.0, nan, nan),
+            ("a", "2", "train", "gpu", 2.0, 9000.0, nan, nan),
+            ("b", "0", "train", "cpu", 30.0, nan, 400.0, 1600.0),
+            ("a", "0", "evaluate", "cpu", 4.0, nan, nan, nan),
+            ("b", "0", "verify", "gpu", 5.0, nan, nan, nan),
+        ],
+        columns=["arm", "seed", "step", "machine", "seconds", "train", "encoder", "head"],
+    )
+    rows = rows.assign(augment=False, contrastive="none", engine="native", method="normal", run=rows.index.astype(str))
+    assert tables.costs(rows).iloc[:, 3:].to_numpy().tolist() == [
+        ["cpu", "15.0", "4.0", "-", "600", "0 1 4"],
+        ["gpu", "2.0", "-", "-", "9000", "2"],
+        ["cpu", "30.0", "-", "-", "400 / 1600", "3"],
+        ["gpu", "-", "-", "5.0", "-", "5"],
+    ]
 
 
 def test_seeds_that_were_verified_at_different_radii_have_rows_of_their_own() -> None:

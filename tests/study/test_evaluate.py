@@ -11,6 +11,7 @@ import torch
 from mlflow import MlflowClient
 
 from rampart.data import Dataset
+from rampart.errors import ModelError
 from rampart.evaluation import attacked
 from rampart.models import build_model, load_model, released, save_model
 from rampart.study.steps import run_step
@@ -96,6 +97,10 @@ def test_a_released_model_is_of_the_arm_that_it_is_called_after(
 ) -> None:
     monkeypatch.setattr(released, "FOLDER", tmp_path / "models")
     model = load_model(weights(digits, tmp_path, 0))
+    release(model, "mtl-ibp", released.FOLDER)
+    with pytest.raises(ModelError, match=r"airplane.*give the dataset"):
+        run_step("evaluate", settings("rampart:mtl-ibp"))
+    monkeypatch.setattr("rampart.study.subject.CLASSES", digits.classes)
     found = {}
     for name in ("mtl-ibp+aug+supcon-double", "mine"):
         release(model, name, released.FOLDER)

@@ -42,6 +42,17 @@ def test_a_released_model_is_half_as_large_and_answers_alike(model: Classifier, 
     assert all(value.dtype == torch.float32 for value in model.parameters()), "the model itself was changed"
 
 
+def test_the_studys_word_for_an_arm_with_proofs_is_known(model: Classifier, folder: Path) -> None:
+    release(model, "mtl-ibp+aug", folder)
+    x = torch.rand(2, 3, 32, 32)
+    assert torch.equal(load_model("rampart:certified+aug")(x), load_model("rampart:mtl-ibp+aug")(x))
+    with pytest.raises(ModelError, match="unknown released model"):
+        load_model("rampart:certified")
+    other = randomised(build_model())
+    release(other, "certified+aug", folder)
+    assert not torch.equal(load_model("rampart:certified+aug")(x), load_model("rampart:mtl-ibp+aug")(x))
+
+
 def test_checksums_are_those_that_sha256sum_knows(model: Classifier, folder: Path) -> None:
     for name in ("normal", "certified+aug", "normal"):
         release(model, name, folder)

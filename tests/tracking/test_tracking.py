@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 
 from rampart.data import Dataset
 from rampart.errors import ModelError, RampartError
-from rampart.models import build_model
+from rampart.models import build_model, save_model
 from rampart.tracking import fetch_model, initialise, open_run, source_of
 from rampart.tracking.queries import find_runs, read_table, run_tags
 from rampart.tracking.store import sweep
@@ -68,12 +68,14 @@ def test_models_come_back_equal_by_run_and_by_registered_name(tmp_path: Path, mo
         uri = f"runs:/{run.id}/model"
         for source in (uri, last):
             assert torch.equal(fetch_model(source)(x), expected)
+        save_model(model, tmp_path / "file.safetensors")
+        assert torch.equal(fetch_model(tmp_path / "file.safetensors")(x), expected)
     version = mlflow.register_model(uri, "arm")
     MlflowClient().set_registered_model_alias("arm", "best", version.version)
     left = tmp_path / "left"
     left.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(left))
-    for source in ("models:/arm/1", "models:/arm@best"):
+    for source in ("models:/arm/1", "models:/arm@best", f"models:/{model_id}"):
         assert (source_of(source).run, source_of(source).model_id) == (run.id, model_id)
         with torch.no_grad():
             assert torch.equal(fetch_model(source)(x), expected)
@@ -85,7 +87,12 @@ def test_models_come_back_equal_by_run_and_by_registered_name(tmp_path: Path, mo
 
 def test_models_that_are_not_there_are_named() -> None:
     initialise()
-    for uri in ("runs:/0123456789abcdef0123456789abcdef/model", "models:/nothing/3", "models:/nothing@best"):
+    for uri in (
+        "runs:/0123456789abcdef0123456789abcdef/model",
+        "models:/nothing/3",
+        "models:/nothing@best",
+        "models:/m-0123456789abcdef0123456789abcdef",
+    ):
         with pytest.raises(ModelError, match="no model at"):
             source_of(uri)
         with pytest.raises(ModelError, match="no model at") as error:

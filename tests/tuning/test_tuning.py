@@ -268,8 +268,11 @@ def test_a_study_of_the_same_name_about_something_else_is_refused(
         ({"epochs": "2"}, "settings"),
         ({"val_fraction": "0.3"}, "settings"),
     ):
-        with pytest.raises(SettingsError, match=f"already with another {what}"):
+        with pytest.raises(SettingsError, match=f"already with another {what}") as error:
             run_step("tune", {**given, "trials": "2", **change})
+        if what == "settings":
+            (name,) = change
+            assert f'({{"{name}": ' in str(error.value), "what differs is named, and nothing else"
     assert len(quick_training) == 1
 
 

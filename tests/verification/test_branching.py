@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rampart.bounds import alpha, crown, reduced
 from rampart.bounds.box import pixel_box
@@ -225,6 +225,23 @@ def search(seed: int, eps: float = 0.3, **limits: object) -> tuple[object, float
         roots = optimise(net, Domains.roots(net, net.outputs), 20)
         given = {"deadline": time.perf_counter() + 60, "target": PROVED, **limits}
         return branch_and_bound(net, roots, lambda points: None, **given), float(roots.bound.min())
+
+
+@pytest.mark.parametrize("rule", ["babsr", "gap", "kfsb"])
+def test_no_domain_is_put_back_as_a_child_of_itself(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, splits = splitting.Search.split, []
+
+    def split(self: splitting.Search, parents: list[splitting.Domain], *given: object) -> tuple[Tensor, Tensor]:
+        signs, parent = whole(self, parents, *given)
+        before = torch.stack([domain.signs for domain in parents]).float()[parent]
+        splits.append(((signs != 0).sum(1) > (before != 0).sum(1)).all())
+        return signs, parent
+
+    monkeypatch.setattr(splitting.Search, "split", split)
+    for seed in range(12):
+        search(seed, rule=rule, max_domains=400)
+    assert len(splits) > 20
+    assert all(splits)
 
 
 def test_at_a_limit_the_best_proven_bound_is_reported() -> None:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import copy
+import logging
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from rampart.bounds import crown
+from rampart.bounds.box import Box
+from rampart.bounds.ibp import Intervals
 from rampart.errors import ModelError, SettingsError, UnsupportedLayer
+from rampart.models import Chain
 from rampart.verification import Verdict, verify
 from tests.exact import exact_margins, tiny_net
 from tests.nets import CLASSES, NETS, margins, points_in_ball, small_net
@@ -166,7 +171,10 @@ def test_the_native_engine_hands_over_to_auto_lirpa_where_it_has_to() -> None:
         lowest = float(margins(model, points_in_ball(image, eps, 2000), label).min())
         assert found.lower_bound <= lowest + 1e-4
         statuses.append(found.status)
-    assert statuses == ["safe-incomplete", "unknown"]
+        assert found.status != "unsafe" or refutes(model, found, image, label, eps)
+    # Without branch and bound it is an attack that may still settle the image.
+    assert statuses == ["safe-incomplete", "unsafe"]
+    assert verify(model, image, label, 0.5, complete=False).status == "unknown"
 
 
 def test_a_layer_that_no_engine_can_bound_is_named() -> None:
@@ -175,8 +183,64 @@ def test_a_layer_that_no_engine_can_bound_is_named() -> None:
             return x.flatten(1).sort(1).values
 
     image = torch.rand(1, 2, 2)
-    with pytest.raises(UnsupportedLayer):
-        verify(Sorted().eval(), image, 3, 0.01)
+    with pytest.raises(UnsupportedLayer) as raised:
+        verify(nn.Sequential(nn.Identity(), Sorted()).eval(), image, 3, 0.01)
+    assert raised.value.path == "1.sort"
+
+
+@pytest.mark.parametrize("scale", [1e-5, 1.0, 1e6])
+def test_a_proof_does_not_depend_on_the_scale_of_the_logits(scale: float) -> None:
+    """Near the radius at which the margin is 0, float32 cannot tell; a little below it can."""
+    statuses = []
+    for seed in range(8):
+        torch.manual_seed(seed)
+        model, image = nn.Sequential(nn.Flatten(), nn.Linear(3072, 2)).eval(), torch.rand(3, 32, 32) * 0.5 + 0.25
+        with torch.no_grad():
+            model[1].weight *= scale
+            model[1].bias *= scale
+        label, weight = predicted(model, image), model[1].weight.double()
+        with torch.no_grad():
+            logits = copy.deepcopy(model).double()(image.double()[None])[0]
+        difference = weight[label] - weight[1 - label]
+        exact = float(((logits[label] - logits[1 - label]) / difference.abs().sum()).detach())
+        for share in (1 - 1e-2, 1 + 1e-7, 1 + 1e-6, 1 + 1e-5):
+            statuses.append((share, verify(model, image, label, exact * share).status))
+    assert {status for share, status in statuses if share < 1} == {"safe-incomplete"}
+    assert "safe-incomplete" not in {status for share, status in statuses if share > 1}
+
+
+def test_an_image_that_does_not_fit_into_memory_is_begun_anew_with_half(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole, asked = crown.preactivations, []
+
+    def preactivations(chain: Chain, box: Box, memory: int) -> Intervals:
+        asked.append(memory)
+        if memory > 8:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(chain, box, memory)
+
+    monkeypatch.setattr("rampart.bounds.crown.preactivations", preactivations)
+    model, image, _ = small_net("strided", 1)
+    label = predicted(model, image[0])
+    with caplog.at_level(logging.WARNING):
+        found = verify(model, image[0], label, 0.05, memory=32)
+    assert asked == [32, 16, 8]
+    assert found.status in {"safe-incomplete", "safe", "unsafe"}
+    assert "memory=8" in caplog.text
+    monkeypatch.setattr("rampart.bounds.crown.preactivations", lambda *_: preactivations(*_[:2], memory=9))
+    assert verify(model, image[0], label, 0.05, memory=32).status == "error"
+
+
+def test_verdicts_and_attacks_do_not_need_inference_mode_to_be_off() -> None:
+    model, images, _ = small_net("strided", 6)
+    labels = model(images).argmax(1)
+    for eps in (0.02, 0.3):
+        expected = [verify(model, image, int(label), eps).status for image, label in zip(images, labels, strict=True)]
+        with torch.inference_mode():
+            made_there = images.clone()
+            found = [verify(model, x, int(label), eps).status for x, label in zip(made_there, labels, strict=True)]
+        assert found == expected
 
 
 @pytest.mark.parametrize("label", [0, 1, 2])

@@ -160,6 +160,12 @@ def test_results_that_cannot_be_used_are_refused(
         read_results(file, model, [1, 2], EPS)
 
 
+def test_a_folder_that_cannot_be_written_is_named(split: Split, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RampartError, match=f"exported to {tmp_path}/file"):
+        export(undecided_classifier(), split, [1, 2], EPS, 1.0, tmp_path / "file")
+
+
 def test_a_model_that_cannot_be_exported_is_refused(split: Split, tmp_path: Path) -> None:
     class Fickle(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ def apgd(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
-    eps: float | Sequence[float],
+    eps: float | Sequence[float] | Tensor,
     steps: int = 100,
     restarts: int = 1,
     generator: torch.Generator | None = None,

@@ -89,8 +89,8 @@ def gradient(loss: Tensor, point: Tensor) -> Tensor:
     where it is not finite: no image of a ball lies in such a direction."""
     if not loss.requires_grad:
         return torch.zeros_like(point)
-    (found,) = torch.autograd.grad(loss, point)
-    return found.nan_to_num_(0.0, 0.0, 0.0)
+    (found,) = torch.autograd.grad(loss, point, allow_unused=True)
+    return torch.zeros_like(point) if found is None else found.nan_to_num_(0.0, 0.0, 0.0)
 
 
 def _length(x: Tensor) -> Tensor:

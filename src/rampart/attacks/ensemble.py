@@ -27,7 +27,7 @@ def autoattack(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
-    eps: float | Sequence[float],
+    eps: float | Sequence[float] | Tensor,
     generator: torch.Generator | None = None,
     *,
     norm: Norm = "linf",

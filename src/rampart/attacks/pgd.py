@@ -22,7 +22,7 @@ def pgd(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
-    eps: float | Sequence[float],
+    eps: float | Sequence[float] | Tensor,
     steps: int = 10,
     step_size: float | Sequence[float] | None = None,
     restarts: int = 1,

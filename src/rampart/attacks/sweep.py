@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from rampart.attacks.ball import Ball, Norm
 from rampart.attacks.objectives import OBJECTIVES, Loss, margin
-from rampart.errors import ModelError, require, unknown
+from rampart.errors import require, unknown
+from rampart.models import require_fixed
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,12 @@ class Attempt:
 Start = Callable[[nn.Module, Ball, Tensor], Attempt]
 
 
+@torch.inference_mode(False)  # where it is on there are no gradients, and no attack
 def sweep(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
-    eps: float | Sequence[float],
+    eps: float | Sequence[float] | Tensor,
     starts: Callable[[int], Sequence[Start]],
     norm: Norm = "linf",
     surrogate: nn.Module | None = None,
@@ -78,8 +80,9 @@ def sweep(
     """
     radii = radii_of(eps)
     require(norm in get_args(Norm), unknown("norm", norm, get_args(Norm)))
-    if model.training:
-        raise ModelError("an attack needs a fixed network: call model.eval() first")
+    require_fixed(model, "an attack is on")
+    # Clones are what gradients need of tensors that were made in that mode.
+    x, y = (value.clone() if value.is_inference() else value.detach() for value in (x, y))
     adversarial = x.expand(len(radii), *x.shape).clone()
     success = torch.zeros(len(radii), len(x), dtype=torch.bool, device=x.device)
     logits = _logits(model, x)
@@ -123,8 +126,8 @@ def require_budget(steps: int, restarts: int, loss: Loss) -> None:
     require(loss in OBJECTIVES, unknown("loss", loss, OBJECTIVES))
 
 
-def radii_of(eps: float | Sequence[float]) -> tuple[float, ...]:
+def radii_of(eps: float | Sequence[float] | Tensor) -> tuple[float, ...]:
     """As a tuple; raises SettingsError where one is none."""
-    radii = tuple(float(e) for e in (eps if isinstance(eps, Sequence) else [eps]))
+    radii = tuple(torch.as_tensor(eps, dtype=torch.float64).flatten().tolist())
     require(len(radii) > 0 and all(e >= 0 for e in radii), f"eps must be 0 or more, not {eps}")
     return radii

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from rampart.bounds.box import pixel_box
 from rampart.bounds.compat import import_auto_lirpa, is_old
-from rampart.errors import UnsupportedLayer
-from rampart.models.classifier import Normalize
+from rampart.errors import UnsupportedLayer, is_out_of_memory
+from rampart.models.chain import Layout
+from rampart.models.tracing import normalization
 
 NAMES = {"ibp": "IBP", "crown-ibp": "CROWN-IBP", "crown": "CROWN", "alpha-crown": "CROWN-Optimized"}
 
@@ -26,43 +27,90 @@ def lirpa_bounds(model: nn.Module, x: Tensor, eps: float | Tensor, method: str, 
     box = pixel_box(x, eps)
     _check_pooling(model)
     norm = library.PerturbationLpNorm(norm=float("inf"), x_L=box.lower, x_U=box.upper)
+    with torch.no_grad():
+        spec = margin_spec(y, model(x[:1]).shape[1]).to(x.dtype)
+
+    def bounds(conv_mode: str) -> Tensor:
+        options: dict[str, Any] = {
+            "optimize_bound_args": {"iteration": 20, "lr_alpha": 0.1},
+            "conv_mode": conv_mode,
+        }
+        if method == "alpha-crown" and is_old():  # it cannot optimise slopes of inner bounds that it keeps sparse
+            options |= {f"sparse_{kind}": False for kind in ("intermediate_bounds", "features_alpha", "spec_alpha")}
+        bounded = library.BoundedModule(plain(model), x, bound_opts=options, device=x.device)
+        bounded.eval()
+        for node in bounded.modules():
+            _check(node, conv_mode)
+        # Without a slope to optimise it is CROWN.
+        optimised = method == "alpha-crown" and bool(bounded.optimizable_activations)
+        name = NAMES["crown" if method == "alpha-crown" and not optimised else method]
+        with torch.set_grad_enabled(optimised):
+            lower, _ = bounded.compute_bounds(
+                x=(library.BoundedTensor(x, norm),), C=spec, method=name, bound_upper=False
+            )
+        return lower.detach()
+
+    # Its patches fail on arithmetic before a convolution, too.
+    modes = ("patches", "matrix")
     # auto_LiRPA changes the module that it is given, and prints.
     with contextlib.redirect_stdout(io.StringIO()):
-        try:
-            options: dict[str, Any] = {
-                "optimize_bound_args": {"iteration": 20, "lr_alpha": 0.1},
-                "conv_mode": _conv_mode(model),
-            }
-            if method == "alpha-crown" and is_old():  # it cannot optimise slopes of inner bounds that it keeps sparse
-                options |= {f"sparse_{kind}": False for kind in ("intermediate_bounds", "features_alpha", "spec_alpha")}
-            bounded = library.BoundedModule(plain(model), x, bound_opts=options, device=x.device)
-            bounded.eval()
-            with torch.no_grad():
-                classes = model(x[:1]).shape[1]
-            spec = margin_spec(y, classes).to(x.dtype)
-            bounded_x = library.BoundedTensor(x, norm)
-            if not bounded.optimizable_activations and method == "alpha-crown":
-                method = "crown"  # no slope to optimise
-            with torch.set_grad_enabled(method == "alpha-crown"):
-                lower, _ = bounded.compute_bounds(x=(bounded_x,), C=spec, method=NAMES[method], bound_upper=False)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # it raises many kinds, NotImplementedError among them, here and there
-            reason = " ".join(str(error).split())[:160]
-            raise UnsupportedLayer("", type(model).__name__, f"nor can auto_LiRPA ({reason})") from error
-    return lower.detach()
+        for mode in modes:
+            try:
+                return bounds(mode)
+            except Exception as error:  # it raises many kinds, NotImplementedError among them, here and there
+                if isinstance(error, RuntimeError) and is_out_of_memory(error):
+                    raise
+                if mode == modes[-1]:
+                    raise _unsupported(model, x, error) from error
+    raise AssertionError("the last mode returns or raises")
 
 
-def _conv_mode(model: nn.Module) -> str:
-    """Its patches (the fast way) know neither dilation, of which they give wrong bounds, nor groups, nor rectangles."""
-    convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
-    regular = all(
-        conv.groups == 1
-        and len({*conv.dilation, 1}) == 1
-        and all(len(set(pair)) == 1 for pair in (conv.kernel_size, conv.stride, conv.padding))
-        for conv in convs
+def _unsupported(model: nn.Module, x: Tensor, error: Exception) -> UnsupportedLayer:
+    """What to say where auto_LiRPA fails: it does not tell at which layer, but the native engine may."""
+    path, kind, reason = "", type(model).__name__, ""
+    try:
+        Layout(model).resolve(x[:1])
+    except UnsupportedLayer as missing:
+        path, kind, reason = missing.path, missing.kind, f"{missing.reason}; " if missing.reason else ""
+    said = " ".join(str(error).split())[:160] or type(error).__name__
+    return UnsupportedLayer(path, kind, f"{reason}nor can auto_LiRPA ({said})")
+
+
+class _Untrusted(Exception):
+    """An operation of auto_LiRPA of which bounds are wrong, or have not been tested."""
+
+
+# Those whose bounds the tests compare with points of the balls. Of others some are wrong: of padding that is not by
+# zeros, of square roots.
+TRUSTED = frozenset(
+    (
+        *("Conv", "ConvTranspose", "Linear", "MaxPool", "AveragePool", "BatchNormalization", "Dropout", "Identity"),
+        *("Relu", "LeakyRelu", "Tanh", "Sigmoid", "Abs", "Add", "Sub", "Neg", "Mul", "Div", "ReduceMean", "ReduceSum"),
+        *("Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Concat", "Slice", "Split", "Gather", "Shape"),
+        *("Cast", "Constant", "PrimConstant", "ConstantOfShape", "Input", "Params", "Buffers", "edModule"),
     )
-    return "patches" if regular else "matrix"
+)
+
+
+def _check(node: Any, conv_mode: str) -> None:
+    """Raises _Untrusted where a node of a BoundedModule may be bounded wrongly."""
+    kind = type(node).__name__.removeprefix("Bound")
+    if kind == type(node).__name__:  # no node
+        return
+    if kind not in TRUSTED:
+        raise _Untrusted(f"its bounds of {kind} are not tested")
+    if kind == "LeakyRelu" and not 0 <= node.alpha <= 1:
+        raise _Untrusted(f"its bounds of LeakyReLU hold for slopes between 0 and 1, not {node.alpha:g}")
+    if kind == "AveragePool" and (node.kernel_size != node.stride or any(node.padding)):
+        raise _Untrusted("it knows average pooling in windows side by side alone")
+    if kind == "Div" and type(node.inputs[1]).__name__ not in ("BoundParams", "BoundBuffers", "BoundConstant"):
+        raise _Untrusted("it divides by what may be 0")
+    # Its patches (the fast way) know neither dilation, of which they give wrong bounds, nor groups, nor rectangles.
+    if kind == "Conv" and conv_mode == "patches":
+        kernel = node.inputs[1].output_shape[2:]
+        square = all(len({*pair}) == 1 for pair in (kernel, node.stride, node.padding))
+        if node.groups != 1 or {*node.dilation} != {1} or not square:
+            raise _Untrusted("its patches know convolutions without groups, without dilation, and of squares alone")
 
 
 def _check_pooling(model: nn.Module) -> None:
@@ -80,15 +128,16 @@ def plain(model: nn.Module) -> nn.Module:
     """A copy whose normalisations are 1x1 convolutions: auto_LiRPA 0.3 cannot propagate patches through a division."""
     model = copy.deepcopy(model)
     for name, module in list(model.named_modules()):
-        if isinstance(module, Normalize):
+        normal = normalization(module)
+        if normal:
             parent, _, last = name.rpartition(".")
-            setattr(model.get_submodule(parent), last, _as_convolution(module))
+            setattr(model.get_submodule(parent), last, _as_convolution(*normal))
     return model
 
 
-def _as_convolution(module: Normalize) -> nn.Conv2d:
-    channels = module.std.numel()
-    conv = nn.Conv2d(channels, channels, 1).to(module.std).requires_grad_(False)
-    conv.weight.copy_(torch.diag(1 / module.std.flatten())[:, :, None, None])
-    conv.bias.copy_((-module.mean / module.std).flatten())  # type: ignore[union-attr]
+def _as_convolution(mean: Tensor, std: Tensor) -> nn.Conv2d:
+    channels = len(std)
+    conv = nn.Conv2d(channels, channels, 1).to(std).requires_grad_(False)
+    conv.weight.copy_(torch.diag(1 / std)[:, :, None, None])
+    conv.bias.copy_(-mean / std)  # type: ignore[union-attr]
     return conv

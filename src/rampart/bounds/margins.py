@@ -10,17 +10,18 @@ from torch import Tensor, nn
 
 from rampart.bounds import alpha, crown, ibp
 from rampart.bounds.box import Box, pixel_box
-from rampart.errors import BoundError, ModelError, UnsupportedLayer, require, unknown
+from rampart.errors import BoundError, UnsupportedLayer, require, unknown
 from rampart.models.chain import Chain, Layout
-from rampart.models.classifier import logits_of
+from rampart.models.classifier import logits_of, require_fixed
 
 Method = Literal["ibp", "crown-ibp", "crown", "alpha-crown"]
 Engine = Literal["native", "auto_lirpa"]
 METHODS: tuple[Method, ...] = ("ibp", "crown-ibp", "crown", "alpha-crown")
 ENGINES: tuple[Engine, ...] = ("native", "auto_lirpa")
 
-# A margin counts as proved above this: rounding of float32 in a pass over the study's CNN stays below a tenth of it.
-PROVED = 1e-4
+# A margin counts as proved above this share of the image's largest logit: rounding of float32 in a pass over the
+# study's CNN, or over a linear map of an image, stays below a third of it, whatever the scale of the logits.
+PROVED = 2e-5
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +30,11 @@ def margin_spec(labels: Tensor, classes: int) -> Tensor:
     """[B, K, K]: row j of image i is e_y - e_j, so that spec @ logits are the margins (row y is 0)."""
     eye = torch.eye(classes, device=labels.device)
     return eye[labels][:, None, :] - eye
+
+
+def proof_tolerance(logits: Tensor) -> Tensor:
+    """[B]: what a lower bound of a margin must exceed to be a proof in float32, for images of these logits [B, K]."""
+    return PROVED * logits.abs().amax(1)
 
 
 def identity_spec(size: int, like: Tensor) -> Tensor:
@@ -85,8 +91,9 @@ def margin_bounds(
     """
     require(method in METHODS, unknown("bound method", method, METHODS))
     require(engine in ENGINES, unknown("engine", engine, ENGINES))
-    if model.training:
-        raise ModelError("bounds hold for one network: call model.eval() first")
+    require_fixed(model, "bounds hold for")
+    if not len(x):  # nothing to bound, nothing to cut into parts
+        return logits_of(model, x).detach()
     if engine == "native":
         layout = layout or find_layout(model, x)
     if engine == "auto_lirpa" or layout is None:

@@ -65,9 +65,11 @@ def load_dataset(name: str, root: str | None = None, val_fraction: float = 0.2, 
         seed: of the split alone.
 
     Raises:
-        DataError: the data are missing, unreadable, or inconsistent. SettingsError: unknown name or bad fraction.
+        DataError: the data are missing, unreadable, or inconsistent. SettingsError: unknown name, bad fraction
+            or seed.
     """
     require(0 < val_fraction < 1, f"val_fraction must lie between 0 and 1, not {val_fraction}")
+    require(seed >= 0, f"the split's seed must be 0 or more, not {seed}")
     kind, _, path = name.partition(":")
     if kind == "folder":
         require(bool(path), "dataset 'folder' needs a path: dataset=folder:PATH with PATH/train/<class>/* and test/")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from rampart.errors import DataError
+
+log = logging.getLogger(__name__)
 
 DIGITS_TEST_FRACTION = 0.25
 HOW_TO_GET_CIFAR10 = (
@@ -77,6 +80,9 @@ def folder(path: str) -> Pools:
     foreign = sorted(set(files["test"]) - set(classes))
     if foreign:
         raise DataError(f"class '{foreign[0]}' is in {top / 'test'} but not in {top / 'train'}: add it or remove it")
+    untested = sorted(set(classes) - set(files["test"]))
+    if untested:
+        log.warning("%s holds no images of class '%s': rates are over the other classes", top / "test", untested[0])
     cache = _cache_file(top, files)
     if cache.exists():
         with np.load(cache) as stored:
@@ -96,16 +102,24 @@ def folder(path: str) -> Pools:
 def _list_images(part: Path) -> dict[str, list[Path]]:
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
+    def inside(place: Path) -> list[Path]:
+        try:
+            return sorted(p for p in place.iterdir() if not p.name.startswith("."))
+        except OSError as error:
+            raise DataError(f"folder '{place}' cannot be read ({error.strerror}): make it readable") from error
+
     if not part.is_dir():
         raise DataError(f"folder '{part}' is missing: a dataset folder holds train/<class>/* and test/<class>/*")
     found: dict[str, list[Path]] = {}
-    for place in sorted(p for p in part.iterdir() if not p.name.startswith(".")):
+    for place in inside(part):
         if not place.is_dir():
             raise DataError(f"'{place}' lies beside the class folders: move it into one or remove it")
-        found[place.name] = sorted(p for p in place.iterdir() if not p.name.startswith("."))
+        found[place.name] = inside(place)
         for file in found[place.name]:
             if file.suffix.lower() not in IMG_EXTENSIONS:
                 raise DataError(f"'{file}' is no image ({', '.join(IMG_EXTENSIONS)}): remove or convert it")
+            if not file.is_file():
+                raise DataError(f"'{file}' is no file, or a link to none: remove or replace it")
         if not found[place.name]:
             raise DataError(f"class folder '{place}' is empty: put images into it or remove it")
     if not found:

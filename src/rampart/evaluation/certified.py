@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from rampart.bounds import METHODS, find_layout, margin_bounds
 from rampart.bounds.crown import memory_on
-from rampart.bounds.margins import PROVED, Engine, Method
+from rampart.bounds.margins import Engine, Method, proof_tolerance
 from rampart.data import Split, stratified_order, to_pixels
 from rampart.errors import is_out_of_memory, require, require_choices
 from rampart.ledger import PROVED as PROVED_VERDICTS
@@ -129,20 +129,23 @@ class _Certification:
         last = METHODS.index("crown") if certify == "branch-and-bound" else METHODS.index(certify) + 1
         for method in METHODS[:last]:
             if len(images):
-                proved = self.bounds(images, eps, method) > PROVED
+                proved = self.proved_by(method, images, eps)
                 self.proved[images[proved]] = True
                 images = images[~proved]
         if certify == "branch-and-bound":
             for index in images.tolist():
                 self.search(index, eps)
 
-    def bounds(self, images: Tensor, eps: float, method: Method) -> Tensor:
+    def proved_by(self, method: Method, images: Tensor, eps: float) -> Tensor:
+        """Which of the images a bound proves, [N]."""
         batch = self.split[images.to(self.split.labels.device)]
         engine: Engine = "native" if self.layout else "auto_lirpa"
         x, y, layout = to_pixels(batch.images), batch.labels, self.layout
         while True:
             try:
-                return margin_bounds(self.model, x, y, eps, method, engine, self.memory, layout).amin(1).cpu()
+                bounds = margin_bounds(self.model, x, y, eps, method, engine, self.memory, layout).amin(1)
+                with torch.no_grad():
+                    return (bounds > proof_tolerance(self.model(x))).cpu()
             except RuntimeError as error:
                 if not is_out_of_memory(error) or self.memory == 1:
                     raise

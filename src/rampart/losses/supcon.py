@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rampart.errors import require
+
 
 def supcon_loss(embeddings: Tensor, labels: Tensor, temperature: float = 0.07) -> Tensor:
     """Mean over the anchors i that have a positive of
@@ -19,7 +21,15 @@ def supcon_loss(embeddings: Tensor, labels: Tensor, temperature: float = 0.07) -
 
     Returns:
         A scalar; 0 (with zero gradient) where no anchor has a positive.
+
+    Raises:
+        SettingsError: a temperature of 0 or less, or shapes that do not fit.
     """
+    require(temperature > 0, f"temperature must be above 0, not {temperature}")
+    require(
+        embeddings.dim() == 2 and labels.shape == embeddings.shape[:1],
+        f"SupCon takes embeddings [B, D] and labels [B], not {tuple(embeddings.shape)} and {tuple(labels.shape)}",
+    )
     z = F.normalize(embeddings, dim=1)
     similarity = z @ z.T / temperature
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)

@@ -1,6 +1,14 @@
 from rampart.models.chain import Chain, Layout
 from rampart.models.checkpoints import load_model, read_beside, save_model, weights_digest
-from rampart.models.classifier import Classifier, Normalize, build_model, interval_init, logits_of, predict
+from rampart.models.classifier import (
+    Classifier,
+    Normalize,
+    build_model,
+    interval_init,
+    logits_of,
+    predict,
+    require_fixed,
+)
 from rampart.models.folded import Folded
 
 __all__ = [
@@ -15,6 +23,7 @@ __all__ = [
     "logits_of",
     "predict",
     "read_beside",
+    "require_fixed",
     "save_model",
     "weights_digest",
 ]

@@ -6,19 +6,18 @@ moment: BatchNorm folded by its running statistics in eval mode, by the batch's 
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from rampart.errors import ModelError, UnsupportedLayer
 from rampart.models.classifier import Normalize
 from rampart.models.geometry import Geometry
 from rampart.models.links import Add, Affine, Conv, Dense, Flatten, Link, ReLU, Scale
+from rampart.models.tracing import Constant, normalization, trace
 
 
 @dataclass
@@ -64,74 +63,17 @@ class Chain:
         return Chain([*self.links, link], [*self.sources, (self.last,)], link.apply(self.output))
 
 
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, Normalize) or super().is_leaf_module(m, module_qualified_name)
-
-
-@dataclass(frozen=True)
-class _Step:
-    """One layer as traced: `sources` are steps (-1: the input); `alone` says that nothing else reads its input."""
-
-    path: str
-    module: nn.Module | None  # None: an addition
-    sources: tuple[int, ...]
-    alone: bool
-
-
 class Layout:
     """The structure of a module; made once, resolved as often as its weights change.
 
     Raises:
         UnsupportedLayer: the module holds something else than Conv2d, Linear, BatchNorm, average pooling, Normalize,
-            ReLU, Flatten, additions of two values, Identity and Dropout (in eval mode).
+            ReLU, Flatten (by view or reshape, too), additions of two values, arithmetic with constants, Identity and
+            Dropout (in eval mode).
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.steps: list[_Step] = []
-        kind = type(model).__name__
-        try:
-            graph = _Tracer().trace(model)
-        except Exception as error:  # fx raises many kinds for control flow that depends on the input
-            raise UnsupportedLayer("", kind, "its forward pass cannot be traced") from error
-        modules = dict(model.named_modules())
-        values: dict[fx.Node, int] = {}
-        for node in graph.nodes:
-            if node.op == "placeholder":
-                if values:
-                    raise UnsupportedLayer("", kind, "more than one input")
-                values[node] = -1
-            elif node.op == "output":
-                if values.get(node.args[0]) != len(self.steps) - 1:
-                    raise UnsupportedLayer("", kind, "the output is not the last layer's")
-            else:
-                self._append(node, modules, values)
-
-    def _append(self, node: fx.Node, modules: dict[str, nn.Module], values: dict[fx.Node, int]) -> None:
-        path = str(node.target) if node.op == "call_module" else node.name
-        name = getattr(node.target, "__name__", str(node.target))
-        inputs = node.all_input_nodes
-        alone = all(len(source.users) == 1 for source in inputs)
-        module: nn.Module | None
-        in_place = False
-        if node.target in ADDITIONS and node.op != "call_module":
-            if not all(isinstance(arg, fx.Node) for arg in node.args) or len(node.args) != 2 or node.kwargs:
-                raise UnsupportedLayer(path, name, "only the plain sum of two values of the network")
-            module, in_place = None, node.target in (operator.iadd, "add_")
-            inputs = [arg for arg in node.args if isinstance(arg, fx.Node)]
-        else:
-            found = modules[str(node.target)] if node.op == "call_module" else _functional(node)
-            if found is None or len(inputs) != 1:
-                raise UnsupportedLayer(path, name)
-            _check(path, found)
-            module, in_place = found, bool(getattr(found, "inplace", False))
-        if in_place and not alone:
-            raise UnsupportedLayer(path, name, "it overwrites a value that is read elsewhere, too")
-        if isinstance(module, nn.Identity | nn.Dropout):
-            values[node] = values[inputs[0]]
-            return
-        values[node] = len(self.steps)
-        self.steps.append(_Step(path, module, tuple(values[source] for source in inputs), alone))
+        self.steps = trace(model)
 
     def resolve(self, x: Tensor) -> Chain:
         """Runs x [B, *in_shape] through the module and returns the chain with the weights of this moment.
@@ -162,7 +104,8 @@ class Layout:
             if isinstance(link, Scale):
                 before = chain.links[sources[0]] if sources[0] >= 0 else None
                 # In training a linear map's weights, and their gradients, are many more than the values to be scaled.
-                folds = Conv | Scale if step.module is not None and step.module.training else Conv | Dense | Scale
+                trained = isinstance(step.module, nn.Module) and step.module.training
+                folds = Conv | Scale if trained else Conv | Dense | Scale
                 if step.alone and isinstance(before, folds):
                     chain.links[sources[0]] = before.scaled(link.scale, link.shift)
                     values[number], places[number] = x, sources[0]
@@ -173,58 +116,19 @@ class Layout:
         return replace(chain, output=x)
 
 
-ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
-
-
-def _functional(node: fx.Node) -> nn.Module | None:
-    """The module that does what a call of a function or method does."""
-    if node.target in (torch.relu, F.relu, "relu"):
-        return nn.ReLU(inplace=bool(node.kwargs.get("inplace", False)))
-    if node.target in (torch.flatten, "flatten") and _flattened(node) == (1, -1):
-        return nn.Flatten()
-    if node.target is F.avg_pool2d:
-        return nn.AvgPool2d(*node.args[1:], **node.kwargs)  # type: ignore[arg-type]
-    if node.target is F.adaptive_avg_pool2d:
-        return nn.AdaptiveAvgPool2d(*node.args[1:], **node.kwargs)  # type: ignore[arg-type]
-    return None
-
-
-def _flattened(node: fx.Node) -> tuple[Any, Any]:
-    """(first, last) axis that a call of flatten joins."""
-    given = dict(zip(("start_dim", "end_dim"), node.args[1:], strict=False)) | dict(node.kwargs)
-    return given.get("start_dim", 0), given.get("end_dim", -1)
-
-
-def _check(path: str, module: nn.Module) -> None:
-    kind = type(module).__name__
-    if isinstance(module, nn.Conv2d):
-        if module.padding_mode != "zeros" or isinstance(module.padding, str):
-            raise UnsupportedLayer(path, kind, "padding must be zeros, given as numbers")
-    elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
-        if not module.track_running_stats:
-            raise UnsupportedLayer(path, kind, "it keeps no running statistics")
-    elif isinstance(module, nn.Dropout):
-        if module.training and module.p:
-            raise UnsupportedLayer(path, kind, "dropout in training mode")
-    elif isinstance(module, nn.Flatten):
-        if module.start_dim != 1 or module.end_dim != -1:
-            raise UnsupportedLayer(path, kind, "only a flatten of all but the batch")
-    elif isinstance(module, nn.AvgPool2d):
-        padded = module.padding not in (0, (0, 0)) and not module.count_include_pad
-        if module.ceil_mode or module.divisor_override or padded:
-            raise UnsupportedLayer(path, kind, "only averages over whole windows, padding counted")
-    elif not isinstance(module, nn.Linear | nn.ReLU | nn.Identity | nn.AdaptiveAvgPool2d | Normalize):
-        raise UnsupportedLayer(path, kind)
-
-
-def _link(path: str, module: nn.Module, x: Tensor) -> Link:
+def _link(path: str, module: nn.Module | Constant, x: Tensor) -> Link:
     """The link of a layer on a value x."""
     shape = tuple(x.shape[1:])
+    if isinstance(module, Constant):
+        return _arithmetic(path, module, x)
     if isinstance(module, nn.ReLU):
         return ReLU(shape)
     if isinstance(module, Normalize):
         module.check(x)
-        return Scale(1 / module.std.flatten(), -(module.mean / module.std).flatten(), shape)
+    normal = normalization(module)
+    if normal:
+        mean, std = (value.to(x).expand(shape[0]) for value in normal)
+        return Scale(1 / std, -mean / std, shape)
     if isinstance(module, nn.Flatten):
         return Flatten(shape)
     if isinstance(module, nn.Linear):
@@ -235,6 +139,8 @@ def _link(path: str, module: nn.Module, x: Tensor) -> Link:
         assert not isinstance(module.padding, str)
         places = _pair(module.kernel_size), _pair(module.stride), _pair(module.padding), _pair(module.dilation)
         return Conv(module.weight, _bias(module), Geometry(*places, _pair(x.shape[2:])), module.groups)
+    if len(shape) != 3:
+        raise UnsupportedLayer(path, type(module).__name__, f"it averages over rows and columns, and is given {shape}")
     if isinstance(module, nn.AvgPool2d):
         stride = module.kernel_size if module.stride is None else module.stride
         return _average(_pair(module.kernel_size), _pair(stride), _pair(module.padding), x)
@@ -245,6 +151,26 @@ def _link(path: str, module: nn.Module, x: Tensor) -> Link:
         raise UnsupportedLayer(path, type(module).__name__, f"{shape[1:]} does not divide into {(rows, columns)}")
     kernel = shape[1] // rows, shape[2] // columns
     return _average(kernel, kernel, (0, 0), x)
+
+
+def _arithmetic(path: str, constant: Constant, x: Tensor) -> Scale:
+    """Arithmetic with a constant on a value x; numbers for each channel are [C], [C, 1, 1] or [1, C, 1, 1], as
+    broadcasting has them."""
+    shape, value = tuple(x.shape[1:]), constant.value(x)
+    channels = value.reshape(*(1,) * (x.dim() - value.dim()), *value.shape)
+    if channels.dim() != x.dim() or channels.numel() != channels.shape[1] or channels.numel() not in (1, shape[0]):
+        reason = f"its constant has the shape {tuple(value.shape)}, and is no number a channel"
+        raise UnsupportedLayer(path, constant.kind, reason)
+    value = channels.flatten().expand(shape[0])
+    one, nothing = torch.ones_like(value), torch.zeros_like(value)
+    scale, shift = {
+        "+": (one, value),
+        "-": (one, -value),
+        "from": (-one, value),
+        "*": (value, nothing),
+        "/": (1 / value, nothing),
+    }[constant.kind]
+    return Scale(scale, shift, shape)
 
 
 def _average(kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int], x: Tensor) -> Conv:

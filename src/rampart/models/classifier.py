@@ -62,6 +62,12 @@ class Classifier(nn.Module):
         return self.head(self.embed(x))
 
 
+def require_fixed(model: nn.Module, what: str) -> None:
+    """Raises ModelError where a part of the model, BatchNorm or Dropout, is in training mode: it is no one network."""
+    if any(part.training for part in model.modules()):
+        raise ModelError(f"{what} one network: call model.eval() first")
+
+
 def logits_of(model: nn.Module, x: Tensor) -> Tensor:
     """model(x); raises ModelError where the images do not fit."""
     try:

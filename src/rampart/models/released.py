@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from pathlib import Path
 
 from rampart.errors import ModelError, unknown
 
+log = logging.getLogger(__name__)
+
 PREFIX, SUFFIX = "rampart:", ".safetensors"
 FOLDER = Path(__file__).parents[3] / "results" / "models"
+# What they tell apart: CIFAR-10's.
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+# By this method were trained what the study calls its certified arms.
+CERTIFIED = "mtl-ibp"
 # Of each arm the model of this seed.
 SEED = "0"
 # Of the form that `sha256sum --check` reads.
@@ -16,7 +23,7 @@ SUMS = "SHA256SUMS"
 
 
 def released(name: str) -> Path:
-    """The file of a released model, its checksum being right.
+    """The file of a released model, its checksum being right; `certified…` stands for the released arm with proofs.
 
     Raises:
         ModelError: there is none of that name, or it is not the one that was released.
@@ -24,6 +31,10 @@ def released(name: str) -> Path:
     known = _sums(FOLDER)
     if not known:
         raise ModelError(f"no model '{PREFIX}{name}': none came with this installation, nor lies in {FOLDER}")
+    method, plus, rest = name.partition("+")
+    if method == "certified" and name + SUFFIX not in known:
+        name = CERTIFIED + plus + rest
+        log.info("of the arms with proofs, those by %s were released: '%s%s'", CERTIFIED, PREFIX, name)
     if name + SUFFIX not in known:
         raise ModelError(unknown("released model", name, [file.removesuffix(SUFFIX) for file in known]))
     file = FOLDER / (name + SUFFIX)

@@ -19,11 +19,11 @@ SHOWN = 6
 SHARED = {
     "evaluate": (
         *("eps_space", "attack", "norm", "steps", "rel_step", "step_schedule", "restarts", "loss"),
-        *("certify", "certify_images", "certify_eps_pixel", "trust_images", "corruptions"),
+        *("certify", "certify_images", "certify_eps_pixel", "certify_timeout", "trust_images", "corruptions"),
     ),
     "verify": (
         *("eps_space", "eps_pixel", "images", "selection", "survive_eps_pixel", "selection_seed"),
-        *("attack_first", "timeout", "complete", "branching", "radius_pixel"),
+        *("attack_first", "timeout", "complete", "branching", "max_domains", "radius_pixel"),
     ),
 }
 
@@ -140,7 +140,10 @@ def _of_ledger(metric: str, verified: bool) -> bool:
     return kind == "verdicts" if verified else kind in _RATES
 
 
-_RATES = {"accuracy", "asr", "afr", "robust_accuracy", "certified_accuracy", "attacked_accuracy", "corrupted"}
+_RATES = {
+    *("accuracy", "asr", "afr", "robust_accuracy", "certified_accuracy", "attacked_accuracy"),
+    *("corrupted", "corrupted_accuracy"),
+}
 
 
 def named(run: Mapping[Any, Any]) -> str:

@@ -8,10 +8,11 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from rampart.ledger import PROVED, ROUNDED, attacked_by
+from rampart.ledger import PROVED, ROUNDED, attack_rates, attacked_by, eps_key
 from rampart.reports.evidence import KEYS, Evidence
 
 SETTLED = (*PROVED, "unsafe")
+STAGES = ("train", "encoder", "head")
 
 
 def reference_eps(evidence: Evidence) -> float | None:
@@ -54,6 +55,45 @@ def statuses(evidence: Evidence, arm: str, eps: float) -> pd.Series:
     for name in ("proved", "broken", "misclassified"):
         status[sorted(found[name])] = name
     return status
+
+
+def on_common_images(evidence: Evidence) -> pd.DataFrame:
+    """The evidence's values; those of what was to be proved only of the images that all seeds of an arm share."""
+    values = evidence.values
+    for _, rows in values[_proofs(values)].groupby(["arm", "metric", "eps"]):
+        chosen = {run: _chosen(evidence, run, eps) for run, eps in zip(rows["run"], rows["eps"], strict=True)}
+        common = frozenset.intersection(*chosen.values())
+        if common and len({*chosen.values()}) > 1:
+            for place, row in rows.iterrows():
+                ledger = evidence.ledgers[row["run"]]
+                rates = attack_rates(ledger[ledger["image"].isin(common)])
+                values = values.assign(value=values["value"].where(values.index != place, rates[_named(row)]))
+    return values
+
+
+def of_whole_set(evidence: Evidence) -> pd.DataFrame:
+    """Of the evidence's values those of the first seed of each arm of which all images were to be proved; none where
+    that holds for all runs."""
+    rows = evidence.values[_proofs(evidence.values)]
+    whole = [
+        len(_chosen(evidence, run, eps)) == len(evidence.ledgers[run])
+        for run, eps in zip(rows["run"], rows["eps"], strict=True)
+    ]
+    return rows[[*whole]].drop_duplicates(["arm", "metric", "eps"]) if not all(whole) else rows.head(0)
+
+
+def _proofs(values: pd.DataFrame) -> pd.Series:
+    return values["metric"].isin(["certified_accuracy", "attacked_accuracy"]) & (values["step"] == "evaluate")
+
+
+def _chosen(evidence: Evidence, run: str, eps: float) -> frozenset[int]:
+    """The images that were to be proved at ε."""
+    ledger = evidence.ledgers[run]
+    return frozenset(ledger.loc[ledger[f"certified/{eps_key(eps)}"].notna(), "image"])
+
+
+def _named(row: pd.Series) -> str:
+    return f"{row['metric']}/{eps_key(row['eps'])}"
 
 
 def certified_radii(evidence: Evidence) -> pd.DataFrame:
@@ -126,12 +166,15 @@ def mean_curves(evidence: Evidence) -> pd.DataFrame:
 
 
 def costs(evidence: Evidence) -> pd.DataFrame:
-    """One row a run: KEYS, seed, step, run, seconds, and images a second of a training (the mean over its stages)."""
+    """One row a run: KEYS, seed, step, run, machine, seconds, and images a second of a training's stages (train, or
+    encoder and head)."""
     rows = evidence.of("train", "evaluate", "verify")
-    speeds = [c for c in rows.columns if str(c).startswith("metrics.") and str(c).endswith("/images_per_second")]
     seconds = (rows["end_time"] - rows["start_time"]).dt.total_seconds()
-    speed = rows[speeds].mean(axis=1) if speeds else np.nan
-    return rows[[*KEYS, "seed", "step"]].assign(run=rows["run_id"], seconds=seconds, images_per_second=speed)
+    found = rows[[*KEYS, "seed", "step"]].assign(run=rows["run_id"], seconds=seconds)
+    found["machine"] = rows.get("tags.rampart.machine", pd.Series("-", rows.index)).fillna("-")
+    for stage in STAGES:
+        found[stage] = rows.get(f"metrics.{stage}/images_per_second", pd.Series(np.nan, rows.index)).astype(float)
+    return found
 
 
 def commands(evidence: Evidence) -> pd.DataFrame:

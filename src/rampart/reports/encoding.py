@@ -35,7 +35,8 @@ def status_shape() -> alt.Shape:
 
 
 def colours(rows: pd.DataFrame, legend: bool = True) -> alt.Color:
-    scale = scale_of(METHOD_COLOURS, rows["method"])
+    unknown = dict.fromkeys(rows["method"], METHOD_COLOURS["other"])
+    scale = scale_of(unknown | METHOD_COLOURS, rows["method"])
     return alt.Color("method:N", scale=scale, title=None, **({} if legend else {"legend": None}))
 
 

@@ -10,13 +10,14 @@ import pandas as pd
 from rampart.data.corruptions import CORRUPTIONS
 from rampart.evaluation.trust import ALLOWED
 from rampart.ledger import VERDICTS, eps_key
+from rampart.reports.derived import STAGES
 from rampart.settings import eps_text
 
 ARM = ["method", "augmentation", "SupCon"]
 # Beside what comes from an attack that has failed a check, and beside that check.
 MARK = "†"
 # Columns of words; all others hold numbers.
-WORDS = {*ARM, "changed", "among", "metric", "finding", "n", "runs", "verifier", "step", "arm", "command"}
+WORDS = {*ARM, "machine", "changed", "among", "metric", "finding", "n", "runs", "verifier", "step", "arm", "command"}
 # What tells the rows of a table apart.
 ROW = ["arm", "engine"]
 
@@ -104,20 +105,23 @@ FEWEST = 8
 
 
 def costs(found: pd.DataFrame) -> pd.DataFrame:
-    """Seconds of each step and speed of training by arm, means over seeds."""
-    arms = found.drop_duplicates(ROW).reset_index(drop=True)
-    native = arms["engine"] == "native"
-    table = _arms(arms)
+    """Seconds of each step and speed of training by arm and machine, means over seeds; of a training in two stages the
+    speeds of both."""
+    row = [*ROW, "machine"]
+    found = found.assign(place=found.groupby(ROW, sort=False).ngroup()).sort_values("place", kind="stable")
+    rows = found.drop_duplicates(row).reset_index(drop=True)
+    table = _arms(rows).assign(machine=rows["machine"])
+    groups = [found[(found[row] == one[row]).all(axis=1)] for _, one in rows.iterrows()]
     for step, name in (("train", "training s"), ("evaluate", "evaluation s"), ("verify", "verification s")):
-        means = found[found["step"] == step].groupby(ROW, sort=False)["seconds"].mean()
-        values = [means.get(key, float("nan")) for key in zip(arms["arm"], arms["engine"], strict=True)]
-        table[name] = ["-" if pd.isna(value) else f"{value:.1f}" for value in values]
-    speeds = found[found["step"] == "train"].groupby("arm")["images_per_second"].mean()
+        table[name] = [_mean(group.loc[group["step"] == step, "seconds"], 1) or "-" for group in groups]
     table["training images/s"] = [
-        "-" if pd.isna(speeds.get(arm, float("nan"))) or not own else f"{speeds[arm]:.0f}"
-        for arm, own in zip(arms["arm"], native, strict=True)
+        " / ".join(filter(None, (_mean(group[stage], 0) for stage in STAGES))) or "-" for group in groups
     ]
-    return table.assign(runs=_runs_of(found))
+    return table.assign(runs=_runs_of(found, row=row))
+
+
+def _mean(values: pd.Series, digits: int) -> str:
+    return f"{values.mean():.{digits}f}" if values.notna().any() else ""
 
 
 def beside(summary: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:

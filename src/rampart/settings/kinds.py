@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -15,6 +16,11 @@ from rampart.training.recipe import Contrastive, MethodName, Recipe
 from rampart.verification import VerificationPlan
 
 DEFAULT_PROFILE = "quick"
+# Those that all random generators take.
+SEEDS = 2**31
+# No more than these, or the machine's cores: thousands bring a machine to a stop.
+FEW_THREADS = 64
+MOST_SEEDS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +51,11 @@ class Common:
 
     def __post_init__(self) -> None:
         require(0 < self.val_fraction < 1, f"val_fraction must lie between 0 and 1, not {self.val_fraction}")
-        require(self.threads >= 0, f"threads must be 0 or more, not {self.threads}")
+        for name in ("seed", "split_seed"):
+            value = getattr(self, name)
+            require(0 <= value < SEEDS, f"{name} must lie between 0 and 2^31 - 1, not {value}")
+        most = max(FEW_THREADS, os.cpu_count() or 1)
+        require(0 <= self.threads <= most, f"threads must lie between 0 and {most} on this machine, not {self.threads}")
         require(
             re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None,
             f"device must be auto, cpu, cuda or cuda:N, not '{self.device}'",
@@ -104,6 +114,8 @@ class VerifySettings(ModelSettings, VerificationPlan):
     def __post_init__(self) -> None:
         ModelSettings.__post_init__(self)
         VerificationPlan.__post_init__(self)
+        seed = self.selection_seed
+        require(0 <= seed < SEEDS, f"selection_seed must lie between 0 and 2^31 - 1, not {seed}")
         number, _, count = self.part.partition("/")
         fits = number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)
         require(not self.part or fits, f"part must be like 2/8 (the second of eight), not '{self.part}'")
@@ -177,7 +189,7 @@ class StudySettings(Common):
         for name in ("methods", "augment", "contrastive"):
             values = getattr(self, name)
             require(len(values) > 0 and len(set(values)) == len(values), f"{name} needs distinct values, not {values}")
-        require(self.seeds >= 1, f"seeds must be 1 or more, not {self.seeds}")
+        require(1 <= self.seeds <= MOST_SEEDS, f"seeds must lie between 1 and {MOST_SEEDS}, not {self.seeds}")
         for name in ("workers", "gpus", "ram"):
             require(getattr(self, name) >= 0, f"{name} must be 0 or more, not {getattr(self, name):g}")
         require(not self.address or self.executor == "ray", "address is that of a Ray cluster: give executor=ray, too")

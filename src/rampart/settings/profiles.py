@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -26,17 +26,26 @@ def load_profile(name: str) -> Mapping[str, Any]:
     """
     try:
         return _sections(name, _profile_text(name))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SettingsError(f"profile '{name}' cannot be read: {' '.join(str(error).split())}") from error
 
 
 @lru_cache(maxsize=64)  # a report asks for a profile once a run
 def _sections(name: str, text: str) -> Mapping[str, Any]:
+    tree = yaml.compose(text, yaml.SafeLoader)
+    if isinstance(tree, yaml.MappingNode):
+        sections = [str(key.value) for key, _ in tree.value]
+        for section in {section for section in sections if sections.count(section) > 1}:
+            raise SettingsError(f"section '{section}' stands there twice in profile '{name}': join the two")
     read = yaml.safe_load(text) or {}
     require(isinstance(read, dict), f"profile '{name}' must be a YAML mapping of sections: {', '.join(SECTIONS)}")
     for section in read:
         require(section in SECTIONS, unknown(f"section of profile {name}", str(section), SECTIONS))
     profile = {section: read.get(section) or {} for section in SECTIONS} | {"arms": read.get("arms") or []}
+    for section in ("common", *STEPS):
+        kind = "a YAML mapping of settings"
+        require(isinstance(profile[section], dict), f"section {section} of profile '{name}' must be {kind}")
+    require(isinstance(profile["arms"], list), f"section arms of profile '{name}' must be a YAML list of rules")
     for step in STEPS:
         for key in profile[step]:
             require(key in names(step), unknown(f"setting in section {step} of profile {name}", key, names(step)))
@@ -44,10 +53,22 @@ def _sections(name: str, text: str) -> Mapping[str, Any]:
     for key in profile["common"]:
         require(key in every, unknown(f"setting in section common of profile {name}", key, every))
     for rule in profile["arms"]:
-        require(set(rule) == {"when", "set"}, f"an arm's rule in profile {name} has 'when' and 'set'")
+        parts = rule if isinstance(rule, dict) else {}
+        wanted = set(parts) == {"when", "set"} and all(isinstance(part, dict) for part in parts.values())
+        require(wanted, f"an arm's rule in profile {name} has 'when' and 'set', each of them a YAML mapping")
         for key in (*rule["when"], *rule["set"]):
             require(key in names("train"), unknown(f"setting in a rule of profile {name}", key, names("train")))
+        for key, value in rule["when"].items():
+            for one in value if isinstance(value, list) else [value]:
+                _require_choice(f"{key} in a rule of profile {name}", key, one)
     return profile
+
+
+def _require_choice(what: str, setting: str, value: object) -> None:
+    """Raises SettingsError where a setting that has choices has not this one: a rule for it would never hold."""
+    kind = get_type_hints(STEPS["train"])[setting]
+    if get_origin(kind) is Literal:
+        require(str(value).lower() in get_args(kind), unknown(what, str(value), get_args(kind)))
 
 
 def _profile_text(name: str) -> str:
@@ -59,4 +80,4 @@ def _profile_text(name: str) -> str:
         known = {path.stem: path for path in PROFILES.glob("*.yaml")}
         require(name in known, unknown("profile", name, known))
         file = known[name]
-    return file.read_text()
+    return file.read_text(encoding="utf-8")

@@ -108,12 +108,19 @@ def _validated(step: str, values: dict[str, Any]) -> Settings:
         elif not listed and isinstance(value, list):
             require(len(value) == 1, f"{field.name} takes one value here, not {len(value)}")
             values[field.name] = value[0]
+    for name, value in values.items():
+        infinite = str(value).strip().lower().lstrip("+-") in ("inf", "infinity", "nan")
+        require(not infinite, f"{name} must be a number, not {value}")
     try:
         return _adapter(step).validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"][:1])
-        raise SettingsError(f"{name}: {_say(first)}, not '{first['input']}'") from None
+        name, given = ".".join(str(part) for part in first["loc"][:1]), first["input"]
+        if first["type"] in ("missing", "too_long") and isinstance(given, list | tuple):
+            kinds = {field.name: str(field.type) for field in dataclasses.fields(STEPS[step])}
+            count = kinds[name].count(",") + 1
+            raise SettingsError(f"{name} takes {count} values, as in {name}=1,2,…, not {len(given)}") from None
+        raise SettingsError(f"{name}: {_say(first)}") from None
 
 
 @cache
@@ -123,6 +130,6 @@ def _adapter(step: str) -> TypeAdapter[Settings]:
 
 def _say(error: Any) -> str:
     if error["type"] == "literal_error":
-        options = re.findall(r"'([^']*)'", error["ctx"]["expected"])
+        options = [option for option in re.findall(r"'([^']*)'", error["ctx"]["expected"]) if option]
         return unknown("value", str(error["input"]), options)
-    return str(error["msg"][:1].lower() + error["msg"][1:])
+    return f"{error['msg'][:1].lower()}{error['msg'][1:]}, not '{error['input']}'"

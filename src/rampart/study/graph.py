@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import mlflow
-
 from rampart.arms import Arm
 from rampart.errors import RampartError
 from rampart.settings import Common, nested, resolve
@@ -19,7 +17,7 @@ from rampart.study.opening import data_of
 from rampart.study.steps import run_step
 from rampart.tracking.claims import bury, claimed
 from rampart.tracking.queries import find_runs
-from rampart.tracking.store import this_process
+from rampart.tracking.store import connect, location, this_process
 from rampart.tuning import tuned_texts
 
 
@@ -93,7 +91,7 @@ class Shared:
         cls, given: Mapping[str, str], profile: str, threads: int, study: str, experiment: str, keep: bool
     ) -> Shared:
         """Of a study of this process."""
-        where = this_process(), mlflow.get_tracking_uri(), os.getcwd()
+        where = this_process(), location(), os.getcwd()
         return cls(dict(given), profile, threads, study, experiment, keep, *where, code_versions())
 
     def settle(self) -> None:
@@ -115,7 +113,7 @@ class Shared:
             )
         if Path(self.folder).is_dir():
             os.chdir(self.folder)
-        mlflow.set_tracking_uri(self.store)
+        connect(self.store)
         os.environ["MLFLOW_EXPERIMENT_ID"] = self.experiment
 
     def do(self, task: Task, before: Mapping[str, Done]) -> Done:

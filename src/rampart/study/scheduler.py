@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from graphlib import TopologicalSorter
 
-from mlflow.exceptions import MlflowException
 from tqdm import tqdm
 
 from rampart.study.graph import Done, Task
@@ -127,6 +126,4 @@ def arm_of(task: Task) -> str:
 
 def _passes(error: BaseException) -> bool:
     """Whether the same may well succeed a little later."""
-    return isinstance(error, WorkerLost | StoreAway) or (
-        isinstance(error, MlflowException | OSError) and passing(error)
-    )
+    return isinstance(error, WorkerLost | StoreAway) or passing(error)

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from rampart.arms import Arm
 from rampart.data import Dataset, Split
+from rampart.errors import ModelError
 from rampart.models import Classifier, weights_digest
-from rampart.models.released import PREFIX, SEED
+from rampart.models.released import CLASSES, PREFIX, SEED
 from rampart.reports.drawing import Drawing, save
 from rampart.settings import EmbedSettings, EvaluateSettings, ModelSettings, VerifySettings
 from rampart.study.identity import identity
@@ -49,16 +50,29 @@ def open_subject(run: Run, settings: ModelSettings) -> Subject:
     weights = weights_digest(model)
     run.tags({"model_run": source.run or "", "model": settings.model, "weights": weights})
     data = open_data(run, settings)
+    _require_its_classes(model, known.get("class_names"), data, settings)
     run.about(source.model_id, "test")
     if source.model_id:
         run.uses([source.model_id])
     return Subject(model, label, source.run, weights, data, data.test.to(prepare(settings)))
 
 
+def _require_its_classes(model: Classifier, named: str | None, data: Dataset, settings: ModelSettings) -> None:
+    """Raises ModelError where the model was not made for the dataset's classes; `named` are those that it was trained
+    on, where that is known. Its rates would mean nothing, and stand in the place of its arm's."""
+    count, ours = model.architecture.classes, ",".join(data.classes)
+    if count != len(data.classes) or not ours.startswith(named or ""):  # long tags are cut
+        what = named or f"{count} classes"
+        raise ModelError(
+            f"the model tells apart {what}; dataset={settings.dataset} has {ours}: give the dataset that the model was "
+            "trained on"
+        )
+
+
 def _released(uri: str) -> dict[str, str]:
-    """ARM_TAGS of a model that came with the checkout; none of another file."""
+    """ARM_TAGS and classes of a model that came with the checkout; none of another file."""
     arm = Arm.called(uri.removeprefix(PREFIX)) if uri.startswith(PREFIX) else None
-    return arm.texts | {"arm": arm.name, "seed": SEED} if arm else {}
+    return arm.texts | {"arm": arm.name, "seed": SEED, "class_names": ",".join(CLASSES)} if arm else {}
 
 
 def finish(run: Run, settings: EvaluateSettings | VerifySettings | EmbedSettings, data: Dataset) -> None:

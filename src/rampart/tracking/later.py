@@ -10,6 +10,8 @@ from types import TracebackType
 
 from mlflow.exceptions import MlflowException
 
+from rampart.errors import RampartError
+
 log = logging.getLogger(__name__)
 
 # Seconds between two tries: a server that is started anew, or a disk that is cleaned up, is waited for.
@@ -69,11 +71,18 @@ class Later:
                     raise
                 log.warning("%s: trying again in %g s", " ".join(str(error).split())[:200], pause)
                 self.hurry.wait(pause)
-        work()
+        try:
+            work()
+        except (MlflowException, OSError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise RampartError(
+                f"the tracking store has not taken what the training told it ({reason}): bring it back, or make room, "
+                "and give the same command, which goes on from the last checkpoint"
+            ) from error
 
 
-def passing(error: MlflowException | OSError) -> bool:
+def passing(error: BaseException) -> bool:
     """Whether a server that is away, or a full disk, may be behind it."""
     if isinstance(error, MlflowException):
         return error.error_code in PASSING
-    return not isinstance(error, FileNotFoundError)
+    return isinstance(error, OSError) and not isinstance(error, FileNotFoundError)

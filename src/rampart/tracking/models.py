@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import re
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
@@ -28,6 +29,7 @@ from rampart.models import Classifier, load_model, save_model
 from rampart.tracking import store
 
 WEIGHTS = "model.safetensors"
+MODEL_ID = re.compile(r"models:/(m-[0-9a-f]+)/?")
 
 
 def log_model(model: Classifier, example: torch.Tensor, scratch: Path) -> str:
@@ -97,14 +99,16 @@ def register(run_id: str, name: str, alias: str, reasons: Mapping[str, str] | No
         client.set_model_version_tag(name, str(version.version), f"rampart.{alias}.{key}", text)
 
 
-def fetch_model(uri: str) -> Classifier:
-    """The model at `runs:/<run id>/model`, `models:/<name>/<version>`, `models:/<name>@<alias>`, or in a file.
+def fetch_model(uri: str | Path) -> Classifier:
+    """The model at `runs:/<run id>/model`, `models:/<name>/<version>`, `models:/<name>@<alias>`, `models:/<id>`, or
+    in a file.
 
     Also takes a run's weights file: `runs:/<run id>/checkpoints/even.safetensors`.
 
     Raises:
         ModelError: there is none, or it is no model of ours.
     """
+    uri = str(uri)
     if not uri.startswith(("runs:/", "models:/")):
         return load_model(uri)
     with _downloaded(uri, "" if _is_file(uri) else f"extra_files/{WEIGHTS}") as path:
@@ -150,7 +154,10 @@ def _downloaded(uri: str, inside: str) -> Iterator[str]:
     store.initialise()
     with tempfile.TemporaryDirectory(prefix="rampart-") as folder:
         try:
-            path = mlflow.artifacts.download_artifacts(f"{uri.rstrip('/')}/{inside}".rstrip("/"), dst_path=folder)
+            # MLflow takes no path below a model's own id.
+            logged = MODEL_ID.fullmatch(uri)
+            place = mlflow.get_logged_model(logged[1]).artifact_location if logged else uri.rstrip("/")
+            path = mlflow.artifacts.download_artifacts(f"{place}/{inside}".rstrip("/"), dst_path=folder)
         except (MlflowException, OSError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ModelError(

@@ -175,7 +175,7 @@ def read_checkpoint(run_id: str, name: str) -> State | None:
 
 
 def _read(run_id: str, name: str, read: Callable[[Path], T]) -> T | None:
-    with store.asking():
+    with store.asking(f"no run '{run_id}' in {mlflow.get_tracking_uri()}: look it up in the MLflow UI"):
         place = _place(run_id)
         if is_local_uri(place):
             # As MLflow would find it there, ten times as fast.

@@ -29,6 +29,16 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 
 
+def location() -> str:
+    """Where the store is, for `connect` in another process."""
+    return mlflow.get_tracking_uri()
+
+
+def connect(uri: str) -> None:
+    """From now on this process tracks in the store at `uri`."""
+    mlflow.set_tracking_uri(uri)
+
+
 def initialise() -> None:
     """Creates or migrates the store's database. A SQLite file's processes do so one after the other: side by side they
     would spoil it."""

@@ -60,7 +60,7 @@ class Recipe:
         clean_weight: share κ of the clean loss in that of `certified` and `ibp` (Gowal et al. 2018, eq. 12); two
             values, as in 1,0.5: from the first to the second as ε rises.
         ibp_weight: share of the interval bounds in the margins of `certified` (Zhang et al. 2020, eq. 10: 1 - β), one
-            value or two, as above.
+            value or two, as above; for certified_loss=margin alone.
         ibp_regularizer: weight λ of the regularisers of Shi et al. 2021 while ε rises (methods with bounds).
         init: of the weights: `default` (PyTorch's) or `ibp` (Shi et al. 2021: intervals keep their width).
         embeddings: what SupCon sees of an image under a method with bounds: `crown-ibp` or `ibp` (the lower bounds of
@@ -140,6 +140,11 @@ class Recipe:
                 len(values) in (1, 2) and all(0 <= value <= 1 for value in values),
                 f"{name} must be one or two numbers between 0 and 1, not {values}",
             )
+        require(
+            self.certified_loss == "margin" or not any(self.ibp_weight),
+            f"ibp_weight mixes margins, of which certified_loss={self.certified_loss} has none: take ibp_weight=0 or "
+            "certified_loss=margin",
+        )
         require(0 < self.sabr_lambda <= 1, f"sabr_lambda must be above 0 and at most 1, not {self.sabr_lambda}")
         require(0 <= self.ema < 1, f"ema must be 0 or more and below 1, not {self.ema}")
         require(

@@ -114,9 +114,13 @@ def _compare(name: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> N
     ours = json.loads(json.dumps(ours))
     for part in ours:
         if ours[part] != theirs.get(part):
+            before, now = theirs.get(part), ours[part]
+            if isinstance(before, dict) and isinstance(now, dict):  # what differs alone
+                keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+                before, now = ({key: side.get(key) for key in keys} for side in (before, now))
             raise SettingsError(
-                f"study '{name}' is there already with another {part} ({_short(theirs.get(part))}, "
-                f"now {_short(ours[part])}): give another study_name, or the same {part}"
+                f"study '{name}' is there already with another {part} ({_short(before)}, "
+                f"now {_short(now)}): give another study_name, or the same {part}"
             )
 
 

@@ -17,10 +17,10 @@ from rampart.attacks import pgd
 from rampart.bounds import crown, find_layout, ibp, margin_bounds, reduced
 from rampart.bounds.box import pixel_box
 from rampart.bounds.domains import Domains, Optimised, optimise
-from rampart.bounds.margins import PROVED, chain_bounds, check, margin_spec
+from rampart.bounds.margins import chain_bounds, check, margin_spec, proof_tolerance
 from rampart.bounds.reduced import Reduced
-from rampart.errors import BoundError, ModelError, RampartError, UnsupportedLayer, require, unknown
-from rampart.models import Chain, Layout
+from rampart.errors import BoundError, RampartError, UnsupportedLayer, is_out_of_memory, require, unknown
+from rampart.models import Chain, Layout, require_fixed
 from rampart.verification.branching import Outcome, branch_and_bound
 from rampart.verification.splitting import Branching
 from rampart.verification.verdict import Verdict, is_counterexample
@@ -32,6 +32,7 @@ STAGES = ("attack", "ibp", "crown", "alpha-crown", "branch-and-bound")
 ALPHA_STEPS = 20
 
 
+@torch.inference_mode(False)  # where it is on there are no gradients
 def verify(
     model: nn.Module,
     image: Tensor,
@@ -67,8 +68,8 @@ def verify(
     require(engine in ENGINES, unknown("verification engine", engine, ENGINES))
     require(timeout > 0, f"timeout must be above 0 seconds, not {timeout:g}")
     require(0 <= eps <= 1, f"eps must lie between 0 and 1 (pixels), not {eps:g}")
-    if model.training:
-        raise ModelError("a verdict is on one network: call model.eval() first")
+    require_fixed(model, "a verdict is on")
+    image = image.clone() if image.is_inference() else image.detach()
     with torch.no_grad():
         logits = model(image[None])
     require(0 <= label < logits.shape[1], f"label {label} is not one of the model's {logits.shape[1]} classes")
@@ -77,35 +78,21 @@ def verify(
 
         return abcrown.verify(model, image, label, eps, timeout)
     deadline = time.perf_counter() + timeout
-    problem = _Problem(model, layout or find_layout(model, image[None]), image, label, eps, deadline, memory)
+    problem = _Problem(model, layout or find_layout(model, image[None]), image, label, logits, eps, deadline, memory)
     if not bool(logits.isfinite().all()):
         log.error("verification failed: the network's output is NaN or infinite on the image itself")
-        return problem.verdict("error", "")
-    stage = ""
-    try:
-        with problem.timed("attack"):
-            example = image if is_counterexample(model, image, image, label, eps) else None
-            example = problem.attacked() if example is None and attack_first else example
-        if example is not None:
-            return problem.verdict("unsafe", "attack", example)
-        for stage in STAGES[1:4]:
-            with problem.timed(stage), torch.no_grad():
-                problem.raise_bound(stage)
-            if problem.proved:
-                return problem.verdict("safe-incomplete", stage)
-            if problem.late:
-                return problem.verdict("timeout" if complete else "unknown", stage)
-        if not complete or problem.reduced is None:
-            return problem.verdict("unknown", stage)
-        stage = STAGES[4]
-        with problem.timed(stage), torch.no_grad():
-            outcome = problem.search(branching, max_domains)
-        return problem.verdict(outcome.status, stage, problem.found, outcome.domains)
-    except UnsupportedLayer:
-        raise
-    except (RampartError, RuntimeError) as error:
-        log.error("verification failed: %s", error)
-        return problem.verdict("error", stage)
+        return problem.verdict("error")
+    while True:
+        try:
+            return problem.settle(attack_first, complete, branching, max_domains)
+        except UnsupportedLayer:
+            raise
+        except (RampartError, RuntimeError) as error:
+            if not (isinstance(error, RuntimeError) and is_out_of_memory(error)) or problem.memory == 1:
+                log.error("verification failed: %s", error)
+                return problem.verdict("error")
+        problem.memory //= 2
+        log.warning("out of memory: beginning the image anew with memory=%d", problem.memory)
 
 
 class _Problem:
@@ -117,12 +104,15 @@ class _Problem:
         layout: Layout | None,
         image: Tensor,
         label: int,
+        logits: Tensor,
         eps: float,
         deadline: float,
         memory: int,
     ) -> None:
         self.model, self.image, self.label, self.eps = model, image, label, eps
         self.deadline, self.memory, self.started = deadline, memory, time.perf_counter()
+        self.target = proof_tolerance(logits).item()
+        self.stage = ""
         self.x, self.y = image[None], torch.tensor([label], device=image.device)
         self.seconds: dict[str, float] = {}
         self.bounds: Tensor | None = None  # [K], +inf at the label
@@ -133,13 +123,38 @@ class _Problem:
         with torch.no_grad():
             self.chain: Chain | None = layout.resolve(self.x) if layout else None
 
+    def settle(self, attack_first: bool, complete: bool, branching: Branching, max_domains: int) -> Verdict:
+        """Goes through the stages; settings as in `verify`."""
+        with self.timed("attack"):
+            right = not is_counterexample(self.model, self.image, self.image, self.label, self.eps)
+            example = (self.attacked() if attack_first else None) if right else self.image
+        if example is not None:
+            return self.verdict("unsafe", example)
+        for stage in STAGES[1:4]:
+            with self.timed(stage), torch.no_grad():
+                self.raise_bound(stage)
+            if self.proved:
+                return self.verdict("safe-incomplete")
+            if self.late:
+                return self.verdict("timeout" if complete else "unknown")
+        if self.reduced is not None and complete:
+            with self.timed("branch-and-bound"), torch.no_grad():
+                outcome = self.search(branching, max_domains)
+            return self.verdict(outcome.status, self.found, outcome.domains)
+        # Branch and bound would have come upon what an attack finds.
+        if complete and not attack_first:
+            with self.timed("attack"):
+                example = self.attacked()
+        return self.verdict("unknown" if example is None else "unsafe", example)
+
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
+        self.stage = stage
         started = time.perf_counter()
         try:
             yield
         finally:
-            self.seconds[stage] = time.perf_counter() - started
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
 
     @property
     def late(self) -> bool:
@@ -147,12 +162,12 @@ class _Problem:
 
     @property
     def proved(self) -> bool:
-        return self.bounds is not None and bool((self.bounds > PROVED).all())
+        return self.bounds is not None and bool((self.bounds > self.target).all())
 
-    def verdict(self, status: str, stage: str, example: Tensor | None = None, domains: int = 0) -> Verdict:
+    def verdict(self, status: str, example: Tensor | None = None, domains: int = 0) -> Verdict:
         nothing = self.bounds is None or example is not None or status == "error"
         bound = -torch.inf if nothing else self.bounds.min().item()  # type: ignore[union-attr]
-        return Verdict(status, bound, example, domains, time.perf_counter() - self.started, stage, self.seconds)
+        return Verdict(status, bound, example, domains, time.perf_counter() - self.started, self.stage, self.seconds)
 
     def raise_bound(self, stage: str) -> None:
         """Bounds the classes that are left by the stage's method."""
@@ -168,7 +183,7 @@ class _Problem:
             self.check()
             return
         assert self.bounds is not None
-        left = (self.bounds <= PROVED).nonzero().squeeze(1)
+        left = (self.bounds <= self.target).nonzero().squeeze(1)
         if stage == "crown":
             self.inputs = crown.preactivations(self.chain, box, self.memory)
             check(self.inputs)
@@ -179,7 +194,7 @@ class _Problem:
                 return
             self.reduced = reduced.reduce(self.chain, self.inputs, box, spec[:, left], 0, self.memory)
             roots = Domains.roots(self.reduced, self.reduced.outputs)
-            self.roots = optimise(self.reduced, roots, ALPHA_STEPS, target=PROVED)
+            self.roots = optimise(self.reduced, roots, ALPHA_STEPS, target=self.target)
             found = self.roots.bound
         self.bounds[left] = torch.maximum(self.bounds[left], found)
         self.check()
@@ -195,7 +210,7 @@ class _Problem:
         assert self.roots is not None
         assert self.bounds is not None
         outcome = branch_and_bound(
-            self.reduced, self.roots, self.refute, self.deadline, PROVED, branching, max_domains=max_domains
+            self.reduced, self.roots, self.refute, self.deadline, self.target, branching, max_domains=max_domains
         )
         # Every class that is not proved is among the rows; the others have bounds above the tolerance already.
         self.bounds = self.bounds.clamp(min=outcome.bound)

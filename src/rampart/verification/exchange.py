@@ -40,13 +40,17 @@ def export(model: nn.Module, split: Split, images: list[int], eps: float, timeou
     on the images before anything else is written.
 
     Raises:
-        ModelError: the model cannot be exported, or its graph does not do the same.
+        ModelError: the model cannot be exported, or its graph does not do the same. RampartError: the folder cannot be
+            written to.
     """
     if not images:
         log.warning("no image was chosen: nothing is exported to %s", folder)
         return
-    for kind in ("onnx", "vnnlib"):
-        (folder / kind).mkdir(parents=True, exist_ok=True)
+    try:
+        for kind in ("onnx", "vnnlib"):
+            (folder / kind).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RampartError(f"problems cannot be exported to {folder} ({error.strerror}): make it writable") from error
     graph = f"onnx/{weights_digest(model)}.onnx"
     x = to_pixels(split.images[torch.tensor(images, device=split.images.device)])
     _export_model(model, x, folder / graph)

@@ -192,7 +192,9 @@ class Search:
     def candidates(self, found: Optimised, which: Tensor) -> Tensor:
         """Neurons [N, CANDIDATES] to split next, best first; those of known sign come last."""
         known = found.domains.parts.signs[which, : self.relus] != 0
-        scores = {name: score[which, : self.relus].masked_fill(known, -1) for name, score in _scores(found).items()}
+        scores = {
+            name: score[which, : self.relus].masked_fill(known, -torch.inf) for name, score in _scores(found).items()
+        }
         count = min(CANDIDATES, self.relus)
         if self.rule != "kfsb":
             return scores[self.rule].topk(count).indices

@@ -60,7 +60,7 @@ def test_bad_input_ends_in_one_line_exit_code_2_and_a_failed_run(
         (["evaluate", "--model", str(store / "broken.npz")], "does not hold"),
         (["evaluate", "--model", "runs:/0123456789abcdef0123456789abcdef/model"], "no "),
         (["evaluate", "--model", "models:/nothing/1"], "no model"),
-        (["evaluate", "--model", str(store / "two.safetensors"), "--certify", "none"], "10 classes"),
+        (["evaluate", "--model", str(store / "two.safetensors"), "--certify", "none"], "2 classes"),
         (["train", "--width", "1e6"], "memory"),
         (["compare"], "nothing to compare"),
         (["compare", "--study", "0123456789abcdef0123456789abcdef"], "no run"),

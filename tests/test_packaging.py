@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from rampart.__main__ import ENTRIES
 from rampart.settings import STEPS, names
 
 ROOT = Path(__file__).parents[1]
@@ -29,7 +30,8 @@ def test_mlproject_entry_points_are_steps_and_their_parameters_settings() -> Non
     project = yaml.safe_load((ROOT / "MLproject").read_text())
     assert set(project["entry_points"]) == {*STEPS, "contrastive"}
     for entry in project["entry_points"].values():
-        step = entry["command"].split("python -m rampart ")[1].split()[0]
+        word = entry["command"].split("python -m rampart ")[1].split()[0]
+        step, _ = ENTRIES.get(word, (word, {}))
         for parameter in entry["parameters"]:
             assert parameter in names(step)
             assert f"--{parameter} {{{parameter}}}" in entry["command"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -36,6 +37,7 @@ def test_a_run_carries_versions_commit_host_and_its_end() -> None:
     done = client.get_run(run.id)
     assert done.info.status == "FINISHED"
     assert {"rampart.version.torch", "rampart.host", "rampart.process", "rampart.machine"} <= set(done.data.tags)
+    assert done.data.tags["rampart.machine"].startswith(f"{os.cpu_count()} cores of ")
     assert client.get_run(failed.id).info.status == "FAILED"
     assert client.get_run(failed.id).data.tags["rampart.error"] == "ValueError: boom"
     assert client.get_run(killed.id).info.status == "KILLED"

@@ -33,6 +33,7 @@ from rampart.training import Recipe
         ("sabr_lambda", 0.0),
         ("trades_beta", -1.0),
         ("l1", -1e-5),
+        ("sam", -0.05),
         ("grad_clip", -1.0),
         ("ema", 1.0),
         ("bn_batches", -1),

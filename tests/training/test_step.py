@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -23,6 +26,7 @@ ASKING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique_co
 ARMS: dict[str, dict[str, Any]] = {
     "normal": {},
     "normal, muon": {"optimizer": "muon", "weight_decay": 1e-3},
+    "normal, sam": {"sam": 0.05, "grad_clip": 1.0},
     "normal, supcon": {"contrastive": "single"},
     "adversarial": {"method": "adversarial", "attack_steps": 2},
     "adversarial, n-fgsm": {
@@ -79,6 +83,28 @@ def test_what_asks_is_seen() -> None:
         x = torch.arange(4.0)
         x[x > 1].sum().item()
     assert mode.asked == ["index", "_local_scalar_dense"]
+
+
+@pytest.mark.parametrize("radius", [0.0, 0.3])
+def test_sam_takes_its_gradient_where_the_loss_is_larger(radius: float) -> None:
+    torch.manual_seed(0)
+    model, x, y = build_model(width=0.125), torch.rand(16, 3, 32, 32), torch.randint(10, (16,))
+    twin = copy.deepcopy(model).train()
+    recipe = Recipe(width=0.125, sam=radius)
+    (stage,) = stages(recipe, model)
+    Step(stage.trained, model.train(), stage.method, stage.criterion, recipe, streams())(x, y, 0.0, recipe.lr)
+
+    weights = [*twin.parameters()]
+    before = [weight.detach().clone() for weight in weights]
+    gradients = torch.autograd.grad(nn.functional.cross_entropy(twin(x), y), weights)
+    length = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients))
+    with torch.no_grad():
+        for weight, gradient in zip(weights, gradients, strict=True):
+            weight += radius * gradient / length
+    gradients = torch.autograd.grad(nn.functional.cross_entropy(twin(x), y), weights)
+    for ours, kept, gradient in zip(model.parameters(), before, gradients, strict=True):
+        assert torch.allclose(ours.grad, gradient, atol=1e-6)
+        assert (ours - kept).abs().max() <= 1.01 * recipe.lr, "Adam's first step is no longer than that"
 
 
 @pytest.fixture

@@ -84,12 +84,28 @@ class _Untrusted(Exception):
 # zeros, of square roots.
 TRUSTED = frozenset(
     (
-        *("Conv", "ConvTranspose", "Linear", "MaxPool", "AveragePool", "BatchNormalization", "Dropout", "Identity"),
+        *(
+            "Conv",
+            "ConvTranspose",
+            "Linear",
+            "MatMul",
+            "MaxPool",
+            "AveragePool",
+            "BatchNormalization",
+            "Dropout",
+            "Identity",
+        ),
         *("Relu", "LeakyRelu", "Tanh", "Sigmoid", "Abs", "Add", "Sub", "Neg", "Mul", "Div", "ReduceMean", "ReduceSum"),
         *("Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Concat", "Slice", "Split", "Gather", "Shape"),
         *("Cast", "Constant", "PrimConstant", "ConstantOfShape", "Input", "Params", "Buffers", "edModule"),
     )
 )
+
+
+def _is_constant(node: Any) -> bool:
+    if type(node).__name__ == "BoundTranspose":
+        return _is_constant(node.inputs[0])
+    return type(node).__name__ in ("BoundParams", "BoundBuffers", "BoundConstant")
 
 
 def _check(node: Any, conv_mode: str) -> None:
@@ -103,8 +119,8 @@ def _check(node: Any, conv_mode: str) -> None:
         raise _Untrusted(f"its bounds of LeakyReLU hold for slopes between 0 and 1, not {node.alpha:g}")
     if kind == "AveragePool" and (node.kernel_size != node.stride or any(node.padding)):
         raise _Untrusted("it knows average pooling in windows side by side alone")
-    if kind == "Div" and type(node.inputs[1]).__name__ not in ("BoundParams", "BoundBuffers", "BoundConstant"):
-        raise _Untrusted("it divides by what may be 0")
+    if kind in ("Div", "MatMul") and not _is_constant(node.inputs[1]):
+        raise _Untrusted(f"its bounds of {kind} are tested with constants alone")
     # Its patches (the fast way) know neither dilation, of which they give wrong bounds, nor groups, nor rectangles.
     if kind == "Conv" and conv_mode == "patches":
         kernel = node.inputs[1].output_shape[2:]

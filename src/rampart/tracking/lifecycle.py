@@ -90,7 +90,15 @@ def versions() -> dict[str, str]:
 
 def _machine() -> str:
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{os.cpu_count()} cores {platform.machine()}{gpu}"
+    return f"{os.cpu_count()} cores of {_processor()}{gpu}"
+
+
+def _processor() -> str:
+    with suppress(OSError):  # Linux alone has it
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 @lru_cache(maxsize=1)

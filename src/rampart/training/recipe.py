@@ -68,6 +68,8 @@ class Recipe:
             embedding, and the corner of the interval bounds that raises the loss most) or `attack` (two views: its
             embedding, and that of its PGD example; `sabr` and `mtl-ibp` alone).
         l1: weight of the sum of the absolute weights of convolutions and linear maps in the loss.
+        sam: radius ρ of Sharpness-Aware Minimization (Foret et al. 2021): a step's gradient is taken at the weights
+            moved by ρ (L2 norm of all) to where the loss is larger, which takes a second pass; 0: where they are.
         grad_clip: largest L2 norm of a step's gradient; 0: any.
         ema: decay a step of an average of the weights, which then is what is validated and kept; 0: no average.
         bn_batches: training batches over which BatchNorm's statistics are measured anew, with the weights of the
@@ -115,6 +117,7 @@ class Recipe:
     init: Literal["default", "ibp"] = "default"
     embeddings: Literal["crown-ibp", "ibp", "worst", "attack"] = "crown-ibp"
     l1: float = 0.0
+    sam: float = 0.0
     grad_clip: float = 0.0
     ema: float = 0.0
     bn_batches: int = 0
@@ -130,7 +133,7 @@ class Recipe:
         require(self.batch_size >= 2, f"batch_size must be 2 or more (BatchNorm), not {self.batch_size}")
         for name in ("lr", "temperature", "attack_rel_step", "attack_rel_eps", "width"):
             require(getattr(self, name) > 0, f"{name} must be above 0, not {getattr(self, name)}")
-        for name in ("weight_decay", "trades_beta", "ibp_regularizer", "l1", "grad_clip", "bn_batches"):
+        for name in ("weight_decay", "trades_beta", "ibp_regularizer", "l1", "sam", "grad_clip", "bn_batches"):
             require(getattr(self, name) >= 0, f"{name} must be 0 or more, not {getattr(self, name)}")
         for name in ("supcon_weight", "encoder_supcon_weight", "mtl_alpha"):
             require(0 <= getattr(self, name) <= 1, f"{name} must lie between 0 and 1, not {getattr(self, name)}")

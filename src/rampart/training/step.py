@@ -90,19 +90,26 @@ class Step:
         return loss
 
     def _take(self, x: Tensor, y: Tensor, eps: float) -> Tensor:
-        recipe = self.recipe
-        loss = self.method.batch_loss(x, y, self.criterion, eps, self.streams.device)
-        if recipe.l1:
-            loss = loss + recipe.l1 * sum(weight.abs().sum() for weight in self.maps)
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if recipe.grad_clip:
-            nn.utils.clip_grad_norm_(self.trained.parameters(), recipe.grad_clip)
+        loss = self._gradients(x, y, eps)
+        if self.recipe.sam:
+            with _sharpest(self.trained, self.recipe.sam):
+                self._gradients(x, y, eps)
+        if self.recipe.grad_clip:
+            nn.utils.clip_grad_norm_(self.trained.parameters(), self.recipe.grad_clip)
         for optimizer in self.optimizers:
             optimizer.step()
         if self.average is not None:
             _average(self.average, self.model)
+        return loss
+
+    def _gradients(self, x: Tensor, y: Tensor, eps: float) -> Tensor:
+        """The loss, whose gradients the weights have afterwards."""
+        loss = self.method.batch_loss(x, y, self.criterion, eps, self.streams.device)
+        if self.recipe.l1:
+            loss = loss + self.recipe.l1 * sum(weight.abs().sum() for weight in self.maps)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        loss.backward()
         return loss.detach()
 
 
@@ -121,6 +128,23 @@ def _optimizers(
     decay = recipe.weight_decay
     adam = torch.optim.Adam(others, lr=lr, weight_decay=decay, fused=True, capturable=on_gpu)
     return [adam, Muon(matrices, lr=lr, weight_decay=decay)] if matrices else [adam]
+
+
+@contextmanager
+def _sharpest(trained: nn.Module, radius: float) -> Iterator[None]:
+    """Moves the weights by `radius`, in L2 norm, along their gradients, and back at the end of the block: within that
+    radius the loss rises most there, to first order (Foret et al. 2021, eq. 2)."""
+    pairs = [(weight, weight.grad) for weight in trained.parameters() if weight.grad is not None]
+    weights, gradients = ([*side] for side in zip(*pairs, strict=True))
+    with torch.no_grad():
+        kept = [weight.clone() for weight in weights]
+        length = torch.stack(torch._foreach_norm(gradients)).norm()
+        torch._foreach_add_(weights, torch._foreach_mul(gradients, radius / (length + 1e-12)))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            torch._foreach_copy_(weights, kept)
 
 
 class _Recorded:

@@ -40,7 +40,8 @@ def lirpa_bounds(model: nn.Module, x: Tensor, eps: float | Tensor, method: str, 
         bounded = library.BoundedModule(plain(model), x, bound_opts=options, device=x.device)
         bounded.eval()
         for node in bounded.modules():
-            _check(node, conv_mode)
+            if node is not bounded:
+                _check(node, conv_mode)
         # Without a slope to optimise it is CROWN.
         optimised = method == "alpha-crown" and bool(bounded.optimizable_activations)
         name = NAMES["crown" if method == "alpha-crown" and not optimised else method]
@@ -50,22 +51,20 @@ def lirpa_bounds(model: nn.Module, x: Tensor, eps: float | Tensor, method: str, 
             )
         return lower.detach()
 
-    # Its patches fail on arithmetic before a convolution, too.
-    modes = ("patches", "matrix")
+    failed: Exception | None = None
     # auto_LiRPA changes the module that it is given, and prints.
     with contextlib.redirect_stdout(io.StringIO()):
-        for mode in modes:
+        for mode in ("patches", "matrix"):  # the slow way where the fast one fails
             try:
                 return bounds(mode)
             except Exception as error:  # it raises many kinds, NotImplementedError among them, here and there
                 if isinstance(error, RuntimeError) and is_out_of_memory(error):
                     raise
-                if mode == modes[-1]:
-                    raise _unsupported(model, x, error) from error
-    raise AssertionError("the last mode returns or raises")
+                failed = error
+    raise _unsupported(model, x, failed) from failed
 
 
-def _unsupported(model: nn.Module, x: Tensor, error: Exception) -> UnsupportedLayer:
+def _unsupported(model: nn.Module, x: Tensor, error: Exception | None) -> UnsupportedLayer:
     """What to say where auto_LiRPA fails: it does not tell at which layer, but the native engine may."""
     path, kind, reason = "", type(model).__name__, ""
     try:
@@ -84,20 +83,10 @@ class _Untrusted(Exception):
 # zeros, of square roots.
 TRUSTED = frozenset(
     (
-        *(
-            "Conv",
-            "ConvTranspose",
-            "Linear",
-            "MatMul",
-            "MaxPool",
-            "AveragePool",
-            "BatchNormalization",
-            "Dropout",
-            "Identity",
-        ),
+        *("Conv", "ConvTranspose", "Linear", "MatMul", "MaxPool", "AveragePool", "BatchNormalization", "Dropout"),
         *("Relu", "LeakyRelu", "Tanh", "Sigmoid", "Abs", "Add", "Sub", "Neg", "Mul", "Div", "ReduceMean", "ReduceSum"),
         *("Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Concat", "Slice", "Split", "Gather", "Shape"),
-        *("Cast", "Constant", "PrimConstant", "ConstantOfShape", "Input", "Params", "Buffers", "edModule"),
+        *("Identity", "Cast", "Constant", "PrimConstant", "ConstantOfShape", "Input", "Params", "Buffers"),
     )
 )
 
@@ -115,8 +104,11 @@ def _check(node: Any, conv_mode: str) -> None:
         return
     if kind not in TRUSTED:
         raise _Untrusted(f"its bounds of {kind} are not tested")
-    if kind == "LeakyRelu" and not 0 <= node.alpha <= 1:
-        raise _Untrusted(f"its bounds of LeakyReLU hold for slopes between 0 and 1, not {node.alpha:g}")
+    if kind == "LeakyRelu":
+        slope = getattr(node, "leaky_alpha", None)  # of 0.7; in 0.3 it is called alpha
+        slope = node.alpha if slope is None else slope
+        if not 0 <= slope <= 1:
+            raise _Untrusted(f"its bounds of LeakyReLU hold for slopes between 0 and 1, not {slope:g}")
     if kind == "AveragePool" and (node.kernel_size != node.stride or any(node.padding)):
         raise _Untrusted("it knows average pooling in windows side by side alone")
     if kind in ("Div", "MatMul") and not _is_constant(node.inputs[1]):

@@ -199,6 +199,14 @@ UNSUPPORTED: dict[str, tuple[nn.Module, str]] = {
         ),
         "relu",
     ),
+    "value overwritten by a second argument": (
+        Forward(lambda m, x: nn.functional.relu(h := m.first(x), True) + h, first=nn.Linear(4, 4)),
+        "relu",
+    ),
+    "value overwritten by a method": (
+        Forward(lambda m, x: (h := m.first(x)).relu_() + h, first=nn.Linear(4, 4)),
+        "relu_",
+    ),
     "pooling with a ragged edge": (nn.Sequential(nn.AvgPool2d(2, ceil_mode=True)), "0"),
     "pooling that does not count its border": (nn.Sequential(nn.AvgPool2d(3, 1, 1, count_include_pad=False)), "0"),
     "division by a value": (Forward(lambda m, x: 1 / m.hidden(x), hidden=nn.Linear(4, 4)), "truediv"),
@@ -295,6 +303,9 @@ def test_dropout_has_no_chain_in_training_mode_and_leaves_no_trace_in_eval_mode(
         Layout(model.train())
     links = Layout(model.eval()).resolve(torch.rand(2, 4)).links
     assert [type(link) for link in links] == [Dense, ReLU]
+    # In place it does nothing either.
+    alone = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Dropout(0.5, inplace=True)).eval()
+    assert [type(link) for link in Layout(alone).resolve(torch.rand(2, 4)).links] == [Dense, ReLU]
 
 
 def test_a_dense_map_over_the_last_axis_of_a_map_is_no_chain() -> None:

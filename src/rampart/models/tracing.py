@@ -106,12 +106,12 @@ class _Reading:
             for layer in found:
                 _check(path, layer)
             modules = [*found]
-        if (called and node.target in IN_PLACE) or any(getattr(module, "inplace", False) for module in modules):
-            self.overwriting.append((len(self.steps), name))
         sources = tuple(self.values[source] for source in inputs)
         for module in modules:
             if isinstance(module, nn.Identity | nn.Dropout):
                 continue
+            if getattr(module, "inplace", False) or (called and node.target in IN_PLACE):
+                self.overwriting.append((len(self.steps), name))
             self.steps.append(Step(path, module, sources, alone=False))
             sources = (len(self.steps) - 1,)
         (self.values[node],) = sources
@@ -186,8 +186,10 @@ def _is_batch(size: object) -> bool:
 def _functional(node: fx.Node) -> list[nn.Module]:
     """The modules that do what a call of a function or method does; none where there are none."""
     given, named = node.args[1:], node.kwargs
-    if node.target in (torch.relu, F.relu, "relu", "relu_", torch.relu_):
-        return [nn.ReLU(inplace=bool(named.get("inplace", False)) or "relu_" in str(node.target))]
+    if node.target in (torch.relu, F.relu, "relu"):
+        return [nn.ReLU(*_bound(node, inplace=False))]
+    if node.target in (torch.relu_, "relu_"):
+        return [nn.ReLU(inplace=True)]
     if node.target in (torch.flatten, "flatten") and _bound(node, start_dim=0, end_dim=-1) == [1, -1]:
         return [nn.Flatten()]
     if node.target in (torch.reshape, "view", "reshape"):

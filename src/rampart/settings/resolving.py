@@ -108,11 +108,8 @@ def _validated(step: str, values: dict[str, Any]) -> Settings:
         elif not listed and isinstance(value, list):
             require(len(value) == 1, f"{field.name} takes one value here, not {len(value)}")
             values[field.name] = value[0]
-    for name, value in values.items():
-        infinite = str(value).strip().lower().lstrip("+-") in ("inf", "infinity", "nan")
-        require(not infinite, f"{name} must be a number, not {value}")
     try:
-        return _adapter(step).validate_python(values)
+        settings = _adapter(step).validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
         name, given = ".".join(str(part) for part in first["loc"][:1]), first["input"]
@@ -121,6 +118,12 @@ def _validated(step: str, values: dict[str, Any]) -> Settings:
             count = kinds[name].count(",") + 1
             raise SettingsError(f"{name} takes {count} values, as in {name}=1,2,…, not {len(given)}") from None
         raise SettingsError(f"{name}: {_say(first)}") from None
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            finite = not isinstance(number, float) or math.isfinite(number)
+            require(finite, f"{field.name} must be a finite number, not {number}")
+    return settings
 
 
 @cache

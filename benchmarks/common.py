@@ -26,6 +26,8 @@ from rampart.training.step import Step
 from rampart.training.train import stages
 
 BATCH = 128
+# Trained in seconds.
+SMALL = Recipe(width=0.25, epochs=3, lr=0.01)
 
 
 @dataclass(frozen=True)
@@ -107,15 +109,15 @@ def _serve(pipe: Connection, threads: int, prepare: Callable[[], Callable[[], ob
             call()
 
 
-def models_of(files: Sequence[str], data: Dataset) -> dict[str, Classifier]:
-    """By name: those in the files, or where none is given a small one, trained on the dataset in seconds."""
+def models_of(files: Sequence[str], data: Dataset, recipe: Recipe = SMALL) -> dict[str, Classifier]:
+    """By name: those in the files, or where none is given one that is trained on the dataset by the recipe."""
     if files:
         return {Path(file).stem: load_model(file) for file in files}
-    return {"normal": train(Recipe(width=0.25, epochs=3, lr=0.01), data, _Unheard())}
+    return {"fresh": train(recipe, data, Silent())}
 
 
-class _Unheard:
-    """A recorder of nothing."""
+class Silent:
+    """A recorder that keeps nothing."""
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         pass

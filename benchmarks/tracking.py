@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -24,29 +24,18 @@ from pathlib import Path
 import torch
 from mlflow import MlflowClient
 
-from benchmarks.common import Row, options, show
+from benchmarks.common import Row, Silent, options, show
 from rampart.console import configure_logging
-from rampart.models import Classifier
 from rampart.settings import TrainSettings, resolve
 from rampart.study.opening import data_of
 from rampart.study.training import Epochs
 from rampart.tracking import open_run
 from rampart.tracking.later import Later
 from rampart.tracking.queries import metric_history, metric_names
-from rampart.training import State, train
+from rampart.training import train
 
 # Of one epoch of a training.
 CURVES = 12
-
-
-class Nobody:
-    """A recorder that keeps nothing."""
-
-    def metrics(self, values: Mapping[str, float], step: int) -> None:
-        pass
-
-    def checkpoint(self, model: Classifier, state: State) -> str:
-        return ""
 
 
 def overhead(method: str, turns: int, epochs: int) -> Row:
@@ -57,7 +46,7 @@ def overhead(method: str, turns: int, epochs: int) -> Row:
     seconds: dict[str, list[float]] = {"tracked": [], "bare": []}
     for turn in range(turns + 1):
         started = time.perf_counter()
-        train(settings, data, Nobody(), settings, 0, cpu)
+        train(settings, data, Silent(), settings, 0, cpu)
         bare = time.perf_counter() - started
         with open_run("train") as run:
             started = time.perf_counter()

@@ -10,7 +10,7 @@ matrices.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,15 +26,15 @@ from torch.utils.data import Dataset as TorchDataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
-from benchmarks.common import BATCH, Row, apart, in_turn, options, show
+from benchmarks.common import BATCH, Row, Silent, apart, in_turn, models_of, options, show
 from rampart.data import Augmentation, Dataset, Split, load_dataset, to_pixels
 from rampart.evaluation import AttackPlan, evaluate
 from rampart.kernels import compiling
 from rampart.memory import keep_freed_memory
-from rampart.models import Classifier, build_model, load_model
-from rampart.training import Recipe, train
+from rampart.models import Classifier, build_model
+from rampart.training import Recipe
 from rampart.training.loop import fit
-from rampart.training.state import State, Streams
+from rampart.training.state import Streams
 from rampart.training.train import stages
 
 EPS, STEP, STEPS = 8 / 510, 2 / 510, 10
@@ -70,15 +70,6 @@ class PilImages(TorchDataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.transform(Image.fromarray(np.ascontiguousarray(self.arrays[index]))), self.labels[index]
-
-
-class Silent:
-    """A recorder that keeps nothing."""
-
-    def metrics(self, values: Mapping[str, float], step: int) -> None: ...
-
-    def checkpoint(self, model: Classifier, state: State) -> str:
-        return ""
 
 
 def conventional_pgd(model: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int, step: float) -> Tensor:
@@ -255,10 +246,8 @@ def main() -> None:
             data, device, given.workers, few if given.quick else many, 1 if given.quick else given.repeats
         )
     if "evaluation" in given.rows:
-        models = {Path(file).stem: load_model(file) for file in given.models}
-        models = models or {"fresh": train(Recipe(epochs=1, lr=0.005), load_dataset("digits"), Silent())}
         rows += evaluation_rows(
-            models,
+            models_of(given.models, load_dataset("digits"), Recipe(epochs=1, lr=0.005)),
             data.test[: 200 if given.quick else 2_000],
             device,
             given.workers,

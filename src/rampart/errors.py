@@ -62,9 +62,11 @@ def without_password(text: str) -> str:
 _PASSWORD = re.compile(r"(://[^:/@\s]*:)[^\s]*(?=@)|([?&]password=)[^&\s]*")
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Whether that is why: a GPU has an error of its own, a CPU and a GPU's libraries a message."""
     messages = ("can't allocate memory", "ALLOC_FAILED")
+    if not isinstance(error, RuntimeError):
+        return False
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in messages)
 
 

@@ -84,6 +84,12 @@ def _climb(point: Tensor, gradient: Tensor, step: Tensor, lower: Tensor, upper: 
     return torch.addcmul(point, step, gradient.sign()).clamp(lower, upper)
 
 
+def with_gradients(value: Tensor) -> Tensor:
+    """The values alone, with which gradients can be taken: of a tensor that was made in inference mode a clone, outside
+    of that mode."""
+    return value.clone() if value.is_inference() else value.detach()
+
+
 def gradient(loss: Tensor, point: Tensor) -> Tensor:
     """Of a scalar by an image; 0 where the loss does not depend on it, as behind a model that counts or rounds, and
     where it is not finite: no image of a ball lies in such a direction."""

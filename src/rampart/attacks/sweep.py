@@ -9,7 +9,7 @@ from typing import get_args
 import torch
 from torch import Tensor, nn
 
-from rampart.attacks.ball import Ball, Norm
+from rampart.attacks.ball import Ball, Norm, with_gradients
 from rampart.attacks.objectives import OBJECTIVES, Loss, margin
 from rampart.errors import require, unknown
 from rampart.models import require_fixed
@@ -81,8 +81,7 @@ def sweep(
     radii = radii_of(eps)
     require(norm in get_args(Norm), unknown("norm", norm, get_args(Norm)))
     require_fixed(model, "an attack is on")
-    # Clones are what gradients need of tensors that were made in that mode.
-    x, y = (value.clone() if value.is_inference() else value.detach() for value in (x, y))
+    x, y = with_gradients(x), with_gradients(y)
     adversarial = x.expand(len(radii), *x.shape).clone()
     success = torch.zeros(len(radii), len(x), dtype=torch.bool, device=x.device)
     logits = _logits(model, x)

@@ -58,7 +58,7 @@ def lirpa_bounds(model: nn.Module, x: Tensor, eps: float | Tensor, method: str, 
             try:
                 return bounds(mode)
             except Exception as error:  # it raises many kinds, NotImplementedError among them, here and there
-                if isinstance(error, RuntimeError) and is_out_of_memory(error):
+                if is_out_of_memory(error):
                     raise
                 failed = error
     raise _unsupported(model, x, failed) from failed
@@ -122,7 +122,8 @@ def _check(node: Any, conv_mode: str) -> None:
 
 
 def _check_pooling(model: nn.Module) -> None:
-    """Its bounds of average pooling hold for windows side by side alone; for others they are wrong."""
+    """Its bounds of average pooling hold for windows side by side alone; for others they are wrong. `_check` would see
+    that, too, but not at which path."""
     for path, module in model.named_modules():
         if isinstance(module, nn.AdaptiveAvgPool2d):
             raise UnsupportedLayer(path, type(module).__name__, "auto_LiRPA knows average pooling with a window alone")

@@ -59,15 +59,15 @@ def statuses(evidence: Evidence, arm: str, eps: float) -> pd.Series:
 
 def on_common_images(evidence: Evidence) -> pd.DataFrame:
     """The evidence's values; those of what was to be proved only of the images that all seeds of an arm share."""
-    values = evidence.values
+    values = evidence.values.copy()
     for _, rows in values[_proofs(values)].groupby(["arm", "metric", "eps"]):
-        chosen = {run: _chosen(evidence, run, eps) for run, eps in zip(rows["run"], rows["eps"], strict=True)}
-        common = frozenset.intersection(*chosen.values())
-        if common and len({*chosen.values()}) > 1:
-            for place, row in rows.iterrows():
-                ledger = evidence.ledgers[row["run"]]
-                rates = attack_rates(ledger[ledger["image"].isin(common)])
-                values = values.assign(value=values["value"].where(values.index != place, rates[_named(row)]))
+        eps = float(rows["eps"].iloc[0])
+        chosen = {_chosen(evidence, run, eps) for run in rows["run"]}
+        common = frozenset.intersection(*chosen)
+        if common and len(chosen) > 1:
+            name, ledgers = f"{rows['metric'].iloc[0]}/{eps_key(eps)}", [evidence.ledgers[run] for run in rows["run"]]
+            rates = [attack_rates(ledger[ledger["image"].isin(common)])[name] for ledger in ledgers]
+            values.loc[values.index.isin(rows.index), "value"] = rates
     return values
 
 
@@ -79,7 +79,7 @@ def of_whole_set(evidence: Evidence) -> pd.DataFrame:
         len(_chosen(evidence, run, eps)) == len(evidence.ledgers[run])
         for run, eps in zip(rows["run"], rows["eps"], strict=True)
     ]
-    return rows[[*whole]].drop_duplicates(["arm", "metric", "eps"]) if not all(whole) else rows.head(0)
+    return rows[whole].drop_duplicates(["arm", "metric", "eps"]) if not all(whole) else rows.head(0)
 
 
 def _proofs(values: pd.DataFrame) -> pd.Series:
@@ -90,10 +90,6 @@ def _chosen(evidence: Evidence, run: str, eps: float) -> frozenset[int]:
     """The images that were to be proved at ε."""
     ledger = evidence.ledgers[run]
     return frozenset(ledger.loc[ledger[f"certified/{eps_key(eps)}"].notna(), "image"])
-
-
-def _named(row: pd.Series) -> str:
-    return f"{row['metric']}/{eps_key(row['eps'])}"
 
 
 def certified_radii(evidence: Evidence) -> pd.DataFrame:

@@ -23,6 +23,12 @@ FEW_THREADS = 64
 MOST_SEEDS = 1000
 
 
+def _require_seeds(settings: object, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        require(0 <= value < SEEDS, f"{name} must lie between 0 and 2^31 - 1, not {value}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Common:
     """What every entry point knows.
@@ -51,9 +57,7 @@ class Common:
 
     def __post_init__(self) -> None:
         require(0 < self.val_fraction < 1, f"val_fraction must lie between 0 and 1, not {self.val_fraction}")
-        for name in ("seed", "split_seed"):
-            value = getattr(self, name)
-            require(0 <= value < SEEDS, f"{name} must lie between 0 and 2^31 - 1, not {value}")
+        _require_seeds(self, "seed", "split_seed")
         most = max(FEW_THREADS, os.cpu_count() or 1)
         require(0 <= self.threads <= most, f"threads must lie between 0 and {most} on this machine, not {self.threads}")
         require(
@@ -114,8 +118,7 @@ class VerifySettings(ModelSettings, VerificationPlan):
     def __post_init__(self) -> None:
         ModelSettings.__post_init__(self)
         VerificationPlan.__post_init__(self)
-        seed = self.selection_seed
-        require(0 <= seed < SEEDS, f"selection_seed must lie between 0 and 2^31 - 1, not {seed}")
+        _require_seeds(self, "selection_seed")
         number, _, count = self.part.partition("/")
         fits = number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)
         require(not self.part or fits, f"part must be like 2/8 (the second of eight), not '{self.part}'")

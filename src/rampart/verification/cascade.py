@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rampart.attacks import pgd
+from rampart.attacks.ball import with_gradients
 from rampart.bounds import crown, find_layout, ibp, margin_bounds, reduced
 from rampart.bounds.box import pixel_box
 from rampart.bounds.domains import Domains, Optimised, optimise
@@ -69,7 +70,7 @@ def verify(
     require(timeout > 0, f"timeout must be above 0 seconds, not {timeout:g}")
     require(0 <= eps <= 1, f"eps must lie between 0 and 1 (pixels), not {eps:g}")
     require_fixed(model, "a verdict is on")
-    image = image.clone() if image.is_inference() else image.detach()
+    image = with_gradients(image)
     with torch.no_grad():
         logits = model(image[None])
     require(0 <= label < logits.shape[1], f"label {label} is not one of the model's {logits.shape[1]} classes")
@@ -88,7 +89,7 @@ def verify(
         except UnsupportedLayer:
             raise
         except (RampartError, RuntimeError) as error:
-            if not (isinstance(error, RuntimeError) and is_out_of_memory(error)) or problem.memory == 1:
+            if not is_out_of_memory(error) or problem.memory == 1:
                 log.error("verification failed: %s", error)
                 return problem.verdict("error")
         problem.memory //= 2
@@ -126,8 +127,8 @@ class _Problem:
     def settle(self, attack_first: bool, complete: bool, branching: Branching, max_domains: int) -> Verdict:
         """Goes through the stages; settings as in `verify`."""
         with self.timed("attack"):
-            right = not is_counterexample(self.model, self.image, self.image, self.label, self.eps)
-            example = (self.attacked() if attack_first else None) if right else self.image
+            example = self.image if self.holds(self.image) else None
+            example = self.attacked() if example is None and attack_first else example
         if example is not None:
             return self.verdict("unsafe", example)
         for stage in STAGES[1:4]:

@@ -90,7 +90,10 @@ def test_logged_names_do_not_depend_on_what_was_given() -> None:
 
 @pytest.mark.parametrize(
     ("eps", "text"),
-    [(8 / 255, "8/255"), (1 / 510, "1/510"), (0.0, "0"), (0.3, "0.3"), (0.00392157, "1/255"), (1.0, "1")],
+    [
+        *((8 / 255, "8/255"), (1 / 510, "1/510"), (0.0, "0"), (0.3, "0.3"), (0.00392157, "1/255"), (1.0, "1")),
+        (1e-7, "1e-07"),
+    ],
 )
 def test_eps_are_written_as_people_write_them(eps: float, text: str) -> None:
     assert eps_text(eps) == text

@@ -52,6 +52,20 @@ def test_corruptions_have_their_columns_and_their_mean() -> None:
     assert table[["gaussian noise", "jpeg", "contrast", "mean"]].iloc[0].tolist() == ["75.00", "25.00", "-", "50.00"]
 
 
+def test_profiles_stand_side_by_side_and_what_stands_in_for_certified_beside_it() -> None:
+    first = summarise(values())
+    second = first.assign(mean=first["mean"] / 2).replace({"method": {"certified": "sabr"}})
+    published = first[first["metric"] == "accuracy"].assign(step="published", mean=0.125)
+    table = tables.side_by_side({"a": pd.concat([first, published]), "b": second}, [8 / 255, 1 / 255])
+    assert list(table.columns[3:]) == [
+        "accuracy: published", "accuracy: a", "accuracy: b", "robust at 8/255: a", "robust at 8/255: b",
+    ]  # fmt: skip
+    assert table["method"].tolist() == ["normal", "certified"]
+    assert table["accuracy: published"].tolist() == ["12.5", "12.5"]
+    assert table["accuracy: a"].tolist() == ["81.0", "51.0"]
+    assert table["accuracy: b"].tolist() == ["40.5", "25.5"]
+
+
 def test_verdicts_keep_every_word() -> None:
     table = tables.verdicts(summarise(values()))
     assert list(table.columns[4:-1]) == [

@@ -68,16 +68,22 @@ def read_baseline(path: str) -> tuple[pd.DataFrame, list[Note]]:
 ON_BOUNDS: tuple[MethodName, ...] = ("ibp", "sabr", "mtl-ibp")
 
 
+def stands_in(methods: Collection[str]) -> str | None:
+    """Where none of the methods is `certified` and one is another way to train on bounds, that one."""
+    instead = [method for method in ON_BOUNDS if method in {*methods}]
+    return instead[0] if "certified" not in {*methods} and len(instead) == 1 else None
+
+
 def put_beside(published: pd.DataFrame, methods: Collection[str]) -> tuple[pd.DataFrame, list[Note]]:
-    """The published numbers for arms of these methods, and what a reader has to know: where none is `certified` and one
-    is another way to train on bounds, the numbers of `certified` are put beside that."""
-    instead = [method for method in ON_BOUNDS if method in methods]
+    """The published numbers for arms of these methods, those of `certified` beside what stands in for it; and what a
+    reader has to know of that."""
+    instead = stands_in(methods)
     certified = published["method"] == "certified"
-    if "certified" in methods or len(instead) != 1 or not certified.any():
+    if instead is None or not certified.any():
         return published, []
-    arms = published["arm"].mask(certified, published["arm"].str.replace("certified", instead[0], n=1))
-    note = Note("", f"{ENGINE}: the figures of its certified arms stand beside those of {instead[0]}")
-    return published.assign(method=published["method"].mask(certified, instead[0]), arm=arms), [note]
+    arms = published["arm"].mask(certified, published["arm"].str.replace("certified", instead, n=1))
+    note = Note("", f"{ENGINE}: the figures of its certified arms stand beside those of {instead}")
+    return published.assign(method=published["method"].mask(certified, instead), arm=arms), [note]
 
 
 def _numbers(figures: dict[str, Any], space: str) -> list[dict[str, Any]]:

@@ -1,7 +1,8 @@
 """Tables in a Markdown document, computed from the evidence beside it: python -m rampart.reports.document RESULTS.md
 
 A comment of the document says what stands below it: `<!-- table: FOLDER SECTION -->` a table of the report on the
-evidence that compare has exported to a folder, `<!-- table: FILE.csv -->` a file as it is.
+evidence that compare has exported to a folder, `<!-- table: FILE.csv -->` a file as it is,
+`<!-- table: FOLDER,FOLDER 1/255,2/255 -->` the rates of several at these ε (pixels) side by side.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from rampart.console import said_if_it_fails
 from rampart.errors import SettingsError, require, unknown
 from rampart.reports import tables
 from rampart.reports.record import read
-from rampart.reports.sections import sections
+from rampart.reports.sections import Material, sections
+from rampart.settings import parse_eps
 
 # The comment, and the table that stands below it by now.
 PLACE = re.compile(r"(<!-- table: (\S+)(?: (\S+))? -->\n)(?:\n(?:\|.*\n)+)?")
@@ -38,6 +40,9 @@ def _table(root: Path, path: str, section: str | None) -> pd.DataFrame:
             return pd.read_csv(root / path, dtype=str, keep_default_na=False)
         except (OSError, ValueError) as error:
             raise SettingsError(f"table '{path}' cannot be read: {' '.join(str(error).split())}") from error
+    if "," in path:
+        summaries = {Path(folder).name: _material(root / folder).summary for folder in path.split(",")}
+        return tables.side_by_side(summaries, [parse_eps("ε", text, "pixel") for text in section.split(",")])
     found = _tables(root / path)
     require(section in found, unknown(f"table of {path}", section, found))
     return found[section]
@@ -47,9 +52,14 @@ def _table(root: Path, path: str, section: str | None) -> pd.DataFrame:
 def _tables(folder: Path) -> dict[str, pd.DataFrame]:
     return {
         section.name: tables.short_runs(section.table)
-        for section in sections(read(folder))
+        for section in sections(_material(folder))
         if section.table is not None
     }
+
+
+@lru_cache(maxsize=8)
+def _material(folder: Path) -> Material:
+    return read(folder)
 
 
 def main() -> int:

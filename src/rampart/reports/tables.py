@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import pandas as pd
@@ -10,6 +10,7 @@ import pandas as pd
 from rampart.data.corruptions import CORRUPTIONS
 from rampart.evaluation.trust import ALLOWED
 from rampart.ledger import VERDICTS, eps_key
+from rampart.reports.baseline import stands_in
 from rampart.reports.derived import STAGES
 from rampart.settings import eps_text
 
@@ -138,6 +139,28 @@ def beside(summary: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
     table["published %"] = [f"{100 * value:.2f}" for value in rows["value"]]
     table["difference"] = [f"{100 * value:+.2f}" for value in rows["mean"] - rows["value"]]
     return table.assign(runs=rows["runs"].to_list())
+
+
+def side_by_side(summaries: Mapping[str, pd.DataFrame], radii: Iterable[float]) -> pd.DataFrame:
+    """Profiles by name beside each other and beside what was published: accuracy, robust and certified accuracy at each
+    ε (pixels), in percent, means over seeds. An arm that stands in for `certified` is in its row."""
+    parts = []
+    for name, summary in summaries.items():
+        summary = summary.assign(source=summary["step"].where(summary["step"] != "evaluate", name))
+        parts.append(summary.replace({"method": {stands_in(summary["method"]): "certified"}}))
+    rows = pd.concat(parts, ignore_index=True)
+    wanted = [("accuracy", float("nan"))]
+    wanted += [(metric, eps) for metric in ("robust_accuracy", "certified_accuracy") for eps in radii]
+    columns = []
+    for metric, eps in wanted:
+        alike = (rows["metric"] == metric) & (rows["eps"].map(eps_key) == eps_key(eps))
+        title = metric.removesuffix("_accuracy") + ("" if pd.isna(eps) else f" at {eps_text(eps)}")
+        for source in ("published", *summaries):
+            mask = alike & (rows["source"] == source)
+            if mask.any():
+                columns.append((f"{title}: {source}", mask))
+    row = ["augment", "method", "contrastive"]
+    return _pivoted(rows, columns, lambda number: f"{100 * number['mean']:.1f}", row).drop(columns="runs")
 
 
 def verdicts(summary: pd.DataFrame) -> pd.DataFrame:

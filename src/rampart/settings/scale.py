@@ -21,7 +21,7 @@ def eps_text(eps: float) -> str:
         return f"{eps:g}"
     for denominator in (255, 510):
         count = eps * denominator
-        if abs(count - round(count)) < 1e-4:
+        if round(count) and abs(count - round(count)) < 1e-4:
             return f"{round(count)}/{denominator}"
     return f"{eps:.6g}"
 

@@ -70,8 +70,9 @@ ON_BOUNDS: tuple[MethodName, ...] = ("ibp", "sabr", "mtl-ibp")
 
 def stands_in(methods: Collection[str]) -> str | None:
     """Where none of the methods is `certified` and one is another way to train on bounds, that one."""
-    instead = [method for method in ON_BOUNDS if method in {*methods}]
-    return instead[0] if "certified" not in {*methods} and len(instead) == 1 else None
+    found = {*methods}
+    instead = [method for method in ON_BOUNDS if method in found]
+    return instead[0] if "certified" not in found and len(instead) == 1 else None
 
 
 def put_beside(published: pd.DataFrame, methods: Collection[str]) -> tuple[pd.DataFrame, list[Note]]:

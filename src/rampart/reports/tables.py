@@ -146,8 +146,9 @@ def side_by_side(summaries: Mapping[str, pd.DataFrame], radii: Iterable[float]) 
     ε (pixels), in percent, means over seeds. An arm that stands in for `certified` is in its row."""
     parts = []
     for name, summary in summaries.items():
-        summary = summary.assign(source=summary["step"].where(summary["step"] != "evaluate", name))
-        parts.append(summary.replace({"method": {stands_in(summary["method"]): "certified"}}))
+        step, method = summary["step"], summary["method"]
+        method = method.mask(method == stands_in(method), "certified")
+        parts.append(summary.assign(method=method, source=step.mask(step == "evaluate", name)))
     rows = pd.concat(parts, ignore_index=True)
     wanted = [("accuracy", float("nan"))]
     wanted += [(metric, eps) for metric in ("robust_accuracy", "certified_accuracy") for eps in radii]

@@ -406,3 +406,13 @@ def test_perturb_draws_its_start_from_the_generator(network, images, labels) -> 
     expected = (images - 0.05).clamp(0, 1)
     expected += ((images + 0.05).clamp(0, 1) - expected) * torch.rand(images.shape, generator=generator())
     assert torch.allclose(ascend(network, images, labels, 0.05, steps=0), expected)
+
+
+def test_images_that_are_no_pixels_or_are_overwritten_are_refused(network, images, labels) -> None:
+    with pytest.raises(SettingsError, match="between 0 and 1"):
+        pgd(network, 255 * images, labels, 0.1)
+    overwriting = nn.Sequential(nn.Hardtanh(0.25, 0.75, inplace=True), network).eval()
+    before = images.clone()
+    with pytest.raises(ModelError, match="overwrites the images"):
+        pgd(overwriting, images, labels, 0.1)
+    assert torch.equal(images, before)

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rampart.bounds import METHODS, margin_bounds
+from rampart.bounds import METHODS, find_layout, margin_bounds
 from rampart.errors import UnsupportedLayer
+from rampart.models import Layout
 from tests.bounds.soundness import EPS, assert_sound, sampled_minima
 from tests.nets import CLASSES
 
@@ -87,6 +88,7 @@ FALLBACKS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], int]] = {
     "other order": (lambda a, b: a.tanh().permute(0, 2, 3, 1), 144),
     "dilated": (lambda a, b: F.conv2d(a.tanh(), third(4, 2), dilation=2, padding=2).tanh(), 72),
     "in groups": (lambda a, b: F.conv2d(a.tanh(), third(2, 4), groups=2, padding=1).tanh(), 144),
+    "other places": (lambda a, b: a.relu().flatten(1)[:, [5, 0, 3]], 3),
     "circular": (lambda a, b: F.conv2d(F.pad(a, (1,) * 4, "circular"), third(4, 2)).relu(), 72),
 }
 
@@ -112,6 +114,9 @@ UNTRUSTED: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], int]] = {
     "reflected": (lambda a, b: F.conv2d(F.pad(a, (1,) * 4, "reflect"), third(4, 2)).relu(), 72),
     "replicated": (lambda a, b: F.conv2d(F.pad(a, (1,) * 4, "replicate"), third(4, 2)).relu(), 72),
     "framed": (lambda a, b: F.pad(a, (1,) * 4, value=-1.0).tanh(), 256),
+    "rounded": (lambda a, b: (10 * a.tanh()).to(torch.int32).float(), 144),
+    "places taken twice": (lambda a, b: a.relu().flatten(1)[:, [0, 0, 1]], 3),
+    "sum in windows": (lambda a, b: F.avg_pool2d(a.tanh(), 2, divisor_override=1), 36),
     "average in windows that overlap": (lambda a, b: F.avg_pool2d(a.tanh(), 3, 1, 1), 144),
 }
 
@@ -141,10 +146,51 @@ def test_a_dense_map_on_the_rows_of_an_image_is_bounded_or_refused(method: str) 
         assert_sound(margin_bounds(model, x, y, EPS, method), sampled_minima(model, x, y, EPS))
 
 
-@pytest.mark.parametrize("layer", [nn.AvgPool2d(2, 1), nn.AvgPool2d(2, 2, 1), nn.AdaptiveAvgPool2d(1)])
+@pytest.mark.parametrize(
+    "layer",
+    [nn.AvgPool2d(2, 1), nn.AvgPool2d(2, 2, 1), nn.AvgPool2d(2, divisor_override=1), nn.AdaptiveAvgPool2d(1)],
+)
 def test_pooling_that_auto_lirpa_bounds_wrongly_is_refused(layer: nn.Module) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), layer, nn.Flatten(), nn.LazyLinear(CLASSES)).eval()
     x, y = torch.rand(2, 3, 4, 4), torch.tensor([0, 2])
     model(x)
     with pytest.raises(UnsupportedLayer, match="'2'"):
         margin_bounds(model, x, y, EPS, "ibp", engine="auto_lirpa")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("place", [0, 1, 2, 3])
+def test_what_a_hook_changes_is_bounded_or_refused(place: int, method: str) -> None:
+    """On the network and on a leaf, of what goes in and of what comes out; none may be passed over."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 6), nn.ReLU(), nn.Linear(6, CLASSES)).eval()
+    module = (model, model[3])[place % 2]
+    if place < 2:
+        module.register_forward_pre_hook(lambda _, given: (2 - 3 * given[0],))
+    else:
+        module.register_forward_hook(lambda _, given, found: -3 * found)
+    x, y = torch.rand(2, 3, 2, 2), torch.tensor([0, 2])
+    with contextlib.suppress(UnsupportedLayer):
+        assert_sound(margin_bounds(model, x, y, EPS, method), sampled_minima(model, x, y, EPS))
+
+
+def test_layers_that_differ_from_the_network_are_not_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever has been overlooked: what was read of a network is run beside it."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, CLASSES)).eval()
+    assert find_layout(model, torch.rand(1, 3, 2, 2)) is not None
+    other = nn.Sequential(nn.Flatten(), nn.Linear(12, CLASSES)).eval()
+    monkeypatch.setattr("rampart.bounds.margins.Layout", lambda _: Layout(other))
+    assert find_layout(model, torch.rand(1, 3, 2, 2)) is None
+
+
+def test_quantised_layers_are_not_taken_for_plain_ones() -> None:
+    layer = nn.Linear(12, CLASSES)
+    layer.qconfig = torch.ao.quantization.get_default_qat_qconfig("fbgemm")
+    model = nn.Sequential(nn.Flatten(), torch.ao.nn.qat.Linear.from_float(layer)).train()
+    model(torch.rand(8, 3, 2, 2))
+    assert find_layout(model.eval(), torch.rand(1, 3, 2, 2)) is None
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+def test_hooks_that_make_weights_are_no_obstacle() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.utils.weight_norm(nn.Linear(12, CLASSES))).eval()
+    assert find_layout(model, torch.rand(1, 3, 2, 2)) is not None

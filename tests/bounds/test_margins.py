@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+from torchvision import transforms
 
 from rampart.bounds import METHODS, margin_bounds
 from rampart.bounds.box import Box
@@ -184,3 +186,52 @@ def test_a_network_in_training_mode_is_refused(engine: str) -> None:
     model, x, y = small_net("strided")
     with pytest.raises(ModelError, match=r"eval\(\)"):
         margin_bounds(model.train(), x, y, EPS, "ibp", engine)
+
+
+class Overwriting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(12, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x.sub_(0.25).flatten(1))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [Overwriting(), nn.Sequential(transforms.Normalize([0.5], [0.5], inplace=True), nn.Flatten(), nn.Linear(12, 5))],
+)
+@pytest.mark.parametrize("engine", ["native", "auto_lirpa"])
+def test_a_network_that_overwrites_the_images_is_refused_and_they_stay(model: nn.Module, engine: str) -> None:
+    x, y = torch.rand(2, 3, 2, 2), torch.tensor([0, 2])
+    before = x.clone()
+    with pytest.raises(ModelError, match="overwrites the images"):
+        margin_bounds(model.eval(), x, y, EPS, "ibp", engine)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("engine", ["native", "auto_lirpa"])
+@pytest.mark.parametrize("change", [lambda x: 255 * x, lambda x: (x - 0.5) / 0.2, lambda x: x / 0])
+def test_images_that_are_no_pixels_are_refused(change: Callable[[Tensor], Tensor], engine: str) -> None:
+    model, x, y = small_net("strided")
+    with pytest.raises(SettingsError, match="between 0 and 1"):
+        margin_bounds(model, change(x), y, EPS, "ibp", engine)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_numbers_too_coarse_for_a_proof_are_refused(dtype: torch.dtype) -> None:
+    model, x, y = small_net("dense")
+    with pytest.raises(SettingsError, match="float32 or float64"):
+        margin_bounds(model.to(dtype), x.to(dtype), y, EPS, "ibp")
+
+
+def test_each_image_needs_a_label() -> None:
+    model, x, y = small_net("dense", count=3)
+    with pytest.raises(SettingsError, match="3 images have 1 labels"):
+        margin_bounds(model, x, y[:1], EPS, "ibp")
+
+
+def test_radii_may_be_of_another_precision() -> None:
+    model, x, y = small_net("strided")
+    eps = torch.full((1, x.shape[1], 1, 1), EPS, dtype=torch.float64)
+    assert torch.equal(margin_bounds(model, x, y, eps), margin_bounds(model, x, y, EPS))

@@ -342,3 +342,20 @@ def test_a_value_is_not_scaled_where_another_layer_reads_it_too() -> None:
     assert torch.allclose(run_chain(chain, x), model(x), atol=1e-6)
     assert chain.before(1) == [0, 1]
     assert chain.before(2) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("pool", [nn.AvgPool2d([2, 2]), nn.AvgPool2d([2, 2], [1, 1]), nn.AdaptiveAvgPool2d([1, 1])])
+def test_sizes_may_be_lists(pool: nn.Module) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 2, 1), pool)
+    x = torch.rand(2, 3, 4, 4)
+    assert torch.allclose(Layout(model).resolve(x).output, model(x), atol=1e-6)
+
+
+class ByName(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.flatten(input=torch.relu(input=x), start_dim=1)
+
+
+def test_a_call_without_places_is_no_chain_and_said() -> None:
+    with pytest.raises(UnsupportedLayer, match="relu"):
+        Layout(ByName())

@@ -297,3 +297,32 @@ def test_verification_leaves_the_network_as_it_is() -> None:
     verify(model, x[0], predicted(model, x[0]), 0.1, attack_first=True)
     assert [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])] == []
     assert all(parameter.grad is None and parameter.dtype == torch.float32 for parameter in model.parameters())
+
+
+def test_a_network_in_float64_is_settled_as_in_float32() -> None:
+    """By branch and bound, too."""
+    torch.manual_seed(0)
+    layers = [nn.Flatten(), nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 3)]
+    model, image = nn.Sequential(*layers).eval(), torch.rand(3, 2, 2)
+    label = predicted(model, image)
+    found = [verify(model, image, label, 0.3), verify(copy.deepcopy(model).double(), image.double(), label, 0.3)]
+    assert [(verdict.status, verdict.stage) for verdict in found] == [("safe", "branch-and-bound")] * 2
+
+
+def test_a_method_that_auto_lirpa_lacks_for_a_network_ends_no_verification() -> None:
+    """α-CROWN of auto_LiRPA 0.3 fails on a convolution behind a tanh: what CROWN leaves open is unknown or refuted."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 4, 3, padding=1), nn.Tanh(), nn.Flatten()]
+    model, image = nn.Sequential(*layers, nn.Linear(144, CLASSES)).eval(), torch.rand(3, 6, 6)
+    label = predicted(model, image)
+    found = {eps: verify(model, image, label, eps).status for eps in (0.02, 0.1, 0.5)}
+    assert found[0.02] == "safe-incomplete"
+    assert {found[0.1], found[0.5]} <= {"unknown", "unsafe"}
+
+
+def test_an_image_that_is_none_is_refused() -> None:
+    model = sum_above(0.5)
+    with pytest.raises(SettingsError, match="between 0 and 1"):
+        verify(model, torch.full((1, 1, 2), 128.0), 0, 0.1)
+    with pytest.raises(ModelError, match="does not take images of 1x3x3"):
+        verify(model, torch.rand(1, 3, 3), 0, 0.1)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rampart.attacks.ball import Ball, Norm, with_gradients
 from rampart.attacks.objectives import OBJECTIVES, Loss, margin
 from rampart.errors import require, unknown
-from rampart.models import require_fixed
+from rampart.models import checked_logits, require_fixed
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,8 @@ def sweep(
             one. What it finds counts where the model confirms it.
 
     Raises:
-        SettingsError: a bad ε. ModelError: the model is in training mode.
+        SettingsError: a bad ε, or images outside of [0, 1]. ModelError: the model is in training mode, does not take
+            the images, or overwrites them.
     """
     radii = radii_of(eps)
     require(norm in get_args(Norm), unknown("norm", norm, get_args(Norm)))
@@ -84,7 +85,8 @@ def sweep(
     x, y = with_gradients(x), with_gradients(y)
     adversarial = x.expand(len(radii), *x.shape).clone()
     success = torch.zeros(len(radii), len(x), dtype=torch.bool, device=x.device)
-    logits = _logits(model, x)
+    with torch.no_grad():
+        logits = checked_logits(model, x)
     broken, best = logits.argmax(1) != y, margin(logits, y)
     broken_eps = torch.where(broken, 0.0, float("inf")).double()
     start_of = torch.full_like(y, -1)

@@ -96,6 +96,7 @@ def pixel_box(x: Tensor, eps: float | Tensor) -> Box:
     """The L∞ ball of radius `eps` (pixels; one for all, or per pixel, broadcastable to x) around x, cut to [0, 1]."""
     smallest = eps.min().item() if isinstance(eps, Tensor) else eps
     require(smallest >= 0, f"eps must be 0 or more, not {smallest:g}")
+    eps = eps.to(x) if isinstance(eps, Tensor) else eps
     return Box((x - eps).clamp(0, 1), (x + eps).clamp(0, 1))
 
 

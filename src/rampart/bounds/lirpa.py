@@ -22,13 +22,14 @@ NAMES = {"ibp": "IBP", "crown-ibp": "CROWN-IBP", "crown": "CROWN", "alpha-crown"
 def lirpa_bounds(model: nn.Module, x: Tensor, eps: float | Tensor, method: str, y: Tensor) -> Tensor:
     """Lower bounds [B, K] of z_y - z_j over the ball cut to [0, 1]; arguments as in margin_bounds."""
     library = import_auto_lirpa()
-    from rampart.bounds.margins import margin_spec
+    from rampart.bounds.margins import alike, margin_spec
 
     box = pixel_box(x, eps)
     _check_pooling(model)
     norm = library.PerturbationLpNorm(norm=float("inf"), x_L=box.lower, x_U=box.upper)
     with torch.no_grad():
-        spec = margin_spec(y, model(x[:1]).shape[1]).to(x.dtype)
+        logits = model(x[:1])
+        spec = margin_spec(y, logits.shape[1]).to(x.dtype)
 
     def bounds(conv_mode: str) -> Tensor:
         options: dict[str, Any] = {
@@ -42,6 +43,9 @@ def lirpa_bounds(model: nn.Module, x: Tensor, eps: float | Tensor, method: str, 
         for node in bounded.modules():
             if node is not bounded:
                 _check(node, conv_mode)
+        with torch.no_grad():
+            if not alike(bounded(x[:1]), logits):
+                raise _Untrusted("its network gives another output")
         # Without a slope to optimise it is CROWN.
         optimised = method == "alpha-crown" and bool(bounded.optimizable_activations)
         name = NAMES["crown" if method == "alpha-crown" and not optimised else method]
@@ -91,6 +95,16 @@ TRUSTED = frozenset(
 )
 
 
+# ONNX's numbers of float32 and float64.
+FLOATS = (1, 11)
+
+
+def _are_distinct(node: Any) -> bool:
+    """Whether a node is a constant of numbers that are all different."""
+    value = getattr(node, "value", None)
+    return _is_constant(node) and isinstance(value, Tensor) and len(value.unique()) == value.numel()
+
+
 def _is_constant(node: Any) -> bool:
     if type(node).__name__ == "BoundTranspose":
         return _is_constant(node.inputs[0])
@@ -111,6 +125,10 @@ def _check(node: Any, conv_mode: str) -> None:
             raise _Untrusted(f"its bounds of LeakyReLU hold for slopes between 0 and 1, not {slope:g}")
     if kind == "AveragePool" and (node.kernel_size != node.stride or any(node.padding)):
         raise _Untrusted("it knows average pooling in windows side by side alone")
+    if kind == "Cast" and node.to not in FLOATS:
+        raise _Untrusted("its bounds know nothing of rounding to whole numbers")
+    if kind == "Gather" and not _are_distinct(node.inputs[1]):
+        raise _Untrusted("its bounds of Gather hold for constant places alone, each taken once")
     if kind in ("Div", "MatMul") and not _is_constant(node.inputs[1]):
         raise _Untrusted(f"its bounds of {kind} are tested with constants alone")
     # Its patches (the fast way) know neither dilation, of which they give wrong bounds, nor groups, nor rectangles.
@@ -128,8 +146,9 @@ def _check_pooling(model: nn.Module) -> None:
         if isinstance(module, nn.AdaptiveAvgPool2d):
             raise UnsupportedLayer(path, type(module).__name__, "auto_LiRPA knows average pooling with a window alone")
         if isinstance(module, nn.AvgPool2d):
-            pairs = [p if isinstance(p, tuple) else (p, p) for p in (module.kernel_size, module.stride, module.padding)]
-            if pairs[0] != pairs[1] or pairs[2] != (0, 0):
+            sides = (module.kernel_size, module.stride, module.padding)
+            pairs = [tuple(side) if isinstance(side, tuple | list) else (side, side) for side in sides]
+            if pairs[0] != pairs[1] or pairs[2] != (0, 0) or module.divisor_override:
                 raise UnsupportedLayer(path, "AvgPool2d", "auto_LiRPA knows windows side by side alone")
 
 

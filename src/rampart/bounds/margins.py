@@ -12,7 +12,7 @@ from rampart.bounds import alpha, crown, ibp
 from rampart.bounds.box import Box, pixel_box
 from rampart.errors import BoundError, UnsupportedLayer, require, unknown
 from rampart.models.chain import Chain, Layout
-from rampart.models.classifier import logits_of, require_fixed
+from rampart.models.classifier import checked_logits, logits_of, require_fixed
 
 Method = Literal["ibp", "crown-ibp", "crown", "alpha-crown"]
 Engine = Literal["native", "auto_lirpa"]
@@ -22,6 +22,8 @@ ENGINES: tuple[Engine, ...] = ("native", "auto_lirpa")
 # A margin counts as proved above this share of the image's largest logit: rounding of float32 in a pass over the
 # study's CNN, or over a linear map of an image, stays below a third of it, whatever the scale of the logits.
 PROVED = 2e-5
+# By how much of the largest logit what has been read of a network may differ from it: GPUs round in tf32.
+ALIKE = 1e-2
 
 log = logging.getLogger(__name__)
 
@@ -48,18 +50,29 @@ def find_layout(model: nn.Module, x: Tensor) -> Layout | None:
     To read it takes milliseconds, and hooks into every module meanwhile: no other thread may run one then.
 
     Raises:
-        ModelError: the model does not take images of this size.
+        ModelError: the model does not take images of this size, or overwrites them. SettingsError: they are not in
+            [0, 1].
     """
+    noise = torch.rand(x[:1].shape, generator=torch.Generator().manual_seed(0))
+    probes = torch.cat([x[:1], noise.to(x)])
     with torch.no_grad():
-        logits_of(model, x[:1])
+        logits = checked_logits(model, probes)
     try:
         layout = Layout(model)
         with torch.no_grad():
-            layout.resolve(x[:1])
+            found = layout.resolve(probes).output
+        if not alike(found, logits):
+            raise UnsupportedLayer("", type(model).__name__, "its layers, one after the other, give another output")
     except UnsupportedLayer as missing:
         log.warning("%s; using auto_LiRPA instead, without branch and bound", missing)
         return None
     return layout
+
+
+def alike(found: Tensor, logits: Tensor) -> bool:
+    """Whether two networks' outputs may be those of one; of outputs that are not finite nothing can be told."""
+    slack = ALIKE * logits.abs().max().item()
+    return not bool(logits.isfinite().all()) or torch.allclose(found, logits, rtol=0, atol=slack)
 
 
 def margin_bounds(
@@ -86,14 +99,19 @@ def margin_bounds(
         layout: the model's (`find_layout`), where it is known already.
 
     Raises:
-        UnsupportedLayer: neither engine can bound the model. SettingsError: bad method, engine, ε. BoundError: a bound
-            is NaN, or the bounds of a neuron cross.
+        UnsupportedLayer: neither engine can bound the model. SettingsError: bad method, engine, ε or images, or not as
+            many labels. ModelError: the model does not take the images, or overwrites them. BoundError: a bound is NaN,
+            or the bounds of a neuron cross.
     """
     require(method in METHODS, unknown("bound method", method, METHODS))
     require(engine in ENGINES, unknown("engine", engine, ENGINES))
     require_fixed(model, "bounds hold for")
+    require_exact(x)
+    require(len(x) == len(y), f"{len(x)} images have {len(y)} labels: give one for each")
     if not len(x):  # nothing to bound, nothing to cut into parts
         return logits_of(model, x).detach()
+    with torch.no_grad():
+        checked_logits(model, x)
     if engine == "native":
         layout = layout or find_layout(model, x)
     if engine == "auto_lirpa" or layout is None:
@@ -109,6 +127,12 @@ def margin_bounds(
     if bool(bounds.isnan().any()):
         raise BoundError(f"{method} gave NaN: the network's weights or activations overflow")
     return bounds.scatter(1, y[:, None], torch.inf)
+
+
+def require_exact(x: Tensor) -> None:
+    """Raises SettingsError where what is computed of images is too coarse for a proof."""
+    exact = x.dtype in (torch.float32, torch.float64)
+    require(exact, f"bounds are computed in float32 or float64, not {x.dtype}: convert model and images")
 
 
 def chain_bounds(chain: Chain, box: Box, spec: Tensor, method: Method, memory: int = crown.MEMORY) -> Tensor:

@@ -182,7 +182,7 @@ def _average(kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[in
 
 
 def _pair(value: Any) -> tuple[Any, Any]:
-    return (value, value) if not isinstance(value, tuple) else (value[0], value[1])
+    return (value[0], value[1]) if isinstance(value, tuple | list) else (value, value)
 
 
 def _bias(module: nn.Conv2d | nn.Linear) -> Tensor:

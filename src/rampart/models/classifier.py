@@ -80,6 +80,18 @@ def logits_of(model: nn.Module, x: Tensor) -> Tensor:
         raise ModelError(f"the model does not take images of {shape} ({reason}): wrong dataset or model?") from error
 
 
+def checked_logits(model: nn.Module, x: Tensor) -> Tensor:
+    """`logits_of` images in [0, 1], of a copy; raises ModelError where the model overwrites them, which would move the
+    balls around them, and SettingsError where they lie elsewhere, since balls are cut to [0, 1]."""
+    inside = bool(((x >= 0) & (x <= 1)).all())
+    require(inside, "images must lie between 0 and 1: divide bytes by 255, and leave normalisation to the model")
+    seen = x.clone()
+    logits = logits_of(model, seen)
+    if not torch.equal(seen, x):
+        raise ModelError("the model overwrites the images that it is given: take its first operation out of place")
+    return logits
+
+
 def predict(model: nn.Module, x: Tensor) -> Tensor:
     """The classes [B] that the model gives to images x; errors as `logits_of`."""
     with torch.no_grad():

@@ -80,8 +80,10 @@ def _pixels_first(chain: Chain, flatten: int) -> bool:
 
 
 def _conv(link: Conv) -> Callable[[Tensor], Tensor]:
-    weight = link.weight.detach().contiguous(memory_format=convolved(link.weight))
     _, stride, around, dilation, _ = link.geometry
+    # PyTorch 2.8 reads past the memory of some dilated kernels whose channels lie last.
+    layout = convolved(link.weight) if dilation == (1, 1) else torch.contiguous_format
+    weight = link.weight.detach().contiguous(memory_format=layout)
     given = (weight, link.bias.detach(), stride, around, dilation, link.groups)
     if weight.device.type == "cpu" and weight.shape[1] < FEW and link.groups == 1 and _sub_pixels(link.geometry):
         kernel, padding, first = _sub_pixel_kernel(weight, stride[0], around[0])

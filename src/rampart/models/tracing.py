@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from rampart.errors import UnsupportedLayer
+from rampart.errors import ModelError, UnsupportedLayer
 from rampart.models.classifier import Normalize
 
 ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
@@ -51,6 +51,9 @@ class Step:
 def trace(model: nn.Module) -> list[Step]:
     """The layers of a module; errors as `Layout`."""
     kind = type(model).__name__
+    for path, module in model.named_modules():
+        if _hooked(module):
+            raise UnsupportedLayer(path, type(module).__name__, "a forward hook may change what it gives")
     attributes = set(vars(model))
     try:
         graph = _Tracer().trace(model)
@@ -71,6 +74,12 @@ def trace(model: nn.Module) -> list[Step]:
         elif node.op != "get_attr" and not _asks_shape(node):
             reading.append(node)
     return reading.finished()
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether there are forward hooks but those of PyTorch that make a module's weights."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return any(not type(hook).__module__.startswith("torch.nn.utils.") for hook in hooks)
 
 
 class _Tracer(fx.Tracer):
@@ -125,6 +134,8 @@ class _Reading:
             # What a Flatten makes is the same memory.
             while readers[value] == 1 and value >= 0 and isinstance(self.steps[value].module, nn.Flatten):
                 (value,) = self.steps[value].sources
+            if value < 0:
+                raise ModelError(f"'{step.path}' overwrites the images that it is given: take it out of place")
             if readers[value] > 1:
                 raise UnsupportedLayer(step.path, name, "it overwrites a value that is read elsewhere, too")
         return [replace(step, alone=all(readers[source] == 1 for source in step.sources)) for step in self.steps]
@@ -167,7 +178,7 @@ def _asks_shape(node: fx.Node) -> bool:
     """Whether a call asks for the shape of a value, or for a part of such an answer."""
     if node.op == "call_method":
         return node.target == "size"
-    if node.op != "call_function" or not isinstance(node.args[0], fx.Node):
+    if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
         return False
     if node.target is getattr:
         return node.args[1] == "shape"
@@ -215,6 +226,8 @@ def _bound(node: fx.Node, **defaults: Any) -> list[Any]:
 
 def _check(path: str, module: nn.Module) -> None:
     kind = type(module).__name__
+    if type(module).__module__.startswith("torch.ao."):
+        raise UnsupportedLayer(path, kind, "it is quantised")
     if isinstance(module, nn.Conv2d):
         if module.padding_mode != "zeros" or isinstance(module.padding, str):
             raise UnsupportedLayer(path, kind, "padding must be zeros, given as numbers")

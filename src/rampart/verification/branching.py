@@ -118,7 +118,7 @@ def _narrowing(search: Search, bounds: Tensor, opened: list[Domain]) -> list[Dom
     roots = optimise(search.net, Domains.over(search.net.outputs.at(rows), parts), ROOT_STEPS, target=search.target)
     search.domains += len(rows)
     least = {int(row): min(d.bound for d in opened if d.row == row) for row in rows}
-    known = torch.tensor([least[int(row)] for row in rows], device=bounds.device)
+    known = bounds.new_tensor([least[int(row)] for row in rows])
     nodes = [
         _Node(domain, Box(search.net.lower, search.net.upper))
         for domain in search.examine(rows, roots, torch.maximum(roots.bound, known))
@@ -135,14 +135,15 @@ def _worked_on(search: Search, node: _Node) -> list[_Node]:
     domain = node.domain
     while True:
         before = domain.bound
-        parts = Parts(domain.signs.float()[None], node.neurons.lower[None], node.neurons.upper[None])
+        signs, slopes, multipliers = (
+            values.to(node.neurons.lower)[None] for values in (domain.signs, domain.slopes, domain.multipliers)
+        )
+        parts = Parts(signs, node.neurons.lower[None], node.neurons.upper[None])
         parts, empty = narrowed(search.net, parts, LAST_HIDDEN, NARROWING_STEPS, search.deadline)
         if bool(empty):
             return []
         row = torch.tensor([domain.row], device=empty.device)
-        start = Domains(
-            search.net.outputs.at(row), parts, domain.slopes.float()[None], domain.multipliers.float()[None]
-        )
+        start = Domains(search.net.outputs.at(row), parts, slopes, multipliers)
         found = optimise(search.net, start, search.steps, target=search.target)
         search.domains += 1
         left = search.examine(row, found, found.bound.clamp(min=before))

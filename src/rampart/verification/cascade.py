@@ -18,10 +18,10 @@ from rampart.attacks.ball import with_gradients
 from rampart.bounds import crown, find_layout, ibp, margin_bounds, reduced
 from rampart.bounds.box import pixel_box
 from rampart.bounds.domains import Domains, Optimised, optimise
-from rampart.bounds.margins import chain_bounds, check, margin_spec, proof_tolerance
+from rampart.bounds.margins import chain_bounds, check, margin_spec, proof_tolerance, require_exact
 from rampart.bounds.reduced import Reduced
 from rampart.errors import BoundError, RampartError, UnsupportedLayer, is_out_of_memory, require, unknown
-from rampart.models import Chain, Layout, require_fixed
+from rampart.models import Chain, Layout, checked_logits, require_fixed
 from rampart.verification.branching import Outcome, branch_and_bound
 from rampart.verification.splitting import Branching
 from rampart.verification.verdict import Verdict, is_counterexample
@@ -64,15 +64,17 @@ def verify(
         layout: the model's (`find_layout`), where it is known already.
 
     Raises:
-        SettingsError: a bad ε, label, time limit or engine. UnsupportedLayer: no engine can bound the model.
+        SettingsError: a bad ε, label, time limit, engine or image. ModelError: the model does not take the image, or
+            overwrites it. UnsupportedLayer: no engine can bound the model.
     """
     require(engine in ENGINES, unknown("verification engine", engine, ENGINES))
     require(timeout > 0, f"timeout must be above 0 seconds, not {timeout:g}")
     require(0 <= eps <= 1, f"eps must lie between 0 and 1 (pixels), not {eps:g}")
     require_fixed(model, "a verdict is on")
+    require_exact(image)
     image = with_gradients(image)
     with torch.no_grad():
-        logits = model(image[None])
+        logits = checked_logits(model, image[None])
     require(0 <= label < logits.shape[1], f"label {label} is not one of the model's {logits.shape[1]} classes")
     if engine == "abcrown":
         from rampart.verification import abcrown
@@ -117,6 +119,7 @@ class _Problem:
         self.x, self.y = image[None], torch.tensor([label], device=image.device)
         self.seconds: dict[str, float] = {}
         self.bounds: Tensor | None = None  # [K], +inf at the label
+        self.beyond: UnsupportedLayer | None = None  # why a stage could bound nothing
         self.found: Tensor | None = None  # a counterexample that branch and bound came upon
         self.reduced: Reduced | None = None
         self.roots: Optimised | None = None
@@ -138,6 +141,8 @@ class _Problem:
                 return self.verdict("safe-incomplete")
             if self.late:
                 return self.verdict("timeout" if complete else "unknown")
+        if self.bounds is None and self.beyond:
+            raise self.beyond
         if self.reduced is not None and complete:
             with self.timed("branch-and-bound"), torch.no_grad():
                 outcome = self.search(branching, max_domains)
@@ -173,8 +178,12 @@ class _Problem:
     def raise_bound(self, stage: str) -> None:
         """Bounds the classes that are left by the stage's method."""
         if self.chain is None:
-            bounds = margin_bounds(self.model, self.x, self.y, self.eps, stage, "auto_lirpa")[0]  # type: ignore[arg-type]
-            self.bounds = bounds if self.bounds is None else torch.maximum(self.bounds, bounds)
+            try:
+                bounds = margin_bounds(self.model, self.x, self.y, self.eps, stage, "auto_lirpa")[0]  # type: ignore[arg-type]
+            except UnsupportedLayer as beyond:  # for this method, or all
+                self.beyond = beyond
+            else:
+                self.bounds = bounds if self.bounds is None else torch.maximum(self.bounds, bounds)
             return
         box = pixel_box(self.x, self.eps)
         spec = margin_spec(self.y, self.chain.output.shape[1]).to(self.x.dtype)

@@ -163,19 +163,17 @@ class Search:
         signs, parent = self.split(parents, neurons, batch)
         domains = self.domains_of(parents, parent, signs, neurons)
         found = optimise(self.net, domains, self.steps, target=self.target)
-        row, known = (
-            torch.tensor([getattr(domain, name) for domain in parents], device=parent.device)[parent]
-            for name in ("row", "bound")
-        )
+        row = torch.tensor([domain.row for domain in parents], device=parent.device)[parent]
+        known = found.bound.new_tensor([domain.bound for domain in parents])[parent]
         self.domains += len(signs)
         # A part of a ball is no worse than the whole.
-        return self.examine(row, found, torch.maximum(found.bound, known.to(found.bound)))
+        return self.examine(row, found, torch.maximum(found.bound, known))
 
     def domains_of(self, parents: list[Domain], parent: Tensor, signs: Tensor, neurons: Box) -> Domains:
         """Parts of the given signs [C, U], `parent` [C] of each, to start from their parents' bounds."""
         row = torch.tensor([domain.row for domain in parents], device=parent.device)[parent]
-        slopes = torch.stack([domain.slopes for domain in parents])[parent].float()
-        multipliers = torch.stack([domain.multipliers for domain in parents])[parent].float()
+        slopes = torch.stack([domain.slopes for domain in parents])[parent].to(signs)
+        multipliers = torch.stack([domain.multipliers for domain in parents])[parent].to(signs)
         parts = Parts(signs, neurons.lower.expand(signs.shape), neurons.upper.expand(signs.shape))
         return Domains(self.net.outputs.at(row), parts, slopes, multipliers)
 
@@ -204,7 +202,7 @@ class Search:
 
     def split(self, parents: list[Domain], neurons: Box, batch: int) -> tuple[Tensor, Tensor]:
         """(signs [C, U] of the children, [C] the parent of each): on one neuron, or on several of few parents."""
-        signs = torch.stack([domain.signs for domain in parents]).float()
+        signs = torch.stack([domain.signs for domain in parents]).to(neurons.lower)
         candidates = torch.stack([domain.candidates for domain in parents])
         free = signs.gather(1, candidates) == 0
         rounds = max((batch // len(parents)).bit_length() - 1, 1)
@@ -216,7 +214,7 @@ class Search:
             chosen = list(dict.fromkeys(candidates[parent][free[parent]].tolist()))[:rounds]
             for values in product((1.0, -1.0), repeat=len(chosen)):
                 child = signs[parent].clone()
-                child[chosen] = torch.tensor(values, device=child.device)
+                child[chosen] = child.new_tensor(values)
                 children.append(child)
                 origins.append(parent)
         return torch.stack(children), torch.tensor(origins, device=signs.device)
@@ -227,7 +225,7 @@ class Search:
         parent = torch.arange(count, device=signs.device).repeat_interleave(tried * 2)
         children = signs[parent]
         place = torch.arange(len(parent), device=signs.device)
-        pair = torch.tensor([1.0, -1.0], device=signs.device)
+        pair = signs.new_tensor([1.0, -1.0])
         children[place, candidates.flatten().repeat_interleave(2)] = pair.repeat(count * tried)
         tries = self.domains_of(parents, parent, children, neurons)
         bound = linear.back(self.net, tries).bound.view(count, tried, 2).clamp(max=self.target)

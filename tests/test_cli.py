@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -133,3 +134,12 @@ def test_a_run_that_mlflow_started_is_gone_on_with(store: Path, monkeypatch: pyt
     assert resumed.data.tags["mlflow.runName"] == "normal s0"
     # The same seed gave the same model.
     assert resumed.data.metrics["train/loss"] == own.data.metrics["train/loss"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_is_said_in_one_line_and_by_the_exit_code(
+    number: signal.Signals, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rampart.study.run_step", lambda *given: signal.raise_signal(number))
+    assert main(["train"]) == 130
+    assert capsys.readouterr().err.split("\n") == ["", "interrupted: what was finished is kept", ""]

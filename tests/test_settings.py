@@ -53,6 +53,14 @@ def test_arm_rules_apply_to_the_arm_that_the_user_names_and_yield_to_what_he_giv
     assert train_settings(profile="paper", method="adversarial", epochs="7").epochs == 7
 
 
+@pytest.mark.parametrize("text", ["True", "true", "yes", "on", "1"])
+def test_arm_rules_apply_however_a_setting_is_spelt(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "own.yaml"
+    file.write_text("arms: [{when: {augment: True, width: 0.5}, set: {epochs: 7}}]")
+    assert train_settings(profile=str(file), augment=text, width="0.50").epochs == 7
+    assert train_settings(profile=str(file), augment=text).epochs != 7
+
+
 def test_normalized_eps_are_halved_once_and_both_values_are_logged() -> None:
     given = {"model": "x.npz", "eps_space": "normalized", "eps": "1/255,2/255,0.5"}
     settings = resolve("evaluate", given)
@@ -166,6 +174,10 @@ def test_a_profile_with_an_unknown_setting_is_refused(tmp_path: Path) -> None:
         ("arms: [{when: {method: norml}, set: {lr: 0.1}}]", "method in a rule .* did you mean 'normal'"),
         ("arms: [{when: {method: [normal, foo]}, set: {lr: 0.1}}]", "unknown method in a rule"),
         ("train: {lr: 1}\ntrain: {epochs: 2}", "'train' stands there twice"),
+        ("main: {epochs: 1}", "'epochs' in section main .* is one of the steps"),
+        ("main: {train.width: 0.5}", "'train.width' in section main"),
+        ("main: {val_fraction: 0.5}", "'val_fraction' in section main"),
+        ("tune: {epochs: 1}", "'epochs' in section tune"),
     ],
 )
 def test_a_profile_of_another_form_is_refused(text: str, message: str, tmp_path: Path) -> None:

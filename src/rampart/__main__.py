@@ -78,14 +78,14 @@ def main(arguments: list[str] | None = None) -> int:
     except RampartError as error:
         click.echo(f"error: {error}", err=True)
         return 2
+    except (KeyboardInterrupt, click.Abort):  # click makes the one the other, which is a RuntimeError
+        click.echo("interrupted: what was finished is kept", err=True)
+        return 130
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         click.echo("error: out of memory: take a smaller width, batch_size or memory", err=True)
         return 2
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted: what was finished is kept", err=True)
-        return 130
     return 0
 
 

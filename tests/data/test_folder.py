@@ -178,6 +178,11 @@ def _written(place: Path, content: bytes) -> Path:
     return place
 
 
+def _saved(place: Path, dtype: type) -> Path:
+    PIL.Image.fromarray(np.ones((HEIGHT, WIDTH), dtype)).save(place)
+    return place
+
+
 def _linked(place: Path) -> Path:
     place.unlink()
     place.symlink_to("nowhere.png")
@@ -216,6 +221,8 @@ BAD: dict[str, Callable[[Path], object]] = {
     "text named png": lambda top: _written(top / "train" / "cat" / "0.png", b"no picture\nat all"),
     "empty png": lambda top: _written(top / "train" / "cat" / "0.png", b""),
     "link to nothing": lambda top: _linked(top / "train" / "cat" / "0.png"),
+    "sixteen bits": lambda top: _saved(top / "train" / "cat" / "0.png", np.uint16),
+    "floats": lambda top: _saved(top / "train" / "cat" / "9.tiff", np.float32),
     "another size": _other_size,
     "class not in train": _new_class,
 }
@@ -242,3 +249,16 @@ def test_a_cache_that_cannot_be_written_is_named(folder: Path, tmp_path: Path, m
     with pytest.raises(DataError, match="XDG_CACHE_HOME") as raised:
         load(folder)
     assert str(tmp_path / "occupied") in str(raised.value)
+
+
+def test_a_broken_cache_is_made_anew(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first = load(folder)
+    (file,) = cached(tmp_path)
+    whole = file.read_bytes()
+    for content in (whole[:100], whole[:-9], b""):
+        file.write_bytes(content)
+        assert same(load(folder), first)
+        assert "cannot be read" in caplog.text
+        caplog.clear()
+    assert same(load(folder), first)
+    assert not caplog.text

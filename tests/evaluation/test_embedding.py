@@ -60,3 +60,11 @@ def test_an_image_alone_in_its_class_has_no_distance_to_it(digits: Dataset) -> N
     assert found["within"].isna().tolist() == [True, False, False, False]
     assert found["between"].notna().all()
     assert geometry(build_model(width=0.125).eval(), digits.test[ones[:3]])["between"].isna().all()
+
+
+def test_too_few_images_to_draw_are_said(digits: Dataset) -> None:
+    encoder = build_model(width=0.125).eval()
+    plan = EmbeddingPlan(points=10, neighbors=3)
+    assert len(embed(encoder, digits.test, list(range(4)), plan)) == 4
+    with pytest.raises(SettingsError, match="4 test images or more, not 3"):
+        embed(encoder, digits.test, list(range(3)), plan)

@@ -13,6 +13,7 @@ from rampart.reports import derived
 from rampart.reports.evidence import Evidence, collect
 from rampart.settings import CompareSettings
 from rampart.tracking.queries import find_runs
+from rampart.tracking.runs import class_text
 from tests.conftest import Study
 from tests.reports.made import evaluation, finished, verification
 
@@ -40,6 +41,32 @@ def test_runs_on_another_dataset_or_in_another_norm_are_left_out_and_said() -> N
     evidence = collected()
     assert set(evidence.values["run"]) == {kept.id}
     assert "another dataset" in said(evidence)
+
+
+def test_an_evaluation_on_other_data_hides_none_on_the_newest_ones() -> None:
+    kept = finished("evaluate", evaluation("1110"))
+    finished("evaluate", evaluation("1000"), dataset_digest="shifted")
+    newest = finished("evaluate", evaluation("1100"), arm="trades", method="trades")
+    assert set(collected().values["run"]) == {kept.id, newest.id}
+
+
+def test_classes_may_have_any_name_and_more_than_a_tag_holds() -> None:
+    names = ("big, black", 'a "dog"', "ship")
+    for cut, known in ((None, names), (-3, (*names[:2], "2"))):
+        finished("evaluate", evaluation("1110"), class_names=class_text(names)[:cut])
+        evidence = collected()
+        assert evidence.classes == known
+        assert set(derived.confusion(evidence)["taken for"]) == set(known)
+
+
+def test_embeddings_are_joined_with_what_is_known_of_their_own_seed() -> None:
+    finished("evaluate", evaluation("1110"))
+    finished("embed", None, seed=1)
+    assert len(derived.statuses(collected(), "normal", 0.1)) == 0
+    finished("evaluate", evaluation("0011", "0001"), seed=1)
+    finished("verify", verification({2: "safe"}), seed=1)
+    found = derived.statuses(collected(), "normal", 0.1)
+    assert found.to_dict() == {0: "misclassified", 1: "misclassified", 2: "proved", 3: "broken"}
 
 
 def test_half_finished_runs_are_named() -> None:

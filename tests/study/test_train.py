@@ -220,3 +220,18 @@ def test_a_checkpoint_that_cannot_be_written_does_not_cost_the_one_before(monkey
         assert spoilt == [1, 1]
         kept = {state.epoch for name in CHECKPOINTS if (state := read_checkpoint(run.id, name)) is not None}
         assert 4 in kept
+
+
+def test_of_two_processes_one_goes_on_and_the_other_begins_anew(stopped: str, store: Path) -> None:
+    words = [word for name, value in GIVEN.items() for word in (f"--{name}", value)]
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
+    command = [sys.executable, "-m", "rampart", "train", *words]
+    both = [subprocess.Popen(command, cwd=store, env=env, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate()[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert sum(f"going on in run {stopped}" in text for text in said) == 1
+    runs = list(find_runs("0", {"step": "train"})["run_id"])
+    assert len(runs) == 2
+    for run in runs:
+        require_whole_curves(run)
+    assert equal(*runs)

@@ -18,8 +18,8 @@ from rampart.data import Dataset
 from rampart.errors import ModelError, RampartError
 from rampart.models import build_model, save_model
 from rampart.tracking import fetch_model, initialise, open_run, source_of
-from rampart.tracking.queries import find_runs, read_table, run_tags
-from rampart.tracking.store import sweep
+from rampart.tracking.queries import find_runs, read_table, run_tags, seconds_at_work
+from rampart.tracking.store import LOST, PULSE, experiment_id, sweep
 from rampart.training import State
 
 ROOT = Path(__file__).parents[2]
@@ -154,3 +154,38 @@ def test_a_store_that_cannot_be_reached_is_said_in_one_line(monkeypatch: pytest.
     with pytest.raises(RampartError, match="MLFLOW_TRACKING_URI") as error:
         initialise()
     assert "\n" not in str(error.value)
+
+
+def test_a_deleted_experiment_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    number = MlflowClient().create_experiment("gone")
+    MlflowClient().delete_experiment(number)
+    for name, text in (("MLFLOW_EXPERIMENT_NAME", "gone"), ("MLFLOW_EXPERIMENT_ID", number)):
+        with monkeypatch.context() as patched:
+            patched.setenv(name, text)
+            with pytest.raises(RampartError, match="experiment 'gone' was deleted: mlflow experiments restore"):
+                experiment_id()
+
+
+def test_a_store_that_cannot_be_written_is_said_in_one_line(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_run("train"):  # makes the store ready
+        pass
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///file:{store}/mlflow.db?mode=ro&uri=true")
+    with pytest.raises(RampartError, match="readonly") as error, open_run("train"):
+        pass
+    assert "\n" not in str(error.value)
+
+
+def test_the_time_for_which_nobody_was_at_work_is_not_counted() -> None:
+    client, now = MlflowClient(), time.time()
+    stopped = client.create_run("0", start_time=int(1000 * (now - 300))).info.run_id
+    client.set_terminated(stopped, "KILLED", end_time=int(1000 * (now - 200)))
+    with open_run("train") as run:
+        run.go_on_in(stopped)
+    assert seconds_at_work(find_runs("0", {}))[0] == pytest.approx(100, abs=30)
+    # Of a process that was lost, the last that was heard counts.
+    client.set_terminated(stopped, "KILLED", end_time=int(1000 * now))
+    client.set_tag(stopped, "rampart.error", LOST)
+    client.set_tag(stopped, PULSE, str(int(now - 150)))
+    with open_run("train") as run:
+        run.go_on_in(stopped)
+    assert seconds_at_work(find_runs("0", {}))[0] == pytest.approx(-50, abs=30)  # 300 less 200 and 150

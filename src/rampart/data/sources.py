@@ -9,6 +9,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -85,8 +86,11 @@ def folder(path: str) -> Pools:
         log.warning("%s holds no images of class '%s': rates are over the other classes", top / "test", untested[0])
     cache = _cache_file(top, files)
     if cache.exists():
-        with np.load(cache) as stored:
-            return Pools(stored["train"], stored["train_labels"], stored["test"], stored["test_labels"], classes)
+        try:
+            with np.load(cache) as stored:
+                return Pools(stored["train"], stored["train_labels"], stored["test"], stored["test_labels"], classes)
+        except (OSError, EOFError, KeyError, ValueError, BadZipFile) as error:
+            log.warning("the cache %s cannot be read (%s): it is made anew", cache, error)
     size: tuple[int, int] | None = None
     arrays: list[np.ndarray] = []
     for part in ("train", "test"):
@@ -129,11 +133,14 @@ def _list_images(part: Path) -> dict[str, list[Path]]:
 
 def _decode(paths: list[Path], size: tuple[int, int] | None) -> tuple[np.ndarray, tuple[int, int]]:
     """uint8 [N, 3, H, W]; every image must have `size` (width, height), or that of the first where it is None."""
-    from torchvision.datasets.folder import pil_loader
+    from PIL import Image
 
     def read(path: Path) -> np.ndarray:
         try:
-            return np.asarray(pil_loader(str(path)))
+            with Image.open(path) as image:
+                if image.mode.startswith(("I", "F")):  # whose values PIL would cut at 255
+                    raise DataError(f"'{path}' has more than 8 bits a channel: save it with 8")
+                return np.asarray(image.convert("RGB"))
         except (OSError, ValueError, SyntaxError) as error:
             raise DataError(f"'{path}' is no readable image ({error}): remove or replace it") from error
 

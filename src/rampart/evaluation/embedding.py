@@ -14,6 +14,9 @@ from rampart.data import Split, batches
 from rampart.errors import require
 from rampart.models import Classifier
 
+# Images that UMAP can place.
+FEWEST = 4
+
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingPlan:
@@ -39,6 +42,7 @@ def embed(model: Classifier, split: Split, chosen: list[int], plan: EmbeddingPla
     """Columns image, label, prediction, x, y: the unit-length embeddings of the `chosen` images in two dimensions."""
     from umap import UMAP
 
+    require(len(chosen) >= FEWEST, f"UMAP needs {FEWEST} test images or more, not {len(chosen)}")
     part = split[torch.tensor(chosen, device=split.labels.device)]
     embeddings, logits = _forward(model, part)
     with warnings.catch_warnings():

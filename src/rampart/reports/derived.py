@@ -10,6 +10,7 @@ import pandas as pd
 
 from rampart.ledger import PROVED, ROUNDED, attack_rates, attacked_by, eps_key
 from rampart.reports.evidence import KEYS, Evidence
+from rampart.tracking.queries import seconds_at_work
 
 SETTLED = (*PROVED, "unsafe")
 STAGES = ("train", "encoder", "head")
@@ -29,12 +30,10 @@ def reference_eps(evidence: Evidence) -> float | None:
 
 
 def statuses(evidence: Evidence, arm: str, eps: float) -> pd.Series:
-    """What is known of the test images at ε (pixels), by image, for an arm's first seed: `misclassified`, `broken` (by
-    an attack or a search), `proved`, or `open`."""
-    runs = pd.concat([evidence.first("evaluate"), evidence.first("verify")])
-    runs = runs[runs["arm"] == arm]
+    """What is known of the test images at ε (pixels), by image, for the seed of an arm whose embeddings are shown:
+    `misclassified`, `broken` (by an attack or a search), `proved`, or `open`."""
     found: dict[str, set[int]] = {"known": set(), "misclassified": set(), "broken": set(), "proved": set()}
-    for run in map(str, runs[runs["seed"] == runs["seed"].min()]["run_id"]):
+    for run in map(str, _of_embedded(evidence, arm, "evaluate", "verify")["run_id"]):
         ledger = evidence.ledgers[run]
         wrong = ledger.loc[~ledger["correct"], "image"]
         found["known"] |= {*ledger["image"]}
@@ -55,6 +54,13 @@ def statuses(evidence: Evidence, arm: str, eps: float) -> pd.Series:
     for name in ("proved", "broken", "misclassified"):
         status[sorted(found[name])] = name
     return status
+
+
+def _of_embedded(evidence: Evidence, arm: str, *steps: str) -> pd.DataFrame:
+    """The runs of these steps that looked at the model whose embeddings an arm's report shows."""
+    embedded = evidence.first("embed").set_index("arm")["seed"]
+    runs = evidence.of(*steps)
+    return runs[(runs["arm"] == arm) & (runs["seed"] == embedded[arm])]
 
 
 def on_common_images(evidence: Evidence) -> pd.DataFrame:
@@ -130,7 +136,6 @@ def geometry(evidence: Evidence, known: Mapping[str, pd.Series]) -> pd.DataFrame
     """One row an image of an arm's first seed (KEYS, run, image, within, between, separation, margin, its status as
     `known` by arm, and certificate: its certified radius × 255 where `kind` says so, else the proven lower bound of its
     margin at the verified ε; NaN where it was not verified)."""
-    verified = evidence.first("verify")
     radii = len(certified_radii(evidence)) > 0
     parts = []
     for _, run in evidence.first("embed").iterrows():
@@ -139,7 +144,8 @@ def geometry(evidence: Evidence, known: Mapping[str, pd.Series]) -> pd.DataFrame
         places = evidence.places[run["arm"]]
         frame = places.assign(separation=places["between"] - places["within"], run=run["run_id"])
         certificate = pd.Series(dtype=float)
-        for home in verified.loc[(verified["arm"] == run["arm"]) & (verified["engine"] == "native"), "run_id"]:
+        verified = _of_embedded(evidence, run["arm"], "verify")
+        for home in verified.loc[verified["engine"] == "native", "run_id"]:
             ledger = evidence.ledgers[home].set_index("image")
             column, scale = ("radius", 255) if radii else ("lower_bound", 1)
             certificate = scale * ledger.get(column, pd.Series(float("nan"), ledger.index)).astype(float)
@@ -165,8 +171,7 @@ def costs(evidence: Evidence) -> pd.DataFrame:
     """One row a run: KEYS, seed, step, run, machine, seconds, and images a second of a training's stages (train, or
     encoder and head)."""
     rows = evidence.of("train", "evaluate", "verify")
-    seconds = (rows["end_time"] - rows["start_time"]).dt.total_seconds()
-    found = rows[[*KEYS, "seed", "step"]].assign(run=rows["run_id"], seconds=seconds)
+    found = rows[[*KEYS, "seed", "step"]].assign(run=rows["run_id"], seconds=seconds_at_work(rows))
     found["machine"] = rows.get("tags.rampart.machine", pd.Series("-", rows.index)).fillna("-")
     for stage in STAGES:
         found[stage] = rows.get(f"metrics.{stage}/images_per_second", pd.Series(np.nan, rows.index)).astype(float)

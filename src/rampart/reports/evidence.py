@@ -16,7 +16,7 @@ from rampart.reports.checks import Note, differences, ledgers, named, unfinished
 from rampart.reports.repeating import command
 from rampart.settings import CompareSettings, parse_eps
 from rampart.tracking.queries import find_runs, metric_history, read_arrays, read_table, run_tags, runs_by_id
-from rampart.tracking.runs import ADVERSARIAL, PLACES, POINTS
+from rampart.tracking.runs import ADVERSARIAL, PLACES, POINTS, class_names
 from rampart.training.recipe import MethodName
 
 T = TypeVar("T")
@@ -77,13 +77,13 @@ def collect(experiment: str, settings: CompareSettings) -> Evidence:
         step: _of_linf(find_runs(experiment, {"step": step, "profile": settings.profile}), step, notes)
         for step in ("evaluate", "verify", "embed")
     }
-    runs = newest_runs(_keyed(found, members), notes, said=members is None)
+    runs = newest_runs(_one_dataset(_keyed(found, members), notes), notes, said=members is None)
     of_study = {"study": settings.study} if settings.study else {}
     broken_off = find_runs(experiment, {"profile": settings.profile, **of_study}, status="!FINISHED")
     notes += unfinished(runs, broken_off)
     if runs.empty or not runs["step"].isin(["evaluate", "verify"]).any():
         raise _nothing(experiment, settings, notes)
-    runs = ordered(_one_dataset(runs, notes))
+    runs = ordered(runs)
     tables = ledgers(runs, notes)
     runs = runs[runs["run_id"].isin(tables) | (runs["step"] == "embed")]
     if not tables:
@@ -101,10 +101,17 @@ def collect(experiment: str, settings: CompareSettings) -> Evidence:
         places=_read(embedded, lambda run: read_table(run["run_id"], PLACES)),
         examples=_read(evaluated, lambda run: read_arrays(run["run_id"], ADVERSARIAL)),
         curves=_curves(trained),
-        classes=tuple(str(first["tags.rampart.class_names"]).split(",")),
+        classes=_classes(str(first["tags.rampart.class_names"]), tables),
         dataset=f"{first['tags.rampart.dataset']} (digest {first['digest']}, split {first['tags.rampart.split']})",
         notes=notes,
     )
+
+
+def _classes(text: str, tables: Mapping[str, pd.DataFrame]) -> tuple[str, ...]:
+    """Names of all classes that ledgers know; those that are not known are called by their number."""
+    names = class_names(text)
+    count = 1 + max(int(ledger[["label", "prediction"]].max().max()) for ledger in tables.values() if len(ledger))
+    return (*names, *map(str, range(len(names), count)))
 
 
 def _read(runs: pd.DataFrame, read: Callable[[dict[Any, Any]], T | None]) -> dict[str, T]:
@@ -234,6 +241,8 @@ _TAGS = ("arm", "seed", "method", "augment", "contrastive", "model", "model_run"
 
 def _one_dataset(runs: pd.DataFrame, notes: list[Note]) -> pd.DataFrame:
     """Rates on different images do not belong into one table: the newest run's dataset is kept."""
+    if runs.empty:
+        return runs
     digest = runs.sort_values("start_time", ascending=False)["digest"].iloc[0]
     others = runs[runs["digest"] != digest]
     if len(others):

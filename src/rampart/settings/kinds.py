@@ -267,6 +267,13 @@ ARM_STEPS = ("train", "evaluate", "verify", "embed")
 DECIDED = {"model", "method", "augment", "contrastive", "seed", "profile", "workers", "part"}
 
 
+def own_names(step: str) -> set[str]:
+    """The settings of a step that no step which it runs has, but for those that it tells them."""
+    own = {field.name for field in dataclasses.fields(STEPS[step])}
+    common = {field.name for field in dataclasses.fields(Common)}
+    return own - (common - {"seed", "threads"}) if step == "main" else own
+
+
 def names(step: str) -> list[str]:
     """The settings of a step; for `main` also those of the steps that it runs, as step.name and, bare, for all; for
     `tune` also those of `train`."""

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import yaml
 
 from rampart.errors import SettingsError, require, unknown
-from rampart.settings.kinds import STEPS, names
+from rampart.settings.kinds import STEPS, names, own_names
 
 PROFILES = Path(__file__).parents[3] / "configs"
 SECTIONS = ("about", "common", *STEPS, "arms")
@@ -49,6 +49,8 @@ def _sections(name: str, text: str) -> Mapping[str, Any]:
     for step in STEPS:
         for key in profile[step]:
             require(key in names(step), unknown(f"setting in section {step} of profile {name}", key, names(step)))
+            passed = f"setting '{key}' in section {step} of profile {name} is one of the steps that {step} runs"
+            require(key in own_names(step), f"{passed}: it belongs into their sections, or into common")
     every = {key for step in STEPS for key in names(step)}
     for key in profile["common"]:
         require(key in every, unknown(f"setting in section common of profile {name}", key, every))

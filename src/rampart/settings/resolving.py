@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Mapping
 from functools import cache
-from typing import Any
+from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -36,7 +36,7 @@ def resolve(step: str, given: Mapping[str, str]) -> Settings:
     if step == "train":
         arm = {f.name: f.default for f in dataclasses.fields(TrainSettings)} | section | dict(given)
         for rule in profile["arms"]:
-            if all(_same(arm.get(name), value) for name, value in rule["when"].items()):
+            if all(_same(name, arm.get(name), value) for name, value in rule["when"].items()):
                 section |= rule["set"]
     own = {name: text for name, text in given.items() if name in fields}
     space = own.get("eps_space", section.get("eps_space", "pixel"))
@@ -81,10 +81,18 @@ def _known(section: Mapping[str, Any], fields: set[str]) -> dict[str, Any]:
     return {name: value for name, value in section.items() if name in fields}
 
 
-def _same(value: Any, wanted: Any) -> bool:
-    """Whether a setting, maybe still a text, has one of the wanted values."""
+def _same(name: str, value: Any, wanted: Any) -> bool:
+    """Whether a training's setting, maybe still a text, has one of the wanted values."""
     options = wanted if isinstance(wanted, list) else [wanted]
-    return str(value).lower() in [str(option).lower() for option in options]
+    return _typed(name, value) in [_typed(name, option) for option in options]
+
+
+def _typed(name: str, value: Any) -> Any:
+    """A training's setting as it will be (yes, on and 1 are True); what does not fit stays, and is said later."""
+    try:
+        return TypeAdapter(get_type_hints(TrainSettings)[name]).validate_python(value)
+    except ValidationError:
+        return str(value).lower()
 
 
 def _parsed(values: Mapping[str, Any], space: str, largest: float) -> dict[str, Any]:

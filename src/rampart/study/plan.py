@@ -10,7 +10,7 @@ from rampart.arms import Arm
 from rampart.settings import ARM_STEPS
 from rampart.study.graph import Shared, Task
 from rampart.study.identity import what
-from rampart.tracking.queries import find_runs
+from rampart.tracking.queries import find_runs, seconds_at_work
 
 DONE, OUTDATED, STALE, MISSING = "done", "outdated", "stale", "to do"
 
@@ -52,8 +52,7 @@ def _earlier(experiment: str, step: str) -> pd.DataFrame:
     """The finished runs of a step: run_id, identity, arm, method, seed, seconds."""
     found = find_runs(experiment, {"step": step})
     tags = {name: found.get(f"tags.rampart.{name}", pd.Series("", found.index)).fillna("") for name in _TAGS}
-    start, end = (pd.to_datetime(found[name]) for name in ("start_time", "end_time"))
-    return pd.DataFrame({"run_id": found["run_id"], **tags, "seconds": (end - start).dt.total_seconds()})
+    return pd.DataFrame({"run_id": found["run_id"], **tags, "seconds": seconds_at_work(found)})
 
 
 _TAGS = ("identity", "arm", "method", "seed")

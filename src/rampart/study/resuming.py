@@ -10,6 +10,7 @@ import pandas as pd
 
 from rampart.errors import ModelError
 from rampart.tracking import Run
+from rampart.tracking.claims import claimed
 from rampart.tracking.queries import find_runs, read_checkpoint, read_table
 from rampart.tracking.runs import CHECKPOINTS, LEDGER
 from rampart.training import State
@@ -34,17 +35,19 @@ def interrupted(run: Run, key: str) -> tuple[str, pd.DataFrame] | None:
 
 
 def interrupted_training(run: Run, key: str) -> State | None:
-    """Where a training stood that ended before its time and was the same by `key`; `run` is that training's, then."""
-    for old in _unfinished(run, key):
-        states = [state for name in CHECKPOINTS if (state := _checkpoint(old, name)) is not None]
-        if states:
-            state = max(states, key=lambda state: (state.epoch, state.batch))
-            log.info("going on in run %s, epoch %d, after %d batches of it", old, state.epoch, state.batch)
-            run.go_on_in(old)
-            return state
-    # Not before: a run that goes on in another one must not be found in its place.
-    run.tags({"begun": key})
-    return None
+    """Where a training stood that ended before its time and was the same by `key`; `run` is that training's, then.
+    Of several processes that ask at once one goes on with it."""
+    with claimed(run.id, run.experiment, key):
+        for old in _unfinished(run, key):
+            states = [state for name in CHECKPOINTS if (state := _checkpoint(old, name)) is not None]
+            if states:
+                state = max(states, key=lambda state: (state.epoch, state.batch))
+                log.info("going on in run %s, epoch %d, after %d batches of it", old, state.epoch, state.batch)
+                run.go_on_in(old)
+                return state
+        # Not before: a run that goes on in another one must not be found in its place.
+        run.tags({"begun": key})
+        return None
 
 
 def _checkpoint(run_id: str, name: str) -> State | None:

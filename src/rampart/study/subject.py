@@ -16,6 +16,7 @@ from rampart.study.identity import identity
 from rampart.study.opening import open_data, prepare
 from rampart.tracking import Run, fetch_model, source_of
 from rampart.tracking.queries import run_tags
+from rampart.tracking.runs import class_names, class_text
 
 # Tags that tell which arm a run is of; a step on a model takes them over from the run that trained it.
 ARM_TAGS = ("method", "augment", "contrastive", "arm", "seed", "train_profile")
@@ -61,8 +62,9 @@ def _require_its_classes(model: Classifier, named: str | None, data: Dataset, se
     """Raises ModelError where the model was not made for the dataset's classes; `named` are those that it was trained
     on, where that is known. Its rates would mean nothing, and stand in the place of its arm's."""
     count, ours = model.architecture.classes, ",".join(data.classes)
-    if count != len(data.classes) or not ours.startswith(named or ""):  # long tags are cut
-        what = named or f"{count} classes"
+    theirs = ",".join(class_names(named)) if named else ""
+    if count != len(data.classes) or not ours.startswith(theirs):  # long tags are cut
+        what = theirs or f"{count} classes"
         raise ModelError(
             f"the model tells apart {what}; dataset={settings.dataset} has {ours}: give the dataset that the model was "
             "trained on"
@@ -72,7 +74,7 @@ def _require_its_classes(model: Classifier, named: str | None, data: Dataset, se
 def _released(uri: str) -> dict[str, str]:
     """ARM_TAGS and classes of a model that came with the checkout; none of another file."""
     arm = Arm.called(uri.removeprefix(PREFIX)) if uri.startswith(PREFIX) else None
-    return arm.texts | {"arm": arm.name, "seed": SEED, "class_names": ",".join(CLASSES)} if arm else {}
+    return arm.texts | {"arm": arm.name, "seed": SEED, "class_names": class_text(CLASSES)} if arm else {}
 
 
 def finish(run: Run, settings: EvaluateSettings | VerifySettings | EmbedSettings, data: Dataset) -> None:

@@ -44,7 +44,9 @@ def claimed(run_id: str, experiment: str, key: str) -> Iterator[None]:
         yield
     finally:
         with asking():
-            client.delete_tag(run_id, tag)
+            # With a run that was deleted meanwhile its claim is gone.
+            if client.get_run(run_id).info.lifecycle_stage == "active":
+                client.delete_tag(run_id, tag)
 
 
 def _ahead(experiment: str, tag: str, number: int, run_id: str) -> str | None:

@@ -20,7 +20,7 @@ from mlflow.exceptions import MlflowException
 from rampart import __version__
 from rampart.errors import RampartError
 from rampart.tracking.runs import MEASURED, Run
-from rampart.tracking.store import beating, experiment_id, initialise, process_tags, sweep, take_over
+from rampart.tracking.store import asking, beating, experiment_id, initialise, process_tags, sweep, take_over
 
 log = logging.getLogger(__name__)
 
@@ -50,9 +50,10 @@ def open_run(step: str, parent: str | None = None, task: str | None = None) -> I
         experiment = experiment_id(create=step != "compare")
         # With the tags from its first moment: a server that dies then leaves no run that nobody knows the process of.
         tags = process_tags() | {f"rampart.{k}": v for k, v in (("study", parent), ("task", task)) if v}
-        active = mlflow.start_run(
-            experiment_id=experiment, run_name=step, nested=True, tags=tags, log_system_metrics=measured
-        )
+        with asking():  # a store that can be read may not be written
+            active = mlflow.start_run(
+                experiment_id=experiment, run_name=step, nested=True, tags=tags, log_system_metrics=measured
+            )
         if parent:  # MLflow would take the active run or none, but a trial's belongs to the run that began its study
             MlflowClient().set_tag(active.info.run_id, "mlflow.parentRunId", parent)
     run = Run(active.info.run_id, experiment, step, parent, bool(resumed), task)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 import shutil
 import tempfile
 import time
@@ -17,6 +19,7 @@ import pandas as pd
 import torch
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModelInput, LoggedModelStatus, Metric, Param, RunTag
+from mlflow.entities import Run as MlflowRun
 from mlflow.exceptions import MlflowException
 from mlflow.utils.file_utils import local_file_uri_to_path
 from mlflow.utils.uri import is_local_uri
@@ -25,7 +28,7 @@ from mlflow.utils.validation import MAX_METRICS_PER_BATCH
 from rampart.data import Dataset
 from rampart.errors import RampartError
 from rampart.models import Classifier, save_model
-from rampart.tracking.store import take_over
+from rampart.tracking.store import LOST, PULSE, take_over
 from rampart.training import State
 
 if TYPE_CHECKING:
@@ -37,12 +40,35 @@ CHECKPOINTS = ("checkpoints/even.safetensors", "checkpoints/odd.safetensors")
 LEDGER = "ledger.parquet"
 ADVERSARIAL = "adversarial.npz"
 POINTS, PLACES = "umap.parquet", "geometry.parquet"
+# Seconds between a run's end before its time and its going on.
+PAUSED = "rampart.paused"
 # Steps whose runs have system metrics.
 MEASURED = ("train",)
 
 
 # Metrics, their step, and when that was, in seconds since 1970.
 Point = tuple[Mapping[str, float], int, float]
+
+
+def _paused(run: MlflowRun) -> float:
+    """Seconds for which nobody has been at work on a run that has ended before its time."""
+    tags = run.data.tags
+    # One whose process was gone has ended when that was noticed.
+    noticed = run.info.end_time / 1000
+    ended = float(tags.get(PULSE, noticed)) if tags.get("rampart.error") == LOST else noticed
+    return float(tags.get(PAUSED, 0)) + time.time() - ended
+
+
+def class_text(names: Sequence[str]) -> str:
+    """The classes' names as a tag has them."""
+    return json.dumps(list(names), ensure_ascii=False)
+
+
+def class_names(text: str) -> tuple[str, ...]:
+    """What `class_text` was made of, up to where a server has cut it."""
+    if not text.startswith("["):  # older runs
+        return tuple(text.split(","))
+    return tuple(json.loads(name) for name in re.findall(r'"(?:[^"\\]|\\.)*"', text))
 
 
 class Run:
@@ -77,6 +103,7 @@ class Run:
     def go_on_in(self, run_id: str) -> None:
         """From now on this is the run `run_id`, which had ended before its time. The run that was open until now is
         taken away or, if `mlflow run` has started it and will ask for it, says where things go on, and ends alike."""
+        paused = _paused(self.client.get_run(run_id))
         if self.given:
             self.name(f"{self.step}, goes on in {run_id[:8]}")
             self.tags({"step": "resume", "goes_on_in": run_id})
@@ -91,6 +118,7 @@ class Run:
             self.client.set_tag(run_id, "mlflow.parentRunId", self.parent)
         mlflow.start_run(run_id, nested=True, log_system_metrics=self.step in MEASURED)
         take_over(run_id)
+        self.client.set_tag(run_id, PAUSED, f"{paused:.3f}")
         with suppress(MlflowException):  # of the process that was stopped
             self.client.delete_tag(run_id, "rampart.error")
 
@@ -223,7 +251,7 @@ class Run:
                     # Of two processes that log a new dataset at one moment one fails; asking again finds it.
                     if attempt == 3:
                         raise
-        self.tags({"dataset": data.name, "dataset_digest": data.digest, "class_names": ",".join(data.classes)})
+        self.tags({"dataset": data.name, "dataset_digest": data.digest, "class_names": class_text(data.classes)})
         self.tags({"split": f"{len(data.train)}/{len(data.val)}/{len(data.test)} by {val_fraction:g}, {split_seed}"})
 
     def model(self, model: Classifier, example: torch.Tensor) -> str:

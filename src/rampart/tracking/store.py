@@ -15,7 +15,7 @@ import mlflow
 import psutil
 from filelock import FileLock
 from mlflow import MlflowClient
-from mlflow.entities import RunTag
+from mlflow.entities import Experiment, RunTag
 from mlflow.exceptions import MlflowException
 
 from rampart.errors import RampartError
@@ -103,11 +103,11 @@ def experiment_id(create: bool = True) -> str:
     given = os.environ.get("MLFLOW_EXPERIMENT_ID")
     if given:
         with asking(f"no experiment with id '{given}' in {mlflow.get_tracking_uri()}: check MLFLOW_EXPERIMENT_ID"):
-            return mlflow.get_experiment(given).experiment_id
+            return _in_use(mlflow.get_experiment(given))
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "Default")
     found = mlflow.get_experiment_by_name(name)
     if found:
-        return found.experiment_id
+        return _in_use(found)
     if not create:
         raise RampartError(f"no experiment '{name}' in {mlflow.get_tracking_uri()}: check MLFLOW_EXPERIMENT_NAME")
     try:
@@ -116,7 +116,16 @@ def experiment_id(create: bool = True) -> str:
         found = mlflow.get_experiment_by_name(name)
         if found is None:
             raise
-        return found.experiment_id
+        return _in_use(found)
+
+
+def _in_use(experiment: Experiment) -> str:
+    """Its id; raises RampartError where somebody has deleted it."""
+    number = experiment.experiment_id
+    if experiment.lifecycle_stage != "active":
+        restore = f"mlflow experiments restore --experiment-id {number}"
+        raise RampartError(f"experiment '{experiment.name}' was deleted: {restore}, or name another one")
+    return str(number)
 
 
 def process_tags() -> dict[str, str]:
@@ -145,6 +154,8 @@ def alive(process: str) -> bool | None:
 
 # When a run has last been known to be at work, in seconds since 1970.
 PULSE = "rampart.pulse"
+# The error of a run whose process is gone.
+LOST = "killed: its process ended without a word"
 # Seconds between two beats, and those after which nobody waits for one any more: clocks differ, and servers are away.
 BEAT, SILENCE = 60.0, 600.0
 
@@ -193,7 +204,7 @@ def sweep(experiment: str, everywhere: bool = False) -> list[str]:
 def end_lost(run_id: str) -> None:
     """Ends a run as KILLED whose process is gone."""
     client = MlflowClient()
-    client.set_tag(run_id, "rampart.error", "killed: its process ended without a word")
+    client.set_tag(run_id, "rampart.error", LOST)
     client.set_terminated(run_id, "KILLED")
 
 

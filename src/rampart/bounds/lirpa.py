@@ -14,6 +14,7 @@ from rampart.bounds.box import pixel_box
 from rampart.bounds.compat import import_auto_lirpa, is_old
 from rampart.errors import UnsupportedLayer, is_out_of_memory
 from rampart.models.chain import Layout
+from rampart.models.classifier import checked_logits
 from rampart.models.tracing import normalization
 
 NAMES = {"ibp": "IBP", "crown-ibp": "CROWN-IBP", "crown": "CROWN", "alpha-crown": "CROWN-Optimized"}
@@ -28,7 +29,7 @@ def lirpa_bounds(model: nn.Module, x: Tensor, eps: float | Tensor, method: str, 
     _check_pooling(model)
     norm = library.PerturbationLpNorm(norm=float("inf"), x_L=box.lower, x_U=box.upper)
     with torch.no_grad():
-        logits = model(x[:1])
+        logits = checked_logits(model, x[:1])
         spec = margin_spec(y, logits.shape[1]).to(x.dtype)
 
     def bounds(conv_mode: str) -> Tensor:

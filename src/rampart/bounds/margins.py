@@ -12,7 +12,7 @@ from rampart.bounds import alpha, crown, ibp
 from rampart.bounds.box import Box, pixel_box
 from rampart.errors import BoundError, UnsupportedLayer, require, unknown
 from rampart.models.chain import Chain, Layout
-from rampart.models.classifier import checked_logits, logits_of, require_fixed
+from rampart.models.classifier import checked_logits, logits_of, require_fixed, require_pixels
 
 Method = Literal["ibp", "crown-ibp", "crown", "alpha-crown"]
 Engine = Literal["native", "auto_lirpa"]
@@ -110,8 +110,7 @@ def margin_bounds(
     require(len(x) == len(y), f"{len(x)} images have {len(y)} labels: give one for each")
     if not len(x):  # nothing to bound, nothing to cut into parts
         return logits_of(model, x).detach()
-    with torch.no_grad():
-        checked_logits(model, x)
+    require_pixels(x)
     if engine == "native":
         layout = layout or find_layout(model, x)
     if engine == "auto_lirpa" or layout is None:

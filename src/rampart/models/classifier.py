@@ -80,11 +80,16 @@ def logits_of(model: nn.Module, x: Tensor) -> Tensor:
         raise ModelError(f"the model does not take images of {shape} ({reason}): wrong dataset or model?") from error
 
 
-def checked_logits(model: nn.Module, x: Tensor) -> Tensor:
-    """`logits_of` images in [0, 1], of a copy; raises ModelError where the model overwrites them, which would move the
-    balls around them, and SettingsError where they lie elsewhere, since balls are cut to [0, 1]."""
+def require_pixels(x: Tensor) -> None:
+    """Raises SettingsError where images are not in [0, 1], to which the balls around them are cut."""
     inside = bool(((x >= 0) & (x <= 1)).all())
     require(inside, "images must lie between 0 and 1: divide bytes by 255, and leave normalisation to the model")
+
+
+def checked_logits(model: nn.Module, x: Tensor) -> Tensor:
+    """`logits_of` a copy of the images; errors as `require_pixels`, and ModelError where the model overwrites them,
+    which would move the balls around them."""
+    require_pixels(x)
     seen = x.clone()
     logits = logits_of(model, seen)
     if not torch.equal(seen, x):

@@ -90,9 +90,14 @@ def _same(name: str, value: Any, wanted: Any) -> bool:
 def _typed(name: str, value: Any) -> Any:
     """A training's setting as it will be (yes, on and 1 are True); what does not fit stays, and is said later."""
     try:
-        return TypeAdapter(get_type_hints(TrainSettings)[name]).validate_python(value)
+        return _kind(name).validate_python(value)
     except ValidationError:
         return str(value).lower()
+
+
+@cache
+def _kind(name: str) -> TypeAdapter[Any]:
+    return TypeAdapter(get_type_hints(TrainSettings)[name])
 
 
 def _parsed(values: Mapping[str, Any], space: str, largest: float) -> dict[str, Any]:

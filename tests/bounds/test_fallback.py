@@ -194,3 +194,24 @@ def test_quantised_layers_are_not_taken_for_plain_ones() -> None:
 def test_hooks_that_make_weights_are_no_obstacle() -> None:
     model = nn.Sequential(nn.Flatten(), nn.utils.weight_norm(nn.Linear(12, CLASSES))).eval()
     assert find_layout(model, torch.rand(1, 3, 2, 2)) is not None
+
+
+class ByCount(nn.Module):
+    """A network whose trace knows how many images there were; of one image alone if it shall."""
+
+    def __init__(self, alone: bool) -> None:
+        super().__init__()
+        self.alone, self.body, self.head = alone, nn.Conv2d(3, 2, 1), nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.body(x).tanh()
+        return self.head(z.view(1, -1) if self.alone else z.view(x.size(0), -1))
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_networks_that_know_the_number_of_images_are_bounded(alone: bool) -> None:
+    model = ByCount(alone).eval()
+    x, y = torch.rand(1 if alone else 3, 3, 2, 2), torch.arange(1 if alone else 3)
+    bounds = margin_bounds(model, x, y, EPS)
+    model.alone = False  # else it could not be sampled
+    assert_sound(bounds, sampled_minima(model, x, y, EPS))

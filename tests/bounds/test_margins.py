@@ -218,6 +218,12 @@ def test_images_that_are_no_pixels_are_refused(change: Callable[[Tensor], Tensor
         margin_bounds(model, change(x), y, EPS, "ibp", engine)
 
 
+def test_what_rounding_takes_beyond_the_range_of_pixels_is_no_obstacle() -> None:
+    model, x, y = small_net("strided")
+    x[0, 0, 0, 0], x[0, 0, 0, 1] = 1 + 1e-7, -1e-7
+    assert torch.allclose(margin_bounds(model, x, y, EPS), margin_bounds(model, x.clamp(0, 1), y, EPS), atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_numbers_too_coarse_for_a_proof_are_refused(dtype: torch.dtype) -> None:
     model, x, y = small_net("dense")

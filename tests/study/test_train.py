@@ -235,3 +235,15 @@ def test_of_two_processes_one_goes_on_and_the_other_begins_anew(stopped: str, st
     for run in runs:
         require_whole_curves(run)
     assert equal(*runs)
+
+
+def test_a_run_is_taken_before_the_one_that_claims_it_ends(stopped: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    delete, seen = MlflowClient.delete_run, []
+
+    def deleted(client: MlflowClient, run_id: str) -> None:
+        seen.append(client.get_run(stopped).info.status)
+        delete(client, run_id)
+
+    monkeypatch.setattr(MlflowClient, "delete_run", deleted)
+    assert run_step("train", GIVEN) == stopped
+    assert seen == ["RUNNING"]

@@ -29,7 +29,7 @@ def lirpa_bounds(model: nn.Module, x: Tensor, eps: float | Tensor, method: str, 
     _check_pooling(model)
     norm = library.PerturbationLpNorm(norm=float("inf"), x_L=box.lower, x_U=box.upper)
     with torch.no_grad():
-        logits = checked_logits(model, x[:1])
+        logits = checked_logits(model, x)
         spec = margin_spec(y, logits.shape[1]).to(x.dtype)
 
     def bounds(conv_mode: str) -> Tensor:
@@ -45,7 +45,7 @@ def lirpa_bounds(model: nn.Module, x: Tensor, eps: float | Tensor, method: str, 
             if node is not bounded:
                 _check(node, conv_mode)
         with torch.no_grad():
-            if not alike(bounded(x[:1]), logits):
+            if not alike(bounded(x), logits):
                 raise _Untrusted("its network gives another output")
         # Without a slope to optimise it is CROWN.
         optimised = method == "alpha-crown" and bool(bounded.optimizable_activations)

@@ -54,14 +54,14 @@ def find_layout(model: nn.Module, x: Tensor) -> Layout | None:
             [0, 1].
     """
     noise = torch.rand(x[:1].shape, generator=torch.Generator().manual_seed(0))
-    probes = torch.cat([x[:1], noise.to(x)])
+    probes = (x[:1], noise.to(x))  # some models take one image at a time
     with torch.no_grad():
-        logits = checked_logits(model, probes)
+        logits = [checked_logits(model, probe) for probe in probes]
     try:
         layout = Layout(model)
         with torch.no_grad():
-            found = layout.resolve(probes).output
-        if not alike(found, logits):
+            found = [layout.resolve(probe).output for probe in probes]
+        if not all(map(alike, found, logits)):
             raise UnsupportedLayer("", type(model).__name__, "its layers, one after the other, give another output")
     except UnsupportedLayer as missing:
         log.warning("%s; using auto_LiRPA instead, without branch and bound", missing)

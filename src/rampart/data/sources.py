@@ -18,6 +18,8 @@ from rampart.errors import DataError
 log = logging.getLogger(__name__)
 
 DIGITS_TEST_FRACTION = 0.25
+# Counts what has changed in how images of a folder are decoded: caches from before are not read.
+DECODER = 2
 HOW_TO_GET_CIFAR10 = (
     "put cifar-10-python.tar.gz into that folder, name another one with data_root=PATH, "
     "use image files with dataset=folder:PATH, or take the embedded images with profile=quick"
@@ -157,7 +159,7 @@ def _decode(paths: list[Path], size: tuple[int, int] | None) -> tuple[np.ndarray
 
 
 def _cache_file(top: Path, files: dict[str, dict[str, list[Path]]]) -> Path:
-    sha = hashlib.sha256(str(top.resolve()).encode())
+    sha = hashlib.sha256(f"{DECODER} {top.resolve()}".encode())
     for part, classes in files.items():
         for name, paths in classes.items():
             for path in paths:

@@ -80,9 +80,13 @@ def logits_of(model: nn.Module, x: Tensor) -> Tensor:
         raise ModelError(f"the model does not take images of {shape} ({reason}): wrong dataset or model?") from error
 
 
+# What float32 loses of a pixel that is normalised and brought back.
+ROUNDING = 1e-6
+
+
 def require_pixels(x: Tensor) -> None:
     """Raises SettingsError where images are not in [0, 1], to which the balls around them are cut."""
-    inside = bool(((x >= 0) & (x <= 1)).all())
+    inside = bool(((x >= -ROUNDING) & (x <= 1 + ROUNDING)).all())
     require(inside, "images must lie between 0 and 1: divide bytes by 255, and leave normalisation to the model")
 
 

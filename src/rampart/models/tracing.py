@@ -53,7 +53,7 @@ def trace(model: nn.Module) -> list[Step]:
     kind = type(model).__name__
     for path, module in model.named_modules():
         if _hooked(module):
-            raise UnsupportedLayer(path, type(module).__name__, "a forward hook may change what it gives")
+            raise UnsupportedLayer(path, type(module).__name__, "a forward hook may change what it gives: remove it")
     attributes = set(vars(model))
     try:
         graph = _Tracer().trace(model)

@@ -133,9 +133,9 @@ def confusion(evidence: Evidence) -> pd.DataFrame:
 
 
 def geometry(evidence: Evidence, known: Mapping[str, pd.Series]) -> pd.DataFrame:
-    """One row an image of an arm's first seed (KEYS, run, image, within, between, separation, margin, its status as
-    `known` by arm, and certificate: its certified radius × 255 where `kind` says so, else the proven lower bound of its
-    margin at the verified ε; NaN where it was not verified)."""
+    """One row an image of the seed of an arm whose embeddings are shown (KEYS, run, image, within, between, separation,
+    margin, its status as `known` by arm, and certificate: its certified radius × 255 where `kind` says so, else the
+    proven lower bound of its margin at the verified ε; NaN where it was not verified)."""
     radii = len(certified_radii(evidence)) > 0
     parts = []
     for _, run in evidence.first("embed").iterrows():

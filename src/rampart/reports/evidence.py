@@ -110,7 +110,8 @@ def collect(experiment: str, settings: CompareSettings) -> Evidence:
 def _classes(text: str, tables: Mapping[str, pd.DataFrame]) -> tuple[str, ...]:
     """Names of all classes that ledgers know; those that are not known are called by their number."""
     names = class_names(text)
-    count = 1 + max(int(ledger[["label", "prediction"]].max().max()) for ledger in tables.values() if len(ledger))
+    seen = [int(ledger[["label", "prediction"]].max().max()) for ledger in tables.values() if len(ledger)]
+    count = 1 + max(seen, default=-1)
     return (*names, *map(str, range(len(names), count)))
 
 

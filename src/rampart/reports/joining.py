@@ -53,6 +53,7 @@ def with_folder(evidence: Evidence, folder: str) -> Evidence:
         joined,
         values=ordered(values[values["run"].isin(kept)]),
         points=_of(embedded, evidence.points),
+        classes=max(evidence.classes, other.classes, key=len),
         places=_of(embedded, evidence.places) | _of(first_in(more, "embed"), other.places),
         examples=_of(first_in(evidence.runs, "evaluate"), evidence.examples),
     )

@@ -268,10 +268,10 @@ DECIDED = {"model", "method", "augment", "contrastive", "seed", "profile", "work
 
 
 def own_names(step: str) -> set[str]:
-    """The settings of a step that no step which it runs has, but for those that it tells them."""
+    """What a profile's section of a step can set: of `main` what it does by itself, or tells the steps that it runs."""
     own = {field.name for field in dataclasses.fields(STEPS[step])}
-    common = {field.name for field in dataclasses.fields(Common)}
-    return own - (common - {"seed", "threads"}) if step == "main" else own
+    theirs = {field.name for field in dataclasses.fields(Common)} - {"seed", "threads", "device"}
+    return own - theirs if step == "main" else own
 
 
 def names(step: str) -> list[str]:

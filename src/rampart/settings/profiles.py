@@ -10,7 +10,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import yaml
 
 from rampart.errors import SettingsError, require, unknown
-from rampart.settings.kinds import STEPS, names, own_names
+from rampart.settings.kinds import STEPS, names
+from rampart.settings.scale import EPS_NAMES
 
 PROFILES = Path(__file__).parents[3] / "configs"
 SECTIONS = ("about", "common", *STEPS, "arms")
@@ -49,8 +50,6 @@ def _sections(name: str, text: str) -> Mapping[str, Any]:
     for step in STEPS:
         for key in profile[step]:
             require(key in names(step), unknown(f"setting in section {step} of profile {name}", key, names(step)))
-            passed = f"setting '{key}' in section {step} of profile {name} is one of the steps that {step} runs"
-            require(key in own_names(step), f"{passed}: it belongs into their sections, or into common")
     every = {key for step in STEPS for key in names(step)}
     for key in profile["common"]:
         require(key in every, unknown(f"setting in section common of profile {name}", key, every))
@@ -61,6 +60,8 @@ def _sections(name: str, text: str) -> Mapping[str, Any]:
         for key in (*rule["when"], *rule["set"]):
             require(key in names("train"), unknown(f"setting in a rule of profile {name}", key, names("train")))
         for key, value in rule["when"].items():
+            single = key not in EPS_NAMES and get_origin(get_type_hints(STEPS["train"])[key]) is not tuple
+            require(single, f"a rule of profile {name} cannot depend on '{key}': take a setting of one name or number")
             for one in value if isinstance(value, list) else [value]:
                 _require_choice(f"{key} in a rule of profile {name}", key, one)
     return profile

@@ -17,7 +17,7 @@ from typing import Any, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from rampart.errors import SettingsError, require, unknown, without_password
-from rampart.settings.kinds import DECIDED, DEFAULT_PROFILE, STEPS, Settings, TrainSettings, names
+from rampart.settings.kinds import DECIDED, DEFAULT_PROFILE, STEPS, Settings, TrainSettings, names, own_names
 from rampart.settings.profiles import load_profile
 from rampart.settings.scale import EPS_NAMES, PIXELS, eps_text, parse_eps
 
@@ -31,6 +31,9 @@ def resolve(step: str, given: Mapping[str, str]) -> Settings:
     for name in given:
         require(name in names(step), unknown("setting", name, names(step)))
     profile = load_profile(given.get("profile", DEFAULT_PROFILE))
+    for name in profile[step]:
+        where = f"setting '{name}' in section {step} of the profile belongs to the steps that {step} runs"
+        require(name in own_names(step), f"{where}: put it into their sections, or into common")
     fields = {field.name for field in dataclasses.fields(STEPS[step])}
     section = {**_known(profile["common"], fields), **profile[step]}
     if step == "train":

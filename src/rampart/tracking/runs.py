@@ -104,6 +104,9 @@ class Run:
         """From now on this is the run `run_id`, which had ended before its time. The run that was open until now is
         taken away or, if `mlflow run` has started it and will ask for it, says where things go on, and ends alike."""
         paused = _paused(self.client.get_run(run_id))
+        # Nobody else may find it in between: what the run that was open claims ends with that.
+        take_over(run_id)
+        self.client.update_run(run_id, "RUNNING")
         if self.given:
             self.name(f"{self.step}, goes on in {run_id[:8]}")
             self.tags({"step": "resume", "goes_on_in": run_id})
@@ -117,7 +120,6 @@ class Run:
             self.tags({"study": self.parent} | ({"task": self.task} if self.task else {}))
             self.client.set_tag(run_id, "mlflow.parentRunId", self.parent)
         mlflow.start_run(run_id, nested=True, log_system_metrics=self.step in MEASURED)
-        take_over(run_id)
         self.client.set_tag(run_id, PAUSED, f"{paused:.3f}")
         with suppress(MlflowException):  # of the process that was stopped
             self.client.delete_tag(run_id, "rampart.error")

@@ -75,6 +75,8 @@ def _unanswered(uri: str, error: Exception) -> RampartError:
     if "error code 401" in reason or "error code 403" in reason:
         mend = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD to those of a user who may"
         return RampartError(f"the tracking store {uri} does not let you do this: {mend}")
+    if "readonly" in reason:
+        return RampartError(f"the tracking store {uri} cannot be written ({reason}): make it writable")
     return StoreAway(f"the tracking store {uri} does not answer ({reason}): check MLFLOW_TRACKING_URI")
 
 

@@ -46,6 +46,15 @@ def stopped(store: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(run)
 
 
+def started(store: Path, stderr: int) -> subprocess.Popen[str]:
+    """The training as a process of its own."""
+    words = [word for name, value in GIVEN.items() for word in (f"--{name}", value)]
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
+    return subprocess.Popen(
+        [sys.executable, "-m", "rampart", "train", *words], cwd=store, env=env, stderr=stderr, text=True
+    )
+
+
 def weights(run: str) -> dict[str, torch.Tensor]:
     return fetch_model(f"runs:/{run}/model").state_dict()
 
@@ -132,10 +141,7 @@ def test_a_broken_checkpoint_is_said_and_the_one_before_it_used(stopped: str, ca
 
 
 def test_a_killed_process_is_gone_on_with(store: Path) -> None:
-    words = [word for name, value in GIVEN.items() for word in (f"--{name}", value)]
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
-    command = [sys.executable, "-m", "rampart", "train", *words]
-    process = subprocess.Popen(command, cwd=store, env=env, stderr=subprocess.DEVNULL)
+    process = started(store, subprocess.DEVNULL)
     with open_run("main"):  # makes the store ready
         pass
 
@@ -223,10 +229,7 @@ def test_a_checkpoint_that_cannot_be_written_does_not_cost_the_one_before(monkey
 
 
 def test_of_two_processes_one_goes_on_and_the_other_begins_anew(stopped: str, store: Path) -> None:
-    words = [word for name, value in GIVEN.items() for word in (f"--{name}", value)]
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
-    command = [sys.executable, "-m", "rampart", "train", *words]
-    both = [subprocess.Popen(command, cwd=store, env=env, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    both = [started(store, subprocess.PIPE) for _ in range(2)]
     said = [process.communicate()[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     assert sum(f"going on in run {stopped}" in text for text in said) == 1

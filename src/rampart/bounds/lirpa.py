@@ -15,6 +15,7 @@ from rampart.bounds.compat import import_auto_lirpa, is_old
 from rampart.errors import UnsupportedLayer, is_out_of_memory
 from rampart.models.chain import Layout
 from rampart.models.classifier import checked_logits
+from rampart.models.geometry import pair
 from rampart.models.tracing import normalization
 
 NAMES = {"ibp": "IBP", "crown-ibp": "CROWN-IBP", "crown": "CROWN", "alpha-crown": "CROWN-Optimized"}
@@ -147,9 +148,8 @@ def _check_pooling(model: nn.Module) -> None:
         if isinstance(module, nn.AdaptiveAvgPool2d):
             raise UnsupportedLayer(path, type(module).__name__, "auto_LiRPA knows average pooling with a window alone")
         if isinstance(module, nn.AvgPool2d):
-            sides = (module.kernel_size, module.stride, module.padding)
-            pairs = [tuple(side) if isinstance(side, tuple | list) else (side, side) for side in sides]
-            if pairs[0] != pairs[1] or pairs[2] != (0, 0) or module.divisor_override:
+            window, stride, padding = map(pair, (module.kernel_size, module.stride, module.padding))
+            if window != stride or padding != (0, 0) or module.divisor_override:
                 raise UnsupportedLayer(path, "AvgPool2d", "auto_LiRPA knows windows side by side alone")
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from rampart.errors import ModelError, UnsupportedLayer
 from rampart.models.classifier import Normalize
-from rampart.models.geometry import Geometry
+from rampart.models.geometry import Geometry, pair
 from rampart.models.links import Add, Affine, Conv, Dense, Flatten, Link, ReLU, Scale
 from rampart.models.tracing import Constant, normalization, trace
 
@@ -137,15 +137,15 @@ def _link(path: str, module: nn.Module | Constant, x: Tensor) -> Link:
         return Dense(module.weight, _bias(module))
     if isinstance(module, nn.Conv2d):
         assert not isinstance(module.padding, str)
-        places = _pair(module.kernel_size), _pair(module.stride), _pair(module.padding), _pair(module.dilation)
-        return Conv(module.weight, _bias(module), Geometry(*places, _pair(x.shape[2:])), module.groups)
+        places = pair(module.kernel_size), pair(module.stride), pair(module.padding), pair(module.dilation)
+        return Conv(module.weight, _bias(module), Geometry(*places, pair(x.shape[2:])), module.groups)
     if len(shape) != 3:
         raise UnsupportedLayer(path, type(module).__name__, f"it averages over rows and columns, and is given {shape}")
     if isinstance(module, nn.AvgPool2d):
         stride = module.kernel_size if module.stride is None else module.stride
-        return _average(_pair(module.kernel_size), _pair(stride), _pair(module.padding), x)
+        return _average(pair(module.kernel_size), pair(stride), pair(module.padding), x)
     assert isinstance(module, nn.AdaptiveAvgPool2d)
-    asked = _pair(module.output_size)
+    asked = pair(module.output_size)
     rows, columns = (asked[0] or shape[1]), (asked[1] or shape[2])
     if shape[1] % rows or shape[2] % columns:
         raise UnsupportedLayer(path, type(module).__name__, f"{shape[1:]} does not divide into {(rows, columns)}")
@@ -177,12 +177,8 @@ def _average(kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[in
     """Average pooling as the convolution of each channel that it is."""
     channels = x.shape[1]
     weight = x.new_full((channels, 1, *kernel), 1 / (kernel[0] * kernel[1]))
-    geometry = Geometry(kernel, stride, padding, (1, 1), _pair(x.shape[2:]))
+    geometry = Geometry(kernel, stride, padding, (1, 1), pair(x.shape[2:]))
     return Conv(weight, x.new_zeros(channels), geometry, channels)
-
-
-def _pair(value: Any) -> tuple[Any, Any]:
-    return (value[0], value[1]) if isinstance(value, tuple | list) else (value, value)
 
 
 def _bias(module: nn.Conv2d | nn.Linear) -> Tensor:

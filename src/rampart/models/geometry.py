@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 Pair = tuple[int, int]
+
+
+def pair(value: Any) -> tuple[Any, Any]:
+    """Rows and columns, of a setting that may be one number for both."""
+    return (value[0], value[1]) if isinstance(value, tuple | list) else (value, value)
 
 
 class Geometry(NamedTuple):

@@ -60,16 +60,17 @@ def _sections(name: str, text: str) -> Mapping[str, Any]:
         for key in (*rule["when"], *rule["set"]):
             require(key in names("train"), unknown(f"setting in a rule of profile {name}", key, names("train")))
         for key, value in rule["when"].items():
-            single = key not in EPS_NAMES and get_origin(get_type_hints(STEPS["train"])[key]) is not tuple
+            kind = get_type_hints(STEPS["train"])[key]
+            single = key not in EPS_NAMES and get_origin(kind) is not tuple
             require(single, f"a rule of profile {name} cannot depend on '{key}': take a setting of one name or number")
             for one in value if isinstance(value, list) else [value]:
-                _require_choice(f"{key} in a rule of profile {name}", key, one)
+                _require_choice(f"{key} in a rule of profile {name}", kind, one)
     return profile
 
 
-def _require_choice(what: str, setting: str, value: object) -> None:
-    """Raises SettingsError where a setting that has choices has not this one: a rule for it would never hold."""
-    kind = get_type_hints(STEPS["train"])[setting]
+def _require_choice(what: str, kind: object, value: object) -> None:
+    """Raises SettingsError where a setting, of this type, that has choices has not this one: a rule for it would never
+    hold."""
     if get_origin(kind) is Literal:
         require(str(value).lower() in get_args(kind), unknown(what, str(value), get_args(kind)))
 

@@ -18,7 +18,7 @@ from rampart.attacks.ball import with_gradients
 from rampart.bounds import crown, find_layout, ibp, margin_bounds, reduced
 from rampart.bounds.box import pixel_box
 from rampart.bounds.domains import Domains, Optimised, optimise
-from rampart.bounds.margins import chain_bounds, check, margin_spec, proof_tolerance, require_exact
+from rampart.bounds.margins import Method, chain_bounds, check, margin_spec, proof_tolerance, require_exact
 from rampart.bounds.reduced import Reduced
 from rampart.errors import BoundError, RampartError, UnsupportedLayer, is_out_of_memory, require, unknown
 from rampart.models import Chain, Layout, checked_logits, require_fixed
@@ -29,7 +29,8 @@ from rampart.verification.verdict import Verdict, is_counterexample
 log = logging.getLogger(__name__)
 
 ENGINES = ("native", "abcrown")
-STAGES = ("attack", "ibp", "crown", "alpha-crown", "branch-and-bound")
+BOUNDS: tuple[Method, ...] = ("ibp", "crown", "alpha-crown")
+STAGES = ("attack", *BOUNDS, "branch-and-bound")
 ALPHA_STEPS = 20
 
 
@@ -134,7 +135,7 @@ class _Problem:
             example = self.attacked() if example is None and attack_first else example
         if example is not None:
             return self.verdict("unsafe", example)
-        for stage in STAGES[1:4]:
+        for stage in BOUNDS:
             with self.timed(stage), torch.no_grad():
                 self.raise_bound(stage)
             if self.proved:
@@ -175,11 +176,11 @@ class _Problem:
         bound = -torch.inf if nothing else self.bounds.min().item()  # type: ignore[union-attr]
         return Verdict(status, bound, example, domains, time.perf_counter() - self.started, self.stage, self.seconds)
 
-    def raise_bound(self, stage: str) -> None:
+    def raise_bound(self, stage: Method) -> None:
         """Bounds the classes that are left by the stage's method."""
         if self.chain is None:
             try:
-                bounds = margin_bounds(self.model, self.x, self.y, self.eps, stage, "auto_lirpa")[0]  # type: ignore[arg-type]
+                bounds = margin_bounds(self.model, self.x, self.y, self.eps, stage, "auto_lirpa")[0]
             except UnsupportedLayer as beyond:  # for this method, or all
                 self.beyond = beyond
             else:

@@ -189,3 +189,16 @@ def test_the_time_for_which_nobody_was_at_work_is_not_counted() -> None:
     with open_run("train") as run:
         run.go_on_in(stopped)
     assert seconds_at_work(find_runs("0", {}))[0] == pytest.approx(-50, abs=30)  # 300 less 200 and 150
+
+
+def test_the_work_of_the_runs_that_one_goes_on_from_is_counted() -> None:
+    client, now = MlflowClient(), time.time()
+    old = client.create_run("0", start_time=int(1000 * (now - 300))).info.run_id
+    client.set_terminated(old, "KILLED", end_time=int(1000 * (now - 200)))
+    with open_run("evaluate") as second:
+        second.go_on_from(old)
+    client.set_terminated(second.id, "KILLED", end_time=int(1000 * (time.time() + 50)))
+    with open_run("evaluate") as third:
+        third.go_on_from(second.id)
+    worked = find_runs("0", {"resumed_from": "%"}).assign(seconds=seconds_at_work).set_index("run_id")["seconds"]
+    assert worked[third.id] == pytest.approx(150, abs=30)

@@ -30,7 +30,7 @@ def interrupted(run: Run, key: str) -> tuple[str, pd.DataFrame] | None:
     if ledger is None:
         return None
     log.info("going on after the %d images that run %s has finished", len(ledger), old)
-    run.tags({"resumed_from": old})
+    run.go_on_from(old)
     return old, ledger
 
 

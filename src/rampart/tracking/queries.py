@@ -33,17 +33,18 @@ from rampart.errors import SettingsError
 from rampart.models import read_beside
 from rampart.settings import PROFILE_READERS
 from rampart.tracking import store
-from rampart.tracking.runs import LEDGER, PAUSED
+from rampart.tracking.runs import EARLIER, LEDGER, PAUSED
 from rampart.training import State
 
 T = TypeVar("T")
 
 
 def seconds_at_work(runs: pd.DataFrame) -> pd.Series:
-    """How long each of some runs was at work."""
+    """How long each of some runs was at work, with the runs that it went on from."""
     start, end = (pd.to_datetime(runs[name]) for name in ("start_time", "end_time"))
-    paused = runs.get(f"tags.{PAUSED}", pd.Series(0.0, runs.index)).fillna(0).astype(float)
-    return (end - start).dt.total_seconds() - paused
+    none = pd.Series(0.0, runs.index)
+    paused, earlier = (runs.get(f"tags.{tag}", none).fillna(0).astype(float) for tag in (PAUSED, EARLIER))
+    return (end - start).dt.total_seconds() - paused + earlier
 
 
 def find_runs(

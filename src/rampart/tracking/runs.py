@@ -42,6 +42,8 @@ ADVERSARIAL = "adversarial.npz"
 POINTS, PLACES = "umap.parquet", "geometry.parquet"
 # Seconds between a run's end before its time and its going on.
 PAUSED = "rampart.paused"
+# Seconds at work of the runs that it has gone on from.
+EARLIER = "rampart.earlier"
 # Steps whose runs have system metrics.
 MEASURED = ("train",)
 
@@ -50,13 +52,12 @@ MEASURED = ("train",)
 Point = tuple[Mapping[str, float], int, float]
 
 
-def _paused(run: MlflowRun) -> float:
-    """Seconds for which nobody has been at work on a run that has ended before its time."""
+def _ended(run: MlflowRun) -> float:
+    """When the last was at work on a run that has ended before its time, in seconds since 1970."""
     tags = run.data.tags
     # One whose process was gone has ended when that was noticed.
     noticed = run.info.end_time / 1000
-    ended = float(tags.get(PULSE, noticed)) if tags.get("rampart.error") == LOST else noticed
-    return float(tags.get(PAUSED, 0)) + time.time() - ended
+    return float(tags.get(PULSE, noticed)) if tags.get("rampart.error") == LOST else noticed
 
 
 def class_text(names: Sequence[str]) -> str:
@@ -100,10 +101,19 @@ class Run:
     def close(self) -> None:
         shutil.rmtree(self.scratch, ignore_errors=True)
 
+    def go_on_from(self, run_id: str) -> None:
+        """This run does what is left of the run `run_id`, which had ended before its time."""
+        old = self.client.get_run(run_id)
+        tags = old.data.tags
+        worked = _ended(old) - old.info.start_time / 1000 - float(tags.get(PAUSED, 0)) + float(tags.get(EARLIER, 0))
+        self.tags({"resumed_from": run_id})
+        self.client.set_tag(self.id, EARLIER, f"{worked:.3f}")
+
     def go_on_in(self, run_id: str) -> None:
         """From now on this is the run `run_id`, which had ended before its time. The run that was open until now is
         taken away or, if `mlflow run` has started it and will ask for it, says where things go on, and ends alike."""
-        paused = _paused(self.client.get_run(run_id))
+        old = self.client.get_run(run_id)
+        paused = float(old.data.tags.get(PAUSED, 0)) + time.time() - _ended(old)
         # Nobody else may find it in between: what the run that was open claims ends with that.
         take_over(run_id)
         self.client.update_run(run_id, "RUNNING")

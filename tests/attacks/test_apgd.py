@@ -155,6 +155,21 @@ def test_the_ensemble_breaks_what_its_members_break(digits, learned, monkeypatch
     assert int(result.success.sum()) >= int(alone.sum())
 
 
+@pytest.mark.parametrize(("height", "width"), [(4, 4), (7, 7), (12, 12), (16, 16), (16, 32), (24, 24), (24, 32)])
+def test_sizes_that_square_cannot_tile_in_l2_are_refused(monkeypatch, height: int, width: int) -> None:
+    pytest.importorskip("pyautoattack", reason="pyautoattack is not installed")
+    for name, value in (("STEPS", 1), ("QUERIES", 2)):
+        monkeypatch.setattr(members, name, value)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * height * width, 3)).eval()
+    x, y = torch.rand(2, 3, height, width), torch.tensor([0, 1])
+    autoattack(model, x, y, 0.001, generator())
+    if height in (7, 16):
+        autoattack(model, x, y, 0.001, generator(), norm="l2")
+    else:
+        with pytest.raises(SettingsError, match=f"{height}x{width}: take attack=apgd"):
+            autoattack(model, x, y, 0.001, generator(), norm="l2")
+
+
 @pytest.mark.parametrize(
     ("member", "dtype"), [("fab-t", torch.float32), ("fab-t", torch.float64), ("square", torch.float64)]
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import numpy as np
@@ -325,6 +326,20 @@ def test_in_an_l2_ball_a_linear_model_is_broken_where_it_can_be() -> None:
         exact = (logits[:, 1] - logits[:, 0]).abs() < eps * weight.norm()
     assert 0 < int(exact.sum()) < 60
     assert torch.equal(attack(model, x, y, eps, steps=300, step_size=0.05, norm="l2").success[0], exact)
+
+
+def test_a_very_confident_network_is_attacked_in_l2() -> None:
+    """The squares of its gradients are 0 in single precision."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2)).eval()
+    with torch.no_grad():
+        model[1].weight.copy_(torch.stack([torch.full((12,), 50.0), torch.full((12,), -50.0)]))
+        model[1].bias.copy_(torch.tensor([-300.0, 300.0]))
+    x = 0.5 + torch.linspace(0.04, 0.055, 20).view(20, 1, 1, 1).expand(20, 3, 2, 2)
+    y, eps = torch.zeros(20, dtype=torch.long), 0.2
+    gaps = (model(x) @ torch.tensor([1.0, -1.0])).detach()
+    assert (float(gaps.min()), float(gaps.max())) == pytest.approx((48, 66), abs=1)
+    assert 1200 * float((x - 0.5).max()) < 100 * eps * math.sqrt(12)  # all can be broken
+    assert bool(attack(model, x, y, eps, steps=10, norm="l2").success.all())
 
 
 def test_the_attack_leaves_network_and_images_as_they_are(network, images, labels) -> None:

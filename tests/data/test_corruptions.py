@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rampart.data import Dataset
 from rampart.data.corruptions import CORRUPTIONS, STRENGTHS, Corruption, corrupt
-from rampart.errors import SettingsError
+from rampart.errors import DataError, SettingsError
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +79,11 @@ def test_other_shapes(shape: tuple[int, ...]) -> None:
     images = torch.randint(256, shape, dtype=torch.uint8)
     for kind in CORRUPTIONS:
         assert corrupt(images, kind, 5, generator()).shape == shape
+
+
+def test_images_that_are_neither_grey_nor_coloured_are_refused() -> None:
+    with pytest.raises(DataError, match="2 channels"):
+        corrupt(torch.zeros(1, 2, 8, 8, dtype=torch.uint8), "jpeg", 1)
 
 
 def test_bad_names_are_told(digits: Dataset) -> None:

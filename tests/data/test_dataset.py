@@ -59,6 +59,14 @@ def test_a_seed_below_0_is_refused() -> None:
         load_dataset("digits", seed=-1)
 
 
+def test_validation_images_of_a_class_do_not_come_together(digits: Dataset) -> None:
+    """SupCon of a batch of one class says nothing."""
+    for first in range(0, len(digits.val) - 64, 64):
+        assert len(digits.val.labels[first : first + 64].unique()) == 10
+    data = load_dataset("digits", val_fraction=0.5)
+    assert int((data.val.labels.diff() == 0).sum()) < 0.2 * len(data.val)
+
+
 @pytest.mark.parametrize("fraction", [0.001, 0.1, 0.5, 0.999])
 def test_the_share_of_validation_is_what_was_asked_for_and_neither_side_is_empty(fraction: float) -> None:
     data = load_dataset("digits", val_fraction=fraction)

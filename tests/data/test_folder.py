@@ -228,6 +228,14 @@ BAD: dict[str, Callable[[Path], object]] = {
 }
 
 
+def test_names_that_are_no_utf8(folder: Path) -> None:
+    (folder / "train" / "cat" / "0.png").rename(folder / "train" / "cat" / os.fsdecode(b"caf\xe9.png"))
+    assert len(load(folder).train) == 9
+    (folder / "train" / "cat").rename(folder / "train" / os.fsdecode(b"c\xe9t"))
+    with pytest.raises(DataError, match=r"c\\udce9t' is not UTF-8"):
+        load(folder)
+
+
 @pytest.mark.parametrize("case", BAD)
 def test_a_bad_folder_is_refused_in_one_line_that_names_the_place(case: str, folder: Path, tmp_path: Path) -> None:
     place = BAD[case](folder)

@@ -71,6 +71,11 @@ def test_embeddings_of_attacks_need_a_method_that_attacks() -> None:
     Recipe(method="mtl-ibp", contrastive="double", embeddings="attack")
 
 
+def test_the_boxes_of_sabr_keep_within_its_balls() -> None:
+    with pytest.raises(SettingsError, match=r"attack_rel_eps=1\.5 .*sabr"):
+        Recipe(method="sabr", attack_rel_eps=1.5)
+
+
 @pytest.mark.parametrize("method", ["certified", "ibp", "sabr", "mtl-ibp"])
 def test_bounds_are_never_in_half_precision(method: str) -> None:
     with pytest.raises(SettingsError, match=rf"bf16.*{method}.*fp32"):

@@ -80,6 +80,25 @@ def test_a_signal_ends_at_the_next_batch_with_a_checkpoint(number: int, few_digi
     assert told(stopped) + told(rest) == told(whole)
 
 
+@pytest.mark.parametrize("stage", ["encoder", "head"])
+def test_a_signal_before_a_stages_first_batch_is_no_lost_one(
+    stage: str, few_digits: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the network is made, or compiled, or between two stages."""
+    how, recorder, made, calls = recipe("normal", contrastive="double"), ListRecorder(), loop.Step, count()
+
+    def interrupted(*given: Any) -> Any:
+        if next(calls) == ("encoder", "head").index(stage):
+            signal.raise_signal(signal.SIGTERM)
+        return made(*given)
+
+    monkeypatch.setattr(loop, "Step", interrupted)
+    with stoppable(), pytest.raises(KeyboardInterrupt):
+        train(how, few_digits, recorder)
+    _, last = recorder.kept[-1]
+    assert (last.stage, last.batch) == (stage, 0)
+
+
 def test_a_second_ctrl_c_does_not_wait_and_a_second_sigterm_does() -> None:
     with stoppable() as stop:
         os.kill(os.getpid(), signal.SIGINT)

@@ -53,7 +53,10 @@ class Ball:
         """The direction of length 1 in which a loss with this gradient rises most; 0 where the gradient is 0."""
         if self.norm == "linf":
             return gradient.sign()
-        return gradient / _length(gradient).clamp(min=1e-20)
+        # The squares of a confident network's gradients are 0 in single precision.
+        largest = _rows(gradient.flatten(1).abs().amax(dim=1), gradient)
+        scaled = torch.where(largest > 0, gradient / largest, 0)
+        return scaled / _length(scaled).clamp(min=1)
 
     def ascend(self, point: Tensor, gradient: Tensor, step: float | Tensor) -> Tensor:
         """The image of the ball that a step of this length (pixels; one for all, or [B, 1, 1, 1]) up the gradient leads

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rampart.attacks.apgd import targeted, untargeted
 from rampart.attacks.ball import Ball, Norm
 from rampart.attacks.sweep import AttackResult, Attempt, Start, sweep
-from rampart.errors import SettingsError
+from rampart.errors import SettingsError, require
 
 STEPS, TARGETS, QUERIES = 100, 9, 5000
 # Images to logits.
@@ -36,13 +36,20 @@ def autoattack(
     """The standard ensemble at one radius or several; each member sees what those before it left unbroken, and `start`
     of the result tells which one of MEMBERS it was.
 
-    Arguments and errors as `apgd`'s; also SettingsError where pyautoattack is not installed.
+    Arguments and errors as `apgd`'s; also SettingsError where pyautoattack is not installed, or has no L2 Square for
+    images of this size.
     """
     try:
         from pyautoattack.fab_pt import FABAttack_PT
         from pyautoattack.square import SquareAttack
     except ImportError as error:
         raise SettingsError("attack=autoattack needs the package pyautoattack: pip install pyautoattack") from error
+
+    height, width = x.shape[2:]
+    require(
+        norm == "linf" or _tiled(height, width),
+        f"attack=autoattack: Square in L2 cannot be had for images of {height}x{width}: take attack=apgd",
+    )
 
     def fab(predict: Logits, ball: Ball, **given: Any) -> Any:
         with torch.no_grad():
@@ -55,6 +62,15 @@ def autoattack(
     own = [untargeted(STEPS, "ce", generator), *targeted(STEPS, TARGETS, generator)]
     starts = [*own, _foreign(fab, generator), _foreign(square, generator)]
     return sweep(model, x, y, eps, lambda _: starts, norm, surrogate)
+
+
+def _tiled(height: int, width: int) -> bool:
+    """Whether pyautoattack's Square in L2, which begins with tiles of a fifth of the height, keeps within the image."""
+    tile = height // 5
+    if tile < 2:
+        return tile == 1
+    first = (height - 5 * tile) // 2
+    return all(first + side // tile * tile <= side for side in (height, width))
 
 
 def _foreign(make: Callable[..., Any], generator: torch.Generator | None) -> Start:

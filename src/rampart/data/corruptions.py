@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rampart.errors import require, unknown
+from rampart.errors import DataError, require, unknown
 
 Corruption = Literal["gaussian_noise", "gaussian_blur", "brightness", "contrast", "jpeg"]
 CORRUPTIONS: tuple[Corruption, ...] = get_args(Corruption)
@@ -34,10 +34,14 @@ def corrupt(images: Tensor, kind: Corruption, strength: int, generator: torch.Ge
         generator: of the noise, on the images' device.
 
     Raises:
-        SettingsError: an unknown corruption or strength.
+        SettingsError: an unknown corruption or strength. DataError: images of neither one nor three channels.
     """
     require(kind in CORRUPTIONS, unknown("corruption", kind, CORRUPTIONS))
     require(strength in STRENGTHS, f"strength must be one of 1 to 5, not {strength}")
+    if images.shape[1] not in (1, 3):
+        raise DataError(
+            f"corruptions are of grey or colour images, not of {images.shape[1]} channels: take corruptions=none"
+        )
     level = LEVELS[kind][strength - 1]
     if kind == "jpeg":
         return _jpeg(images, int(level))

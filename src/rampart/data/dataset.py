@@ -94,7 +94,8 @@ def load_dataset(name: str, root: str | None = None, val_fraction: float = 0.2, 
 def _stratified(
     labels: np.ndarray, fraction: float, seed: int, classes: tuple[str, ...]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Sorted indices of the train and validation images, every class split by the same fraction."""
+    """Indices of the train images, sorted, and of the validation images, in random order, as SupCon's batches must not
+    be of one class; every class is split by the same fraction."""
     rng = np.random.default_rng(seed)
     val = []
     for label, name in enumerate(classes):
@@ -103,7 +104,7 @@ def _stratified(
             raise DataError(f"class '{name}' has {len(members)} training image(s); a split needs two or more")
         count = min(max(round(fraction * len(members)), 1), len(members) - 1)
         val.append(members[:count])
-    chosen = np.sort(np.concatenate(val))
+    chosen = rng.permutation(np.concatenate(val))
     return np.setdiff1d(np.arange(len(labels)), chosen), chosen
 
 

@@ -120,6 +120,8 @@ def _list_images(part: Path) -> dict[str, list[Path]]:
     for place in inside(part):
         if not place.is_dir():
             raise DataError(f"'{place}' lies beside the class folders: move it into one or remove it")
+        if place.name.encode(errors="ignore").decode() != place.name:
+            raise DataError(f"the name of class folder {str(place)!a} is not UTF-8: rename it")
         found[place.name] = inside(place)
         for file in found[place.name]:
             if file.suffix.lower() not in IMG_EXTENSIONS:
@@ -164,7 +166,8 @@ def _cache_file(top: Path, files: dict[str, dict[str, list[Path]]]) -> Path:
         for name, paths in classes.items():
             for path in paths:
                 stat = path.stat()
-                sha.update(f"{part}/{name}/{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+                # As the system has it: a name need not be text.
+                sha.update(os.fsencode(f"{part}/{name}/{path.name} {stat.st_size} {stat.st_mtime_ns}\n"))
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return home / "rampart" / f"folder-{sha.hexdigest()[:24]}.npz"
 

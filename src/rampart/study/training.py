@@ -37,7 +37,7 @@ def run_training(run: Run, settings: Settings, given: Mapping[str, str]) -> None
     run.tags(arm.texts | {"arm": arm.name})
     run.tags({"seed": settings.seed, "train_profile": settings.profile})
     data = open_data(run, settings)
-    # Until all is told: a second signal must not stop that.
+    # Until all is told: the SIGTERM that follows a Ctrl-C must not stop that.
     with stoppable() as stop, Later() as later, Epochs(run, later) as epochs:
         model = train(settings, data, epochs, settings, settings.seed, device, before)
     if stop.asked:

@@ -104,6 +104,8 @@ def fit(
     done = (at.epoch - first_epoch) * steps + at.batch
     progress_bar = tqdm(total=total, initial=done, desc=stage.name, unit="batch", disable=None, leave=False)
     with stoppable() as stop, progress_bar as bar:
+        if stop.asked:  # before the first batch
+            raise KeyboardInterrupt
         while at.epoch < first_epoch + stage.epochs:
             # A frozen part keeps its running statistics, too.
             model.eval()

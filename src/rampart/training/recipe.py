@@ -160,6 +160,11 @@ class Recipe:
             "attack_start=wide would put the boxes of sabr outside of its balls: take attack_start=ball",
         )
         require(
+            self.attack_rel_eps == 1 or self.method != "sabr",
+            f"attack_rel_eps={self.attack_rel_eps:g} would put the boxes of sabr outside of its balls: take "
+            "attack_rel_eps=1, and sabr_lambda for the boxes' size",
+        )
+        require(
             self.precision == "fp32" or self.method in ("normal", "adversarial", "trades"),
             f"precision=bf16 would spoil the bounds of {self.method}: take precision=fp32",
         )

@@ -26,11 +26,16 @@ class Stop:
 
 @contextmanager
 def stoppable() -> Iterator[Stop]:
-    """Catches Ctrl-C and SIGTERM meanwhile, where this is the process's main thread: others get no signals."""
-    stop = Stop()
+    """Catches Ctrl-C and SIGTERM meanwhile, where this is the process's main thread: others get no signals. Within
+    another one it is that one: nobody asks in vain."""
     if threading.current_thread() is not threading.main_thread():
-        yield stop
+        yield Stop()
         return
+    outer = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+    if isinstance(outer, Stop):
+        yield outer
+        return
+    stop = Stop()
     before = {number: signal.signal(number, stop.ask) for number in SIGNALS}
     try:
         yield stop

@@ -136,6 +136,15 @@ def test_a_run_that_mlflow_started_is_gone_on_with(store: Path, monkeypatch: pyt
     assert resumed.data.metrics["train/loss"] == own.data.metrics["train/loss"]
 
 
+@pytest.mark.usefixtures("store")
+def test_a_run_to_go_on_in_that_is_none_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(os.environ, "MLFLOW_RUN_ID", "abc")
+    assert main(["train"]) == 2
+    assert "no run 'abc' in sqlite" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_is_said_in_one_line_and_by_the_exit_code(
     number: signal.Signals, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -35,6 +35,8 @@ def test_mlproject_entry_points_are_steps_and_their_parameters_settings() -> Non
         for parameter in entry["parameters"]:
             assert parameter in names(step)
             assert f"--{parameter} {{{parameter}}}" in entry["command"]
+        # The default of another one would stand above the profile.
+        assert {name for name, kind in entry["parameters"].items() if "default" in kind} == {"profile"}
 
 
 def test_only_gitkeep_is_tracked_in_mlruns() -> None:

@@ -107,6 +107,12 @@ def test_eps_are_written_as_people_write_them(eps: float, text: str) -> None:
     assert eps_text(eps) == text
 
 
+def test_eps_of_metrics_names_are_written_as_people_write_them() -> None:
+    for count in range(1, 255):
+        if count % 51:  # 51/255 is 0.2
+            assert eps_text(float(f"{count / 255:.6g}")) == f"{count}/255"
+
+
 @pytest.mark.parametrize(
     ("step", "given", "message"),
     [
@@ -186,6 +192,9 @@ def test_a_profile_with_an_unknown_setting_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("train: {1: 2}", "unknown setting in section train .* '1'"),
+        ("common: {1: 2}", "unknown setting in section common .* '1'"),
+        ("arms: [{when: {1: 2}, set: {lr: 0.1}}]", "unknown setting in a rule .* '1'"),
         ("train: 3", "section train .* mapping"),
         ("arms: 3", "section arms .* list"),
         ("arms: [3]", "'when' and 'set'"),

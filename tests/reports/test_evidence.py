@@ -11,6 +11,7 @@ from mlflow import MlflowClient
 from rampart.errors import Contradiction, RampartError
 from rampart.reports import derived
 from rampart.reports.evidence import Evidence, collect
+from rampart.reports.registry import name_best
 from rampart.settings import CompareSettings
 from rampart.tracking.queries import find_runs
 from rampart.tracking.runs import class_text
@@ -120,6 +121,70 @@ def test_other_settings_of_the_attack_are_named() -> None:
     (note,) = collected().notes
     assert note.step == "evaluate"
     assert note.text == f"runs differ in steps: 10 in most, 40 in evaluate sabr s0 (run {run.id})"
+
+
+def test_other_radii_are_named() -> None:
+    for seed, radii in enumerate(("2/255,8/255", "2/255,8/255", "8/255")):
+        run = finished("evaluate", evaluation("1110"), seed=seed)
+        run.params({"eps_pixel": radii})
+    (note,) = collected().notes
+    assert note.text == f"runs differ in eps_pixel: 2/255,8/255 in most, 8/255 in evaluate normal s2 (run {run.id})"
+
+
+def test_the_same_setting_typed_otherwise_is_no_difference() -> None:
+    for seed, (steps, space) in enumerate((("10", "pixel"), ("10.0", "pixel"))):
+        finished("evaluate", evaluation("1110"), seed=seed).params({"steps": steps, "eps_space": space})
+    for seed, complete in enumerate(("True", "true")):
+        finished("verify", verification({0: "safe"}), seed=seed, split="3/1/4 by 0.2, 42").params(
+            {"complete": complete}
+        )
+    assert collected().notes == []
+
+
+def trained(seed: int, **params: str) -> str:
+    """A training whose model was evaluated."""
+    run = finished("train", None, seed=seed, split="3/1/4 by 0.2, 42")
+    known = {
+        "profile": "quick",
+        "dataset": f"folder:/copy {seed}",
+        "method": "normal",
+        "augment": "False",
+        "contrastive": "none",
+        "seed": str(seed),
+    }
+    run.params({**known, **params})
+    finished("evaluate", evaluation("1110"), seed=seed, model_run=run.id, weights=str(seed))
+    return run.id
+
+
+def test_seeds_that_were_trained_otherwise_are_named_and_how_to_repeat_them() -> None:
+    trained(0)
+    trained(1, augment="no")
+    assert collected().notes == []
+    assert len(derived.commands(collected())) == 2
+    odd = trained(2, lr="0.5", epochs="1")
+    evidence = collected()
+    (note,) = evidence.notes
+    assert note.text == (
+        f"seeds of one arm were trained differently: train normal s2 (run {odd}) with epochs=1, lr=0.5 "
+        "instead of the defaults"
+    )
+    commands = derived.commands(evidence)
+    commands = commands.loc[commands["step"] == "train", "command"].tolist()
+    assert ["-P seed=0" in text for text in commands] == [True, False]
+    assert all(words in commands[1] for words in ("-P seed=2", "-P epochs=1", "-P lr=0.5"))
+
+
+def test_the_best_of_several_seeds_is_that_on_the_images_that_all_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    named: dict[str, str] = {}
+    monkeypatch.setattr(
+        "rampart.reports.registry.register", lambda run, name, alias, said: named.__setitem__(alias, run)
+    )
+    models = [trained(seed) for seed in (0, 1)]
+    for seed, proved in enumerate(("1100", "1---")):
+        finished("evaluate", proved_of(proved), seed=seed, model_run=models[seed], weights=str(seed))
+    name_best(collected(), "quick", models)
+    assert named["best-certified"] == models[0]  # 2 of 4 and 1 of 1: on the one that both share they tie
 
 
 def test_all_steps_of_an_arm_and_seed_look_at_one_model() -> None:

@@ -76,6 +76,42 @@ def test_the_newest_run_counts_and_the_others_are_told_of(tmp_path: Path) -> Non
     assert set(with_folder(with_folder(collected(), later), folder).values["value"]) >= {0.75, 1.0}
 
 
+def test_curves_of_a_training_that_another_store_has_replaced_are_left_out(tmp_path: Path) -> None:
+    for home in ("there", "here"):
+        run = finished("train", None, weights=home)
+        given = {"profile": "quick", "method": "normal", "seed": "0", "lr": "0.1" if home == "here" else "0.2"}
+        run.params(given)
+        run.metrics({"train/loss": 1.0}, step=1)
+        done = finished("evaluate", evaluation("1110"), weights=home, model_run=run.id)
+        if home == "there":
+            newest = (run.id, done.id)
+            start = MlflowClient().get_run(done.id).info.start_time
+            keep(material_of(collected()), tmp_path / "kept")
+            for gone in newest:
+                MlflowClient().delete_run(gone)
+    runs = pd.read_csv(tmp_path / "kept" / "runs.csv")
+    runs.assign(start_time=str(pd.Timestamp(start + 3_600_000, unit="ms", tz="UTC"))).to_csv(
+        tmp_path / "kept" / "runs.csv", index=False
+    )
+    assert len(collected().curves) == 1
+    joined = with_folder(collected(), str(tmp_path / "kept"))
+    assert set(joined.of("train")["run_id"]) == {newest[0]}
+    assert len(joined.curves) == 0
+
+
+def test_trainings_in_two_stores_that_differ_are_told_of(tmp_path: Path) -> None:
+    for seed, lr in enumerate(("0.1", "0.2")):
+        run = finished("train", None, seed=seed)
+        run.params({"profile": "quick", "method": "normal", "seed": str(seed), "lr": lr})
+        last = finished("evaluate", evaluation("1110"), seed=seed, model_run=run.id)
+        if seed == 0:
+            folder = moved(last, tmp_path / "kept")
+    joined = with_folder(collected(), folder)
+    assert [note.text for note in joined.notes if "trained differently" in note.text] == [
+        f"seeds of one arm were trained differently: train normal s1 (run {run.id}) with lr=0.2 instead of lr=0.1"
+    ]
+
+
 def test_runs_on_another_model_than_the_newest_are_left_out(tmp_path: Path) -> None:
     embedded = finished("embed", None, weights="before", split=SPLIT)
     proved = finished("verify", verification({0: "safe", 1: "unsafe"}), weights="before", split=SPLIT)

@@ -150,6 +150,12 @@ def test_a_command_repeats_a_run(step: str, profile: str) -> None:
     assert len(parsed) <= len(given) + 1  # what the profile says already is not said again
 
 
+def test_a_command_whose_profile_is_gone_is_not_told(store: Path) -> None:
+    assert (
+        command("train", {"profile": "runs:/0123456789abcdef0123456789abcdef/profile.yaml", "method": "normal"}) == "-"
+    )
+
+
 def test_a_command_with_settings_of_another_version_is_not_told() -> None:
     assert command("train", {"profile": "quick", "method": "gone"}) == "-"
     assert "gone" not in names("train")

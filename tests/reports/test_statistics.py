@@ -203,6 +203,7 @@ def test_certified_figures_stand_beside_the_one_other_method_with_bounds(
         ('{"models": {"plain/normal": {"abcrown_20_images": {"save": 3}}}}', "has verdicts other than"),
         ('{"models": {"plain/normal": 3}}', "arm 'plain/normal'"),
         ('{"eps_space": "pixels", "models": {}}', "did you mean 'pixel'"),
+        ('{"eps_space": ["a"], "models": {}}', "unknown eps_space"),
         ('{"models": {}}', "has no figures"),
         ('{"models": {"plain/normal": {"abcrown_20_images": {}, "abcrown_100_images": {}}}}', "more than one set"),
     ],

@@ -44,6 +44,9 @@ def test_checks_that_failed_are_marked_and_missing_ones_are_a_stroke() -> None:
     assert table["zero gradients (≤ 5)"].tolist() == ["50.0 †"]
     assert table["noise (≤ 2)"].tolist() == ["0.0"]
     assert table["transfer (≤ 3)"].tolist() == ["-"]
+    # In one seed alone, too.
+    seeds = [{**named("trust/noise", value), "seed": str(seed)} for seed, value in enumerate((0.05, 0.0, 0.0))]
+    assert tables.trust(summarise(pd.DataFrame(seeds).assign(suspect=False)))["noise (≤ 2)"].tolist() == ["1.7 †"]
 
 
 def test_corruptions_have_their_columns_and_their_mean() -> None:
@@ -64,6 +67,20 @@ def test_profiles_stand_side_by_side_and_what_stands_in_for_certified_beside_it(
     assert table["accuracy: published"].tolist() == ["12.5", "12.5"]
     assert table["accuracy: a"].tolist() == ["81.0", "51.0"]
     assert table["accuracy: b"].tolist() == ["40.5", "25.5"]
+
+
+def test_models_of_no_arm_have_rows_of_their_own_side_by_side_and_marks() -> None:
+    found = values().replace({"method": {"normal": "other", "certified": "other"}})
+    found["suspect"] = (found["arm"] == "normal") & (found["metric"] == "robust_accuracy")
+    table = tables.side_by_side({"a": summarise(found)}, [8 / 255])
+    assert table["method"].tolist() == ["certified", "normal"]
+    assert table["accuracy: a"].tolist() == ["51.0", "81.0"]
+    assert table["robust at 8/255: a"].tolist() == ["46.9", "76.9 †"]
+
+
+def test_cells_of_markdown_keep_to_their_columns() -> None:
+    text = tables.markdown(pd.DataFrame({"method": ["my|net"], "command": ["a | b"]}))
+    assert text.splitlines()[-1].replace(" ", "") == "|my\\|net|`a\\|b`|"
 
 
 def test_verdicts_keep_every_word() -> None:

@@ -13,6 +13,8 @@ from mlflow import MlflowClient
 from rampart.data import Dataset
 from rampart.errors import SettingsError
 from rampart.models import build_model, save_model
+from rampart.settings import resolve
+from rampart.study.identity import identity
 from rampart.study.steps import run_step
 from rampart.tracking.queries import find_runs, read_arrays, read_table
 from rampart.verification import split, verify
@@ -105,6 +107,15 @@ def test_every_certified_radius_is_attacked_too(weights: str) -> None:
         proved, left = found[f"metrics.certified_accuracy/{eps}"], found[f"metrics.attacked_accuracy/{eps}"]
         assert 0 <= proved <= left <= 1
     assert torch.get_num_threads() == 2
+
+
+def test_other_answers_of_another_verifier_are_another_verification(weights: str, tmp_path: Path) -> None:
+    answers = tmp_path / "results.csv"
+    keys = []
+    for text in ("unsat", "timeout", "unsat"):
+        answers.write_text(text)
+        keys.append(identity("verify", resolve("verify", settings(weights, engine=str(answers))), "d", "w"))
+    assert keys[0] == keys[2] != keys[1]
 
 
 def test_parts_are_gathered(weights: str) -> None:

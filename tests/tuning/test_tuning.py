@@ -276,6 +276,22 @@ def test_a_study_of_the_same_name_about_something_else_is_refused(
     assert len(quick_training) == 1
 
 
+@pytest.mark.usefixtures("unpublished")
+def test_trials_say_what_they_were_trained_on_and_a_split_of_the_tunings_own_is_one_thing(
+    store: Path, quick_training: list[TrainSettings], tmp_path: Path
+) -> None:
+    file = tmp_path / "own.yaml"
+    file.write_text("train: {val_fraction: 0.4}\ntune: {val_fraction: 0.25}")
+    given = {"profile": str(file), "method": "normal", "trials": "1", "epochs": "1", **SMALL}
+    run_step("tune", given)
+    (trial,) = find_runs("0", {"step": "trial"}).to_dict("records")
+    assert quick_training[0].val_fraction == 0.25
+    assert (trial["params.val_fraction"], trial["params.dataset"]) == ("0.25", "digits")
+    file.write_text("train: {val_fraction: 0.4}\ntune: {val_fraction: 0.6}")
+    with pytest.raises(SettingsError, match=r"already with another settings .*val_fraction"):
+        run_step("tune", {**given, "trials": "2"})
+
+
 COMMAND = [sys.executable, "-m", "rampart", "tune", "--method", "normal", "--width", "0.125", "--threads", "1"]
 
 

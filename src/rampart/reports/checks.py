@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import pandas as pd
 
 from rampart.errors import Contradiction
 from rampart.ledger import attack_rates, contradiction, corruption_rates, verdict_counts
+from rampart.reports.repeating import UNKNOWN
 from rampart.tracking.queries import read_evidence
 from rampart.tracking.runs import LEDGER
 
@@ -18,7 +20,7 @@ SHOWN = 6
 # Settings that two evaluations, or two verifications, have to share for their rates to be of one kind.
 SHARED = {
     "evaluate": (
-        *("eps_space", "attack", "norm", "steps", "rel_step", "step_schedule", "restarts", "loss"),
+        *("eps_space", "eps_pixel", "attack", "norm", "steps", "rel_step", "step_schedule", "restarts", "loss"),
         *("certify", "certify_images", "certify_eps_pixel", "certify_timeout", "trust_images", "corruptions"),
     ),
     "verify": (
@@ -42,9 +44,44 @@ def differences(runs: pd.DataFrame) -> list[Note]:
         part = runs[(runs["step"] == step) & (runs["engine"] == "native")]
         for name in names:
             if f"params.{name}" in part:
-                notes += _kinds(part, part[f"params.{name}"], name, step)
+                notes += _kinds(part, part[f"params.{name}"].map(_alike), name, step)
     notes += _kinds(runs, runs["tags.rampart.split"], "split (train/val/test by val_fraction, split_seed)", "")
+    return notes + trained_otherwise(runs)
+
+
+def trained_otherwise(runs: pd.DataFrame) -> list[Note]:
+    """The seeds of an arm that were not trained as most of its seeds were: their mean is of different trainings."""
+    notes = []
+    known = runs[(runs["step"] == "train") & (runs["command"] != UNKNOWN)]
+    for _, part in known.groupby("arm", sort=False):
+        ways = part["command"].map(way)
+        usual, *others = ways.value_counts().index
+        for other in others:
+            who = ", ".join(named(run) for run in part[ways == other].to_dict("records")[:SHOWN])
+            has, most = (sorted(set(one) - set(rest)) for one, rest in ((other, usual), (usual, other)))
+            what = f"{', '.join(has) or 'no such setting'} instead of {', '.join(most) or 'the defaults'}"
+            notes.append(Note("", f"seeds of one arm were trained differently: {who} with {what}"))
     return notes
+
+
+def way(command: str) -> tuple[str, ...]:
+    """What a command that repeats a run says, whatever its seed, wherever its data lie and however it is typed."""
+    words = (word.partition("=") for word in shlex.split(command))
+    return tuple(f"{name}={_alike(value)}" for name, equals, value in words if equals and name not in _ANY)
+
+
+_ANY = ("seed", "dataset")
+_SPELT = {"true": "True", "yes": "True", "on": "True", "false": "False", "no": "False", "off": "False"}
+
+
+def _alike(text: object) -> object:
+    """A parameter as others may have typed it: 5.0 is 5, and yes is True."""
+    if pd.isna(text):  # type: ignore[call-overload]
+        return text
+    try:
+        return f"{float(str(text)):g}"
+    except ValueError:
+        return _SPELT.get(str(text).lower(), text)
 
 
 def _kinds(runs: pd.DataFrame, values: pd.Series, name: str, step: str) -> list[Note]:

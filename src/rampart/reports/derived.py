@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from rampart.ledger import PROVED, ROUNDED, attack_rates, attacked_by, eps_key
+from rampart.reports.checks import way
 from rampart.reports.evidence import KEYS, Evidence
 from rampart.tracking.queries import seconds_at_work
 
@@ -179,14 +180,15 @@ def costs(evidence: Evidence) -> pd.DataFrame:
 
 
 def commands(evidence: Evidence) -> pd.DataFrame:
-    """How every arm's first seed is trained, and how it was evaluated and verified (step, arm, command, runs); one row
-    where all arms share a command."""
+    """How every arm's first seed was trained, evaluated and verified, and those seeds with which it was done otherwise
+    (step, arm, command, runs); one row where all arms share a command."""
     rows = []
     for step in ("train", "evaluate", "verify"):
-        runs = evidence.first(step)
+        runs = evidence.of(step)
         runs = runs[runs["engine"] == "native"]
+        runs = runs[~runs.assign(way=runs["command"].map(way)).duplicated(["arm", "way"])]
         for text, alike in runs.groupby("command", sort=False):
-            arms = "all" if len(alike) == len(runs) > 1 else ", ".join(alike["arm"])
+            arms = "all" if set(alike["arm"]) == set(runs["arm"]) and len(alike) > 1 else ", ".join(alike["arm"])
             rows.append({"step": step, "arm": arms, "command": text, "runs": " ".join(alike["run_id"])})
     return pd.DataFrame(rows, columns=["step", "arm", "command", "runs"])
 

@@ -22,6 +22,7 @@ from rampart.training.recipe import MethodName
 T = TypeVar("T")
 
 KEYS = ["augment", "method", "contrastive", "arm", "engine"]
+CURVES = [*KEYS, "seed", "run", "stage", "metric", "epoch", "value"]
 METHOD_ORDER = get_args(MethodName)
 CONTRASTIVE_ORDER = ["none", "single", "double"]
 
@@ -39,7 +40,7 @@ class Evidence:
         points: UMAP coordinates by arm.
         places: distances of the embeddings by arm.
         examples: adversarial examples by arm, as evaluations keep them.
-        curves: of trainings (KEYS, seed, stage, metric, epoch, value).
+        curves: of trainings (KEYS, seed, run, stage, metric, epoch, value).
         dataset: name, digest and split.
         notes: what was left out, and how runs differ.
     """
@@ -89,12 +90,13 @@ def collect(experiment: str, settings: CompareSettings) -> Evidence:
     if not tables:
         raise _nothing(experiment, settings, notes)
     trained = _trained(experiment, runs)
-    notes += differences(pd.concat([runs, trained], ignore_index=True))
+    every = _with_commands(pd.concat([trained, runs], ignore_index=True))
+    notes += differences(every)
     values = pd.concat([_numbers(row) for _, row in runs.iterrows() if row["step"] != "embed"], ignore_index=True)
     first = runs.iloc[0]
     embedded, evaluated = (runs[runs["step"] == step].drop_duplicates("arm") for step in ("embed", "evaluate"))
     return Evidence(
-        runs=_with_commands(pd.concat([trained, runs], ignore_index=True)),
+        runs=every,
         ledgers=tables,
         values=values,
         points=_read(embedded, _points),
@@ -162,7 +164,7 @@ def _with_commands(runs: pd.DataFrame) -> pd.DataFrame:
 
 def _curves(trained: pd.DataFrame) -> pd.DataFrame:
     """Loss and validation metrics by epoch."""
-    parts = [pd.DataFrame(columns=[*KEYS, "seed", "stage", "metric", "epoch", "value"])]
+    parts = [pd.DataFrame(columns=CURVES)]
     for _, run in trained.iterrows():
         names = [
             name.removeprefix("metrics.") for name in map(str, run.index[run.notna()]) if name.startswith("metrics.")
@@ -170,7 +172,7 @@ def _curves(trained: pd.DataFrame) -> pd.DataFrame:
         history = metric_history(run["run_id"], [n for n in names if n.endswith("/loss") or n.startswith("val/")])
         split = history["metric"].str.split("/", n=1)
         found = {"stage": split.str[0], "metric": split.str[1], "epoch": history["step"], "value": history["value"]}
-        parts.append(pd.DataFrame({**{key: run[key] for key in [*KEYS, "seed"]}, **found}))
+        parts.append(pd.DataFrame({**{key: run[key] for key in [*KEYS, "seed"]}, "run": run["run_id"], **found}))
     return pd.concat(parts[1:] or parts, ignore_index=True)
 
 
@@ -302,11 +304,12 @@ def ordered(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def summarise(values: pd.DataFrame) -> pd.DataFrame:
-    """Mean and standard deviation (over seeds, n - 1) of each number, with the runs that it came from."""
+    """Mean, standard deviation (over seeds, n - 1) and maximum of each number, with the runs that it came from."""
     grouped = values.groupby([*KEYS, "step", "metric", "eps"], dropna=False, sort=False)
     summary = grouped.agg(
         mean=("value", "mean"),
         std=("value", "std"),
+        largest=("value", "max"),
         seeds=("value", "size"),
         suspect=("suspect", "any"),
         runs=("run", lambda r: " ".join(r)),

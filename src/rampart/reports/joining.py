@@ -9,7 +9,7 @@ from typing import TypeVar
 import pandas as pd
 
 from rampart.errors import require
-from rampart.reports.checks import consistent
+from rampart.reports.checks import consistent, trained_otherwise
 from rampart.reports.evidence import Evidence, newest_runs, ordered
 from rampart.reports.record import read
 from rampart.settings import ARM_STEPS
@@ -40,6 +40,7 @@ def with_folder(evidence: Evidence, folder: str) -> Evidence:
     kept = set(runs["run_id"])
     ledgers = {run: ledger for run, ledger in (other.ledgers | evidence.ledgers).items() if run in kept}
     consistent(steps, ledgers)
+    notes += [note for note in trained_otherwise(runs) if note not in notes]
     joined = replace(evidence, runs=runs, ledgers=ledgers, notes=notes)
 
     def first_in(found: pd.DataFrame, step: str) -> set[str]:
@@ -52,6 +53,7 @@ def with_folder(evidence: Evidence, folder: str) -> Evidence:
     return replace(
         joined,
         values=ordered(values[values["run"].isin(kept)]),
+        curves=evidence.curves[evidence.curves["run"].isin(kept)],
         points=_of(embedded, evidence.points),
         classes=max(evidence.classes, other.classes, key=len),
         places=_of(embedded, evidence.places) | _of(first_in(more, "embed"), other.places),

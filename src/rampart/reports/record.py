@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from rampart.errors import RampartError, SettingsError
-from rampart.reports.evidence import KEYS, Evidence
+from rampart.reports.evidence import CURVES, KEYS, Evidence
 from rampart.reports.sections import Material, material_of
 
 RUNS, VALUES, PUBLISHED, ABOUT = "runs.csv", "values.csv", "published.csv", "about.json"
@@ -114,7 +114,7 @@ def read(folder: Path) -> Material:
         points={},
         places=places,
         examples={},
-        curves=pd.DataFrame(columns=[*KEYS, "seed", "stage", "metric", "epoch", "value"]),
+        curves=pd.DataFrame(columns=CURVES),
         classes=tuple(about["classes"]),
         dataset=about["dataset"],
         notes=[],

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container
 
 from rampart.arms import Arm
-from rampart.reports.derived import reference_eps
+from rampart.reports.derived import on_common_images, reference_eps
 from rampart.reports.evidence import Evidence
 from rampart.tracking.models import register, registered_name
 
@@ -24,7 +24,8 @@ def name_best(evidence: Evidence, profile: str, logged: Container[str]) -> None:
     eps = reference_eps(evidence)
     trained = evidence.of("train")
     trained = trained[(trained["method"] != "other") & trained["run_id"].map(lambda run: run in logged)]
-    values = evidence.values[(evidence.values["engine"] == "native") & (evidence.values["eps"] == eps)]
+    values = on_common_images(evidence)
+    values = values[(values["engine"] == "native") & (values["eps"] == eps)]
     # A rate that an attack gave is not to be trusted where the attack has failed a check.
     values = values[~values["suspect"]].merge(trained[["arm", "seed", "run_id"]], on=["arm", "seed"])
     for arm, part in trained.groupby("arm", sort=False):

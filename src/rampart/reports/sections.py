@@ -297,7 +297,8 @@ def _trainings(given: Material) -> Iterator[Section]:
         yield Section(
             "commands",
             "How to repeat it",
-            "The first seed's runs; -P seed=N gives the others. What a profile says already is left out.",
+            "The first seed's runs, and those of seeds with which something else was done; -P seed=N gives the others. "
+            "What a profile says already is left out.",
             commands,
         )
     costs = derived.costs(given.evidence)

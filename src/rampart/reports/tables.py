@@ -63,7 +63,7 @@ def trust(summary: pd.DataFrame) -> pd.DataFrame:
 
     def text(row: pd.Series) -> str:
         allowed = ALLOWED[row["metric"].removeprefix("trust/")]
-        return f"{100 * row['mean']:.1f}" + (f" {MARK}" if row["mean"] > allowed else "")
+        return f"{100 * row['mean']:.1f}" + (f" {MARK}" if row["largest"] > allowed else "")  # in any seed
 
     columns = [
         (f"{check.replace('_', ' ')} (≤ {100 * most:g})", rows["metric"] == f"trust/{check}")
@@ -160,8 +160,13 @@ def side_by_side(summaries: Mapping[str, pd.DataFrame], radii: Iterable[float]) 
             mask = alike & (rows["source"] == source)
             if mask.any():
                 columns.append((f"{title}: {source}", mask))
-    row = ["augment", "method", "contrastive"]
-    return _pivoted(rows, columns, lambda number: f"{100 * number['mean']:.1f}", row).drop(columns="runs")
+    # A model of no arm has a row of its own.
+    rows = rows.assign(name=rows["arm"].where(rows["method"] == "other", ""))
+
+    def text(number: pd.Series) -> str:
+        return f"{100 * number['mean']:.1f}" + (f" {MARK}" if number["suspect"] else "")
+
+    return _pivoted(rows, columns, text, ["augment", "method", "contrastive", "name"]).drop(columns="runs")
 
 
 def verdicts(summary: pd.DataFrame) -> pd.DataFrame:
@@ -180,6 +185,7 @@ def verdicts(summary: pd.DataFrame) -> pd.DataFrame:
 
 
 def markdown(table: pd.DataFrame) -> str:
+    table = table.map(lambda cell: cell.replace("|", "\\|") if isinstance(cell, str) else cell)
     if "command" in table:
         table = table.assign(command="`" + table["command"] + "`")
     return table.to_markdown(index=False, disable_numparse=True)

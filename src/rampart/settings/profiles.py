@@ -49,16 +49,16 @@ def _sections(name: str, text: str) -> Mapping[str, Any]:
     require(isinstance(profile["arms"], list), f"section arms of profile '{name}' must be a YAML list of rules")
     for step in STEPS:
         for key in profile[step]:
-            require(key in names(step), unknown(f"setting in section {step} of profile {name}", key, names(step)))
+            require(key in names(step), unknown(f"setting in section {step} of profile {name}", str(key), names(step)))
     every = {key for step in STEPS for key in names(step)}
     for key in profile["common"]:
-        require(key in every, unknown(f"setting in section common of profile {name}", key, every))
+        require(key in every, unknown(f"setting in section common of profile {name}", str(key), every))
     for rule in profile["arms"]:
         parts = rule if isinstance(rule, dict) else {}
         wanted = set(parts) == {"when", "set"} and all(isinstance(part, dict) for part in parts.values())
         require(wanted, f"an arm's rule in profile {name} has 'when' and 'set', each of them a YAML mapping")
         for key in (*rule["when"], *rule["set"]):
-            require(key in names("train"), unknown(f"setting in a rule of profile {name}", key, names("train")))
+            require(key in names("train"), unknown(f"setting in a rule of profile {name}", str(key), names("train")))
         for key, value in rule["when"].items():
             kind = get_type_hints(STEPS["train"])[key]
             single = key not in EPS_NAMES and get_origin(kind) is not tuple

@@ -20,9 +20,9 @@ def eps_text(eps: float) -> str:
     if abs(eps - round(eps, 3)) < 1e-9:
         return f"{eps:g}"
     for denominator in (255, 510):
-        count = eps * denominator
-        if round(count) and abs(count - round(count)) < 1e-4:
-            return f"{round(count)}/{denominator}"
+        count = round(eps * denominator)
+        if count and f"{count / denominator:.6g}" == f"{eps:.6g}":
+            return f"{count}/{denominator}"
     return f"{eps:.6g}"
 
 

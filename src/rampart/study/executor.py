@@ -67,6 +67,7 @@ def run_study(run: Run, settings: StudySettings, given: Mapping[str, str]) -> No
     failures, members = scheduler.failures, _members(scheduler.done)
     if members:
         run.table(pd.DataFrame(members).sort_values(["arm", "seed", "step"]), "members.parquet")
+    if any(member["step"] in ("evaluate", "verify") for member in members):
         run_step("compare", {"profile": settings.profile, "study": run.id}, run.id)
     if failures:
         first, reason = next(iter(failures.items()))

@@ -25,6 +25,9 @@ def identity(step: str, settings: Settings, digest: str, model: str = "") -> str
     """Hashes of what the step does (its settings, the dataset's digest, the identity of its model) and, behind a point,
     of the code behind it; before both, which part of it that is."""
     relevant = {k: v for k, v in asdict(settings).items() if k not in IRRELEVANT | {"model"}}
+    answers = Path(getattr(settings, "engine", ""))
+    if answers.is_file():  # of another tool
+        relevant["engine"] = [relevant["engine"], hashlib.sha256(answers.read_bytes()).hexdigest()]
     parts = "\n".join([step, json.dumps(relevant, sort_keys=True), digest, model])
     part = getattr(settings, "part", "")
     return f"{part} {hashlib.sha256(parts.encode()).hexdigest()[:32]}.{code_version(step)}".lstrip()

@@ -43,7 +43,8 @@ def open_run(step: str, parent: str | None = None, task: str | None = None) -> I
     # Taken out: it is this run's alone, not that of runs nested in it or of child processes.
     resumed = os.environ.pop("MLFLOW_RUN_ID", None)
     if resumed:
-        experiment = MlflowClient().get_run(resumed).info.experiment_id
+        with asking(f"no run '{resumed}' in {mlflow.get_tracking_uri()}: unset MLFLOW_RUN_ID"):
+            experiment = MlflowClient().get_run(resumed).info.experiment_id
         active = mlflow.start_run(resumed, log_system_metrics=measured)
     else:
         # A comparison has nothing to look for in an experiment that it would have to create.

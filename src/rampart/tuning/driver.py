@@ -31,7 +31,7 @@ from rampart.tracking import Run
 from rampart.tracking.lifecycle import exists, fail_run, reopened
 from rampart.tracking.store import alive
 from rampart.training.methods import METHODS
-from rampart.tuning.publish import publish
+from rampart.tuning.publish import DATA, publish
 from rampart.tuning.space import Space, read_space, starting_point
 from rampart.tuning.storage import HOME, RUN, check_failures, finished, grace, keep_start, missing, open_study, retire
 from rampart.tuning.trials import Surplus, Task, run_trial
@@ -65,7 +65,7 @@ def tune(run: Run, settings: TuneSettings, given: Mapping[str, str]) -> None:
         log.info("study '%s' goes on in run %s: %d trials are done", study.study_name, home.id, len(finished(study)))
     with nullcontext() if home is run else reopened(home), _helpers(worker, home.id, settings.workers - 1):
         worker.work(study, data, home.id)
-        publish(home, study, settings, worker.train_texts, worker.objective)
+        publish(home, study, settings, worker.said, worker.objective)
     if home is not run:
         home.close()
 
@@ -90,10 +90,15 @@ class Worker:
         return Arm(self.settings.method, self.settings.augment, self.settings.contrastive)
 
     @cached_property
-    def train_texts(self) -> dict[str, str]:
+    def said(self) -> dict[str, str]:
         """What the user said of the training itself."""
         valid = set(names("train"))
         return {name: text for name, text in self.given.items() if name in valid} | self.arm.texts
+
+    @cached_property
+    def train_texts(self) -> dict[str, str]:
+        """With the data that trials are trained on and scored with: a tuning may have a split of its own."""
+        return {name: str(getattr(self.settings, name)) for name in DATA} | self.said
 
     @cached_property
     def training(self) -> TrainSettings:

@@ -98,7 +98,7 @@ def tuned_profile(settings: TuneSettings, given: Mapping[str, str], trial: Froze
     own = {name: text for name, text in given.items() if name not in (*arm, *_ELSEWHERE)}
     tuned = {name: spoken(name, value) for name, value in {**own, **trial.params}.items()}
     rule = {"when": arm, "set": tuned}
-    data = {name: text for name, text in given.items() if name in _DATA}
+    data = {name: text for name, text in given.items() if name in DATA}
     profile["common"] = profile["common"] | data
     profile["train"] = {name: value for name, value in profile["train"].items() if name not in data}
     written = {section: profile[section] for section in SECTIONS if profile[section]}
@@ -107,8 +107,8 @@ def tuned_profile(settings: TuneSettings, given: Mapping[str, str], trial: Froze
 
 
 # Of all arms, not of this one; and of the run, not of the training.
-_DATA = ("dataset", "val_fraction", "split_seed")
-_ELSEWHERE = (*_DATA, "profile", "data_root", "seed", "device", "threads", "eps_space")
+DATA = ("dataset", "val_fraction", "split_seed")
+_ELSEWHERE = (*DATA, "profile", "data_root", "seed", "device", "threads", "eps_space")
 
 
 def _table(home: Run, study: Study) -> None:

@@ -150,5 +150,10 @@ def test_an_interrupt_is_said_in_one_line_and_by_the_exit_code(
     number: signal.Signals, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("rampart.study.run_step", lambda *given: signal.raise_signal(number))
-    assert main(["train"]) == 130
+    # A shell starts what runs in its background without Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert main(["train"]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err.split("\n") == ["", "interrupted: what was finished is kept", ""]

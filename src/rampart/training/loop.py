@@ -152,8 +152,8 @@ def fit(
                 },
                 step=at.epoch,
             )
-            # SupCon on validation images is lowest long before heads on the encoder are best: its last epoch counts. Of
-            # equal epochs the later one: it has seen more images at full ε.
+            # SupCon does not say how good a head on the encoder will be: its last epoch counts. Of equal epochs the
+            # later one: it has seen more images at full ε.
             if recipe.select == "last" or not stage.criterion.needs_logits or found.score >= at.best_score:
                 at.choose(found.score)
             at.next_epoch()

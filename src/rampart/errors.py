@@ -70,11 +70,11 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in messages)
 
 
-def unknown(kind: str, given: str, choices: Iterable[str]) -> str:
+def unknown(kind: str, given: object, choices: Iterable[str]) -> str:
     """One line that names the nearest valid choice, and the others where they are few."""
     valid = sorted(choices)
     lowered = {choice.lower(): choice for choice in valid}
-    near = [lowered[name] for name in difflib.get_close_matches(given.lower(), lowered, n=1, cutoff=0.5)]
+    near = [lowered[name] for name in difflib.get_close_matches(str(given).lower(), lowered, n=1, cutoff=0.5)]
     message = f"unknown {kind} '{given}'" + (f": did you mean '{near[0]}'?" if near else "")
     # A long list would bury the hint.
     return message if near and len(valid) > 12 else f"{message} (valid: {', '.join(valid)})"
@@ -84,9 +84,7 @@ def require_choices(settings: object) -> None:
     """Raises SettingsError where a Literal field of a dataclass holds a value that is none of its choices."""
     for name, kind in get_type_hints(type(settings)).items():
         if get_origin(kind) is Literal:
-            require(
-                getattr(settings, name) in get_args(kind), unknown(name, str(getattr(settings, name)), get_args(kind))
-            )
+            require(getattr(settings, name) in get_args(kind), unknown(name, getattr(settings, name), get_args(kind)))
 
 
 def require(condition: bool, message: str) -> None:

@@ -48,10 +48,10 @@ def read_baseline(path: str) -> tuple[pd.DataFrame, list[Note]]:
         f"baseline '{path}' must be a JSON object with 'models' by arm, such as 'augmented/normal-contrastive'",
     )
     space = read.get("eps_space", "normalized")
-    require(str(space) in PIXELS, unknown(f"eps_space in baseline {path}", str(space), PIXELS))
+    require(str(space) in PIXELS, unknown(f"eps_space in baseline {path}", space, PIXELS))
     rows: list[dict[str, Any]] = []
     for name, figures in read["models"].items():
-        require(name in ARMS, unknown(f"arm in baseline {path}", str(name), ARMS))
+        require(name in ARMS, unknown(f"arm in baseline {path}", name, ARMS))
         arm = ARMS[name]
         key = {"augment": arm.augment, "method": arm.method, "contrastive": arm.contrastive, "arm": arm.name}
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ import pandas as pd
 
 from rampart.errors import Contradiction
 from rampart.ledger import attack_rates, contradiction, corruption_rates, verdict_counts
-from rampart.reports.repeating import UNKNOWN
+from rampart.reports.repeating import UNKNOWN, alike, way
 from rampart.tracking.queries import read_evidence
 from rampart.tracking.runs import LEDGER
 
@@ -44,7 +43,7 @@ def differences(runs: pd.DataFrame) -> list[Note]:
         part = runs[(runs["step"] == step) & (runs["engine"] == "native")]
         for name in names:
             if f"params.{name}" in part:
-                notes += _kinds(part, part[f"params.{name}"].map(_alike), name, step)
+                notes += _kinds(part, part[f"params.{name}"].map(alike), name, step)
     notes += _kinds(runs, runs["tags.rampart.split"], "split (train/val/test by val_fraction, split_seed)", "")
     return notes + trained_otherwise(runs)
 
@@ -62,26 +61,6 @@ def trained_otherwise(runs: pd.DataFrame) -> list[Note]:
             what = f"{', '.join(has) or 'no such setting'} instead of {', '.join(most) or 'the defaults'}"
             notes.append(Note("", f"seeds of one arm were trained differently: {who} with {what}"))
     return notes
-
-
-def way(command: str) -> tuple[str, ...]:
-    """What a command that repeats a run says, whatever its seed, wherever its data lie and however it is typed."""
-    words = (word.partition("=") for word in shlex.split(command))
-    return tuple(f"{name}={_alike(value)}" for name, equals, value in words if equals and name not in _ANY)
-
-
-_ANY = ("seed", "dataset")
-_SPELT = {"true": "True", "yes": "True", "on": "True", "false": "False", "no": "False", "off": "False"}
-
-
-def _alike(text: object) -> object:
-    """A parameter as others may have typed it: 5.0 is 5, and yes is True."""
-    if pd.isna(text):  # type: ignore[call-overload]
-        return text
-    try:
-        return f"{float(str(text)):g}"
-    except ValueError:
-        return _SPELT.get(str(text).lower(), text)
 
 
 def _kinds(runs: pd.DataFrame, values: pd.Series, name: str, step: str) -> list[Note]:

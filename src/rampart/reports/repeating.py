@@ -18,6 +18,9 @@ MACHINE = ("device", "threads", "data_root", "images_at_once", "export", "part")
 MODEL = "runs:/<run id>/model"
 # Stands for the command of a run that is none of this version's, or whose profile is gone.
 UNKNOWN = "-"
+# What two commands may differ in and still do the same, and how else a truth value may be typed.
+_ANY = ("seed", "dataset")
+_SPELT = {"true": "True", "yes": "True", "on": "True", "false": "False", "no": "False", "off": "False"}
 
 
 def command(step: str, params: Mapping[str, Any]) -> str:
@@ -33,3 +36,19 @@ def command(step: str, params: Mapping[str, Any]) -> str:
     if given.get("model", "").startswith("runs:/"):
         given["model"] = MODEL
     return f"mlflow run . -e {step} " + " ".join(f"-P {shlex.quote(f'{name}={text}')}" for name, text in given.items())
+
+
+def way(said: str) -> tuple[str, ...]:
+    """What a command that repeats a run says, whatever its seed, wherever its data lie and however it is typed."""
+    words = (word.partition("=") for word in shlex.split(said))
+    return tuple(f"{name}={alike(value)}" for name, equals, value in words if equals and name not in _ANY)
+
+
+def alike(text: Any) -> Any:
+    """A parameter as others may have typed it: 5.0 is 5, and yes is True."""
+    if pd.isna(text):
+        return text
+    try:
+        return f"{float(str(text)):g}"
+    except ValueError:
+        return _SPELT.get(str(text).lower(), text)

@@ -41,7 +41,7 @@ def _sections(name: str, text: str) -> Mapping[str, Any]:
     read = yaml.safe_load(text) or {}
     require(isinstance(read, dict), f"profile '{name}' must be a YAML mapping of sections: {', '.join(SECTIONS)}")
     for section in read:
-        require(section in SECTIONS, unknown(f"section of profile {name}", str(section), SECTIONS))
+        require(section in SECTIONS, unknown(f"section of profile {name}", section, SECTIONS))
     profile = {section: read.get(section) or {} for section in SECTIONS} | {"arms": read.get("arms") or []}
     for section in ("common", *STEPS):
         kind = "a YAML mapping of settings"
@@ -49,16 +49,16 @@ def _sections(name: str, text: str) -> Mapping[str, Any]:
     require(isinstance(profile["arms"], list), f"section arms of profile '{name}' must be a YAML list of rules")
     for step in STEPS:
         for key in profile[step]:
-            require(key in names(step), unknown(f"setting in section {step} of profile {name}", str(key), names(step)))
+            require(key in names(step), unknown(f"setting in section {step} of profile {name}", key, names(step)))
     every = {key for step in STEPS for key in names(step)}
     for key in profile["common"]:
-        require(key in every, unknown(f"setting in section common of profile {name}", str(key), every))
+        require(key in every, unknown(f"setting in section common of profile {name}", key, every))
     for rule in profile["arms"]:
         parts = rule if isinstance(rule, dict) else {}
         wanted = set(parts) == {"when", "set"} and all(isinstance(part, dict) for part in parts.values())
         require(wanted, f"an arm's rule in profile {name} has 'when' and 'set', each of them a YAML mapping")
         for key in (*rule["when"], *rule["set"]):
-            require(key in names("train"), unknown(f"setting in a rule of profile {name}", str(key), names("train")))
+            require(key in names("train"), unknown(f"setting in a rule of profile {name}", key, names("train")))
         for key, value in rule["when"].items():
             kind = get_type_hints(STEPS["train"])[key]
             single = key not in EPS_NAMES and get_origin(kind) is not tuple
@@ -72,7 +72,7 @@ def _require_choice(what: str, kind: object, value: object) -> None:
     """Raises SettingsError where a setting, of this type, that has choices has not this one: a rule for it would never
     hold."""
     if get_origin(kind) is Literal:
-        require(str(value).lower() in get_args(kind), unknown(what, str(value), get_args(kind)))
+        require(str(value).lower() in get_args(kind), unknown(what, value, get_args(kind)))
 
 
 def _profile_text(name: str) -> str:

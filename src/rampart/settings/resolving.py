@@ -150,5 +150,5 @@ def _adapter(step: str) -> TypeAdapter[Settings]:
 def _say(error: Any) -> str:
     if error["type"] == "literal_error":
         options = [option for option in re.findall(r"'([^']*)'", error["ctx"]["expected"]) if option]
-        return unknown("value", str(error["input"]), options)
+        return unknown("value", error["input"], options)
     return f"{error['msg'][:1].lower()}{error['msg'][1:]}, not '{error['input']}'"

@@ -43,7 +43,7 @@ def read_space(method: str, path: str, given: Mapping[str, str]) -> Space:
     valid = {field.name for kind in (Recipe, Augmentation) for field in dataclasses.fields(kind)} - ARM
     space = {}
     for name, range_ in read.items():
-        require(name in valid, unknown(f"setting in search space {file.name}", str(name), valid))
+        require(name in valid, unknown(f"setting in search space {file.name}", name, valid))
         space[name] = _distribution(name, range_)
         for value in _ends(space[name]):
             try:
@@ -109,7 +109,7 @@ def _distribution(name: str, range_: Any) -> BaseDistribution:
     """From {choices: […]} or {low, high} with log or step."""
     require(isinstance(range_, dict), f"{name} needs a range such as {{low: 0.1, high: 1}} or {{choices: [1, 2]}}")
     for key in range_:
-        require(key in KEYS, unknown(f"word for the range of {name}", str(key), KEYS))
+        require(key in KEYS, unknown(f"word for the range of {name}", key, KEYS))
     if "choices" in range_:
         choices = range_["choices"]
         require(

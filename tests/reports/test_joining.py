@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -132,10 +133,22 @@ def test_other_images_and_contradictions_are_refused(tmp_path: Path) -> None:
     with pytest.raises(Contradiction, match=r"was proved robust at .* and broken"):
         with_folder(collected(), folder)
     finished("evaluate", evaluation("1110"), dataset_digest="other")
-    with pytest.raises(SettingsError, match=r"is of .*\(digest d, .*, not of .*\(digest other,"):
+    with pytest.raises(SettingsError, match=r"is of .*\(digest d\), not of .*\(digest other\)"):
         with_folder(collected(), folder)
     with pytest.raises(SettingsError, match="no evidence in"):
         with_folder(collected(), str(tmp_path / "nowhere"))
+
+
+def test_arms_may_split_the_same_images_differently(tmp_path: Path) -> None:
+    more, fewer = "49500/500/4 by 0.01, 42", "47500/2500/4 by 0.05, 42"
+    folder = moved(finished("evaluate", evaluation("1100"), split=fewer), tmp_path / "kept")
+    finished("evaluate", evaluation("1110"), method="adversarial", arm="adversarial", split=more)
+    joined = with_folder(collected(), folder)
+    assert set(joined.values["arm"]) == {"normal", "adversarial"}
+    assert set(joined.splits) == {more, fewer}
+    run = run_step("compare", {"evidence": folder})
+    page = Path(MlflowClient().download_artifacts(run, "report.html")).read_text()
+    assert re.search(f"Dataset: .*, split ({more} or {fewer}|{fewer} or {more})\\.", page)
 
 
 def test_a_study_and_what_another_store_knows_of_it(own: Path, tmp_path: Path) -> None:

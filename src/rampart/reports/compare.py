@@ -93,6 +93,7 @@ def page(chosen: list[Section], evidence: Evidence, settings: CompareSettings, r
         title=f"Rampart: profile {settings.profile}",
         about=load_profile(settings.profile)["about"] or "",
         dataset=evidence.dataset,
+        splits=evidence.splits,
         run=run.id,
         # Those of a step stand below its tables; where it has none, with the others.
         notes=[note for note in evidence.notes if note.step not in tabled],

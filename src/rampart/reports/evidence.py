@@ -41,7 +41,7 @@ class Evidence:
         places: distances of the embeddings by arm.
         examples: adversarial examples by arm, as evaluations keep them.
         curves: of trainings (KEYS, seed, run, stage, metric, epoch, value).
-        dataset: name, digest and split.
+        dataset: name and digest of all its images, however an arm splits those of training.
         notes: what was left out, and how runs differ.
     """
 
@@ -59,6 +59,12 @@ class Evidence:
     def of(self, *steps: str) -> pd.DataFrame:
         """The runs of these steps, in the order of the tables."""
         return self.runs[self.runs["step"].isin(steps)]
+
+    @property
+    def splits(self) -> list[str]:
+        """How many images were for training, validation and test, and by which settings; of older exports unknown."""
+        known = self.runs.get("tags.rampart.split", pd.Series(dtype=object)).dropna()
+        return list(known.value_counts().index)
 
     def first(self, step: str) -> pd.DataFrame:
         """Of each arm the run of its first seed."""
@@ -104,7 +110,7 @@ def collect(experiment: str, settings: CompareSettings) -> Evidence:
         examples=_read(evaluated, lambda run: read_arrays(run["run_id"], ADVERSARIAL)),
         curves=_curves(trained),
         classes=_classes(str(first["tags.rampart.class_names"]), tables),
-        dataset=f"{first['tags.rampart.dataset']} (digest {first['digest']}, split {first['tags.rampart.split']})",
+        dataset=f"{first['tags.rampart.dataset']} (digest {first['digest']})",
         notes=notes,
     )
 

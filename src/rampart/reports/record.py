@@ -19,7 +19,7 @@ LEDGERS, PLACES = "ledgers", "places"
 COLUMNS = (
     *(*KEYS, "seed", "step", "run_id", "model_run", "weights", "command", "start_time", "end_time"),
     *("params.selection", "tags.rampart.git.commit", "tags.rampart.machine", "tags.rampart.version.torch"),
-    *("tags.rampart.paused", "tags.rampart.earlier"),
+    *("tags.rampart.split", "tags.rampart.paused", "tags.rampart.earlier"),
 )
 SPEED = "/images_per_second"
 # As a shell's word, quoted or not.

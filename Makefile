@@ -41,8 +41,10 @@ check: setup
 # The MLflow UI on the store that runs go to. It is made ready first: a server that creates it would give the default
 # experiment a location that only servers can write to.
 ui: setup
-	$(BIN)/python -m rampart.tracking.ui
-	$(BIN)/mlflow ui --no-serve-artifacts --port $${PORT:-5000}
+	@store=$$($(BIN)/python -m rampart.tracking.ui) && case "$$store" in \
+	  http*) echo "the runs are on the server at $$store" ;; \
+	  *) MLFLOW_BACKEND_STORE_URI=$$store $(BIN)/mlflow ui --no-serve-artifacts --port $${PORT:-5000} ;; \
+	esac
 
 # Optuna's own view of the studies that tune keeps.
 dashboard: setup

@@ -145,6 +145,36 @@ def test_a_run_to_go_on_in_that_is_none_is_said(
     assert "no run 'abc' in sqlite" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("store")
+def test_a_deleted_run_is_not_gone_on_in(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from rampart.tracking import initialise
+
+    initialise()
+    client = MlflowClient()
+    run = client.create_run("0").info.run_id
+    client.delete_run(run)
+    monkeypatch.setitem(os.environ, "MLFLOW_RUN_ID", run)
+    assert main(["train"]) == 2
+    assert f"run '{run}' is deleted" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("store")
+def test_an_empty_name_of_an_experiment_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rampart.tracking import initialise
+    from rampart.tracking.store import experiment_id
+
+    initialise()
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "")
+    assert experiment_id(create=True) == "0"
+
+
+@pytest.mark.usefixtures("store")
+def test_settings_of_a_tuning_that_is_not_asked_for_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("trials", "tune.trials"):
+        assert main(["main", f"--{name}", "5", "--dry_run", "true"]) == 2
+        assert "give tuned=true" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_is_said_in_one_line_and_by_the_exit_code(
     number: signal.Signals, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

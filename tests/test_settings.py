@@ -202,6 +202,11 @@ def test_a_profile_with_an_unknown_setting_is_refused(tmp_path: Path) -> None:
         ("arms: [{when: {method: norml}, set: {lr: 0.1}}]", "method in a rule .* did you mean 'normal'"),
         ("arms: [{when: {method: [normal, foo]}, set: {lr: 0.1}}]", "unknown method in a rule"),
         ("train: {lr: 1}\ntrain: {epochs: 2}", "'train' stands there twice"),
+        ("train: {lr: 1, epochs: 2, lr: 3}", "'lr' stands there twice"),
+        ("train: {epochs: yes}", "epochs takes no truth value"),
+        ("train: {eps_space: [normalized]}", "unknown eps_space"),
+        ("arms: [{when: {augment: Ture}, set: {lr: 0.1}}]", "augment in a rule .* cannot be 'Ture'"),
+        ("arms: [{when: {batch_size: many}, set: {lr: 0.1}}]", "batch_size in a rule .* cannot be 'many'"),
         ("arms: [{when: {eps: 8/255}, set: {lr: 0.1}}]", "cannot depend on 'eps'"),
         ("arms: [{when: {jitter: [0, 0, 0, 0]}, set: {lr: 0.1}}]", "cannot depend on 'jitter'"),
     ],
@@ -214,6 +219,28 @@ def test_a_profile_of_another_form_is_refused(text: str, message: str, tmp_path:
     file.write_bytes(b"about: \xff\xfe")
     with pytest.raises(SettingsError, match="cannot be read"):
         resolve("train", {"profile": str(file)})
+
+
+def test_what_is_merged_into_a_mapping_may_stand_there_again(tmp_path: Path) -> None:
+    file = tmp_path / "own.yaml"
+    rule = "arms:\n- when: {method: ibp}\n  set: &n {<<: &o {lr: 0.1, epochs: 2}, lr: 0.2}\n"
+    file.write_text(f"{rule}train: {{<<: *n, epochs: 3}}")
+    settings = train_settings(profile=str(file), method="normal")
+    assert (settings.lr, settings.epochs) == (0.2, 3)
+
+
+def test_each_part_of_a_profile_speaks_of_eps_on_its_own_scale(tmp_path: Path) -> None:
+    file = tmp_path / "own.yaml"
+    file.write_text("common: {eps_space: normalized, eps: 8/255}\ntrain: {eps_space: pixel}")
+    assert train_settings(profile=str(file)).eps == pytest.approx(4 / 255)
+    rules = (
+        "[{when: {method: certified}, set: {eps_space: normalized, lr: 0.1}}, {when: {method: ibp}, set: {eps: 2/255}}]"
+    )
+    file.write_text(f"train: {{eps: 8/255}}\narms: {rules}")
+    assert train_settings(profile=str(file), method="certified").eps == pytest.approx(8 / 255)
+    assert train_settings(profile=str(file), method="ibp").eps == pytest.approx(2 / 255)
+    file.write_text(f"train: {{eps: 8/255, eps_space: normalized}}\narms: {rules}")
+    assert train_settings(profile=str(file), method="ibp").eps == pytest.approx(1 / 255)
 
 
 def test_own_profile_file(tmp_path: Path) -> None:

@@ -148,7 +148,10 @@ def test_a_dense_map_on_the_rows_of_an_image_is_bounded_or_refused(method: str) 
 
 @pytest.mark.parametrize(
     "layer",
-    [nn.AvgPool2d(2, 1), nn.AvgPool2d(2, 2, 1), nn.AvgPool2d(2, divisor_override=1), nn.AdaptiveAvgPool2d(1)],
+    [
+        *(nn.AvgPool2d(2, 1), nn.AvgPool2d(2, 2, 1), nn.AvgPool2d(2, divisor_override=1), nn.AdaptiveAvgPool2d(1)),
+        nn.AvgPool2d(2, ceil_mode=True),
+    ],
 )
 def test_pooling_that_auto_lirpa_bounds_wrongly_is_refused(layer: nn.Module) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), layer, nn.Flatten(), nn.LazyLinear(CLASSES)).eval()
@@ -171,6 +174,40 @@ def test_what_a_hook_changes_is_bounded_or_refused(place: int, method: str) -> N
     x, y = torch.rand(2, 3, 2, 2), torch.tensor([0, 2])
     with contextlib.suppress(UnsupportedLayer):
         assert_sound(margin_bounds(model, x, y, EPS, method), sampled_minima(model, x, y, EPS))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "layer", [nn.MaxPool2d((2, 3), 2), nn.MaxPool2d(2, 1), nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(2, ceil_mode=True)]
+)
+def test_maxima_in_other_windows_than_side_by_side_are_refused(layer: nn.Module, method: str) -> None:
+    """auto_LiRPA 0.3 takes (2, 3) with a stride of 2 for windows side by side: bounds far above the truth."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), layer, nn.Flatten(), nn.LazyLinear(CLASSES)).eval()
+    x, y = torch.rand(2, 3, 5, 7), torch.tensor([0, 2])
+    model(x)
+    with pytest.raises(UnsupportedLayer, match="auto_LiRPA"):
+        margin_bounds(model, x, y, EPS, method)
+
+
+@pytest.mark.parametrize("pool", [nn.AvgPool2d(2, ceil_mode=True), nn.MaxPool2d(2, ceil_mode=True)])
+def test_a_black_image_tells_as_little_of_a_network_as_it_is(pool: nn.Module) -> None:
+    """A map without bias makes 0 of it whatever the pooling does: that alone may not be taken for the same network."""
+
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.map, self.pool, self.head = nn.Conv2d(1, 1, 3, padding=1, bias=False), pool, nn.Linear(1, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.pool(self.map(x)).mean((2, 3)))
+
+    x = torch.zeros(1, 1, 3, 3)
+    with contextlib.suppress(UnsupportedLayer):
+        assert_sound(
+            margin_bounds(Pooled().eval(), x, torch.tensor([0]), 0.25, "ibp"),
+            sampled_minima(Pooled().eval(), x, torch.tensor([0]), 0.25),
+        )
+        pytest.fail("it was not refused")
 
 
 def test_layers_that_differ_from_the_network_are_not_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> None:

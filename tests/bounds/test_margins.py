@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -11,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import transforms
 
-from rampart.bounds import METHODS, margin_bounds
+from rampart.bounds import METHODS, find_layout, margin_bounds
 from rampart.bounds.box import Box
-from rampart.bounds.margins import check
+from rampart.bounds.margins import check, proof_tolerance
 from rampart.errors import BoundError, ModelError, SettingsError
 from tests.bounds.soundness import EPS, assert_close, assert_sound, sampled_minima
 from tests.exact import exact_margins, tiny_net
@@ -113,6 +114,12 @@ def test_a_larger_ball_never_has_a_higher_ibp_bound() -> None:
 def test_no_images_have_no_bounds(method: str) -> None:
     model, x, y = small_net("strided")
     assert margin_bounds(model, x[:0], y[:0], EPS, method).shape == (0, CLASSES)
+
+    class Viewed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.view(x.shape[0], -1)[:, :CLASSES]
+
+    assert margin_bounds(Viewed().eval(), x[:0], y[:0], EPS, method).shape == (0, CLASSES)
 
 
 def test_bounds_of_an_image_do_not_depend_on_its_batch() -> None:
@@ -235,6 +242,72 @@ def test_each_image_needs_a_label() -> None:
     model, x, y = small_net("dense", count=3)
     with pytest.raises(SettingsError, match="3 images have 1 labels"):
         margin_bounds(model, x, y[:1], EPS, "ibp")
+
+
+@pytest.mark.parametrize("engine", ["native", "auto_lirpa"])
+@pytest.mark.parametrize("y", [[0, CLASSES], [0, -1], [[0], [1]]])
+def test_a_label_is_one_of_the_models_classes(y: list[int], engine: str) -> None:
+    model, x, _ = small_net("dense", count=2)
+    with pytest.raises(SettingsError, match=f"from 0 to {CLASSES - 1}"):
+        margin_bounds(model, x, torch.tensor(y), EPS, "ibp", engine)
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 1, 1), (5,), (1, 1, 1, 1, 1)])
+def test_radii_fit_the_images(shape: tuple[int, ...]) -> None:
+    model, x, y = small_net("strided", count=1)
+    with pytest.raises(SettingsError, match="does not broadcast"):
+        margin_bounds(model, x, y, torch.full(shape, EPS), "crown")
+
+
+def test_logits_are_a_row_an_image() -> None:
+    x, y = torch.rand(2, 1, 2, 2), torch.tensor([0, 1])
+    for model in (nn.Conv2d(1, 3, 2), nn.Sequential(nn.Flatten(), nn.Linear(4, 1))):
+        with pytest.raises(ModelError, match="two classes or more"):
+            margin_bounds(model.eval(), x, y, EPS, "crown")
+
+
+def test_bounds_are_not_computed_under_autocast() -> None:
+    model, x, y = small_net("dense")
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(SettingsError, match="autocast"):
+        margin_bounds(model, x, y, EPS, "ibp")
+
+
+@pytest.mark.parametrize("method", ["crown-ibp", "crown", "alpha-crown"])
+def test_an_interval_wider_than_a_number_gives_no_bound(method: str) -> None:
+    """Its ends are finite, but u / (u - l) is 0: the ReLU would count as switched off."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(2, 1), nn.ReLU(), nn.Linear(1, 2)).eval()
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([[2.8e38, -2.8e38]]))
+        model[1].bias.zero_()
+        model[3].weight.copy_(torch.tensor([[-1e-38], [0.0]]))
+        model[3].bias.copy_(torch.tensor([1.0, 0.0]))
+    with pytest.raises(BoundError, match="overflow"):
+        margin_bounds(model, torch.full((1, 1, 1, 2), 0.5), torch.tensor([0]), 0.5, method)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_what_cancels_in_a_network_raises_what_a_proof_must_exceed(seed: int) -> None:
+    """A BatchNorm of nearly constant channels loses many digits of float32. Beyond an affine network's exact radius
+    nothing may count as proved."""
+    torch.manual_seed(seed)
+    images = 0.5 + 0.004 * (torch.rand(64, 3, 8, 8) - 0.5)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, 2), nn.BatchNorm2d(16, momentum=1.0), nn.Flatten(), nn.Linear(144, 2))
+    with torch.no_grad():
+        model(images)
+    x, y = images[:8], model.eval()(images[:8]).argmax(1)
+    exact = copy.deepcopy(model).double()
+    pixels = x.double().requires_grad_()
+    logits = exact(pixels)
+    margins = (logits.gather(1, y[:, None]) - logits.gather(1, 1 - y[:, None])).squeeze(1)
+    (gradient,) = torch.autograd.grad(margins.sum(), pixels)
+    layout = find_layout(model, x)
+    for image, margin, slope, label, radius in zip(
+        x, margins, gradient, y, margins / gradient.abs().sum((1, 2, 3)), strict=True
+    ):
+        one, its, eps = image[None], label[None], float(radius) * (1 + 1e-5)
+        assert float(margin - eps * slope.abs().sum()) < 0
+        bound = margin_bounds(model, one, its, eps, "crown").amin(1)
+        assert bool(bound <= proof_tolerance(model, one, its, eps, layout))
 
 
 def test_radii_may_be_of_another_precision() -> None:

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import PIL.Image
@@ -257,6 +258,26 @@ def test_a_cache_that_cannot_be_written_is_named(folder: Path, tmp_path: Path, m
     with pytest.raises(DataError, match="XDG_CACHE_HOME") as raised:
         load(folder)
     assert str(tmp_path / "occupied") in str(raised.value)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_nothing_is_left_of_a_cache_that_was_not_finished(
+    error: BaseException, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(file: IO[bytes], **arrays: np.ndarray) -> None:
+        file.write(b"half")
+        raise error
+
+    monkeypatch.setattr(np, "savez", fails)
+    with pytest.raises((DataError, KeyboardInterrupt)):
+        load(folder)
+    assert not [file for file in tmp_path.rglob("*.npz") if folder not in file.parents]
+
+
+def test_an_image_too_large_to_be_one_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 4)
+    with pytest.raises(DataError, match="is no readable image"):
+        load(folder)
 
 
 def test_a_broken_cache_is_made_anew(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

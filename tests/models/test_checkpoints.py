@@ -19,6 +19,17 @@ from rampart.models import build_model, load_model, save_model
 from tests.nets import randomised
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_no_numbers_are_refused(value: float, tmp_path: Path) -> None:
+    """No attack would break an image: of NaN argmax makes a class."""
+    model = build_model(width=0.125)
+    with torch.no_grad():
+        model.head.weight[0, 0] = value
+    save_model(model, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match="NaN or infinite"):
+        load_model(tmp_path / "model.safetensors")
+
+
 @pytest.mark.parametrize(
     "how", [{}, {"in_shape": (1, 9, 14), "classes": 3, "width": 0.125}], ids=["the study's", "another shape"]
 )

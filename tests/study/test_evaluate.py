@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -14,7 +16,9 @@ from rampart.data import Dataset
 from rampart.errors import ModelError
 from rampart.evaluation import attacked
 from rampart.models import build_model, load_model, released, save_model
+from rampart.settings import ModelSettings, resolve
 from rampart.study.steps import run_step
+from rampart.study.subject import _require_its_classes
 from rampart.tracking.queries import find_runs, read_arrays, read_table
 from rampart.tracking.release import release
 from tests.nets import fitted
@@ -112,3 +116,18 @@ def test_a_released_model_is_of_the_arm_that_it_is_called_after(
         arm: {"arm": arm, "method": "mtl-ibp", "augment": "True", "contrastive": "double", "seed": "0"},
         "mine": dict.fromkeys(("arm", "method", "augment", "contrastive", "seed")),
     }
+    # What stands for another arm's model is not called so.
+    asked = "rampart:certified+aug+supcon-double"
+    run = run_step("evaluate", settings(asked, trust_images="0", corruptions="none"))
+    assert MlflowClient().get_run(run).data.tags["rampart.arm"] == arm
+
+
+@pytest.mark.parametrize(
+    ("named", "fits"), [('["a", "b"]', False), ('["a", "bb"]', True), ('["a", "b', True), (None, True)]
+)
+def test_classes_have_the_same_names_as_far_as_these_are_known(named: str | None, fits: bool, digits: Dataset) -> None:
+    model, data = build_model(width=0.125, classes=2), replace(digits, classes=("a", "bb"))
+    found = resolve("evaluate", settings("m.safetensors"))
+    assert isinstance(found, ModelSettings)
+    with contextlib.nullcontext() if fits else pytest.raises(ModelError, match=r"tells apart a,b; .* has a,bb"):
+        _require_its_classes(model, named, data, found)

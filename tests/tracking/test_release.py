@@ -106,6 +106,9 @@ def test_the_arms_of_a_study_are_released(
         ours, theirs = fetch_model(f"rampart:{run['tags.rampart.arm']}"), fetch_model(f"runs:/{run['run_id']}/model")
         x = torch.rand(32, *ours.architecture.in_shape)
         assert (ours(x).argmax(1) == theirs(x).argmax(1)).float().mean() > 0.9
+    monkeypatch.setattr("rampart.tracking.release.FOLDER", folder)
+    assert main() == 1
+    assert "was trained on digits, not on CIFAR-10's classes" in capsys.readouterr().err
     monkeypatch.setattr("sys.argv", ["release", "best", str(folder)])
     assert main() == 1
     said = capsys.readouterr().err.splitlines()[-1]

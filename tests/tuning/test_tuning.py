@@ -22,12 +22,14 @@ from optuna.trial import TrialState
 from rampart.data import Dataset
 from rampart.errors import RampartError, SettingsError, TrainingDiverged
 from rampart.models import Classifier, build_model
-from rampart.settings import TrainSettings, resolve
+from rampart.settings import TrainSettings, TuneSettings, resolve
 from rampart.study.steps import run_step
 from rampart.tracking import fetch_model
 from rampart.tracking.queries import find_runs, read_text, run_tags
 from rampart.training import Recorder, State
 from rampart.tuning import tuned_texts
+from rampart.tuning.publish import tuned_profile
+from rampart.tuning.storage import RUN
 
 SMALL = {"width": "0.125", "threads": "1"}
 AT = State("train", 1, 0, 0, 1, 0.0, {})
@@ -103,6 +105,19 @@ def test_trials_are_nested_runs_and_the_best_becomes_a_profile_and_a_model(
     for plot in ("history", "importance", "slice", "parallel_coordinates", "intermediate_values"):
         assert {f"plots/{plot}.html", f"plots/{plot}.png"} <= files
     assert len((read_text(home, "trials.csv") or "").splitlines()) == 5
+
+
+def test_the_split_of_the_trials_is_that_of_the_profile_whatever_its_rules(tmp_path: Path) -> None:
+    given = {"profile": "best", "method": "normal", "augment": "True", "contrastive": "none", "val_fraction": "0.1"}
+    settings = resolve("tune", {"profile": "best", "method": "normal", "augment": "True", "val_fraction": "0.1"})
+    assert isinstance(settings, TuneSettings)
+    trial = optuna.create_trial(value=1.0, user_attrs={RUN: "r"})
+    file = tmp_path / "tuned.yaml"
+    file.write_text(yaml.safe_dump(tuned_profile(settings, given, trial)))
+    for method in ("normal", "adversarial"):
+        found = resolve("train", {"profile": str(file), "method": method, "augment": "True"})
+        assert isinstance(found, TrainSettings)
+        assert found.val_fraction == 0.1
 
 
 @pytest.mark.usefixtures("unpublished")

@@ -212,6 +212,14 @@ def test_a_linear_program_finds_the_minimum_where_all_signs_are_known() -> None:
     assert best.tolist() == pytest.approx(exact_margins(model, image, 0, 0.4)[1:].tolist(), abs=1e-5)
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-8, 1e-15, 1e8])
+def test_a_linear_program_does_not_depend_on_the_scale_of_the_logits(scale: float) -> None:
+    row = Rows(scale * torch.tensor([[1.0, -2, 0.5]]), torch.zeros(1, 0), scale * torch.tensor([0.1]))
+    nothing = Rows(torch.zeros(0, 3), torch.zeros(0, 0), torch.zeros(0))
+    net = Reduced([], nothing, row, torch.zeros(0), torch.zeros(0), torch.full((3,), 0.5), torch.full((3,), 0.1))
+    assert linear_program(net, row, torch.zeros(0))[0] / scale == pytest.approx(-0.5)
+
+
 def search(seed: int, eps: float = 0.3, **limits: object) -> tuple[object, float]:
     """(outcome of an open problem, CROWN's lowest bound of it)."""
     torch.manual_seed(seed)

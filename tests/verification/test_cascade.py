@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import logging
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from rampart.bounds import crown
 from rampart.bounds.box import Box
 from rampart.bounds.ibp import Intervals
-from rampart.errors import ModelError, SettingsError, UnsupportedLayer
+from rampart.errors import ModelError, RampartError, SettingsError, UnsupportedLayer
 from rampart.models import Chain
 from rampart.verification import Verdict, verify
 from tests.exact import exact_margins, tiny_net
@@ -254,6 +255,33 @@ def test_a_network_of_nan_gives_an_error_whatever_the_label(label: int) -> None:
     assert found.counterexample is None
 
 
+@pytest.mark.parametrize("eps", [0.01, 0.9])
+def test_a_model_that_converts_its_images_is_settled(eps: float) -> None:
+    """It cannot be run in float64, where counterexamples are checked otherwise."""
+
+    class Converting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = tiny_net((4,))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x.float())
+
+    model = Converting().eval()
+    image = torch.rand(1, 1, 2, generator=torch.Generator().manual_seed(0))
+    label = predicted(model, image)
+    found, same = (verify(one, image, label, eps) for one in (model, model.inner))
+    assert found.status == same.status
+    assert found.status in ("safe-incomplete", "safe", "unsafe")
+
+
+def test_without_auto_lirpa_a_network_that_needs_it_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 3)).eval()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RampartError, match="make setup"):
+        verify(model, torch.rand(1, 1, 2), predicted(model, torch.rand(1, 1, 2)), 0.01)
+
+
 def test_bounds_that_overflow_give_an_error() -> None:
     """The image itself is classified, but no bound is a number."""
     model, image = tiny_net((3, 3)), torch.zeros(1, 1, 2)
@@ -276,6 +304,8 @@ def test_bounds_that_overflow_give_an_error() -> None:
         ({"eps": float("nan")}, "eps"),
         ({"timeout": 0.0}, "timeout"),
         ({"engine": "natve"}, "did you mean 'native'"),
+        ({"branching": "kfbs"}, "did you mean 'kfsb'"),
+        ({"memory": 0}, "memory"),
     ],
 )
 def test_bad_arguments_are_named(change: dict[str, object], mentions: str) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rampart.attacks import pgd
 from rampart.data import Split, to_pixels
-from rampart.errors import ModelError, RampartError
+from rampart.errors import Contradiction, ModelError, RampartError
 from rampart.models import Classifier, predict, weights_digest
 from rampart.verification import VerificationPlan, choose, verify_split
 from rampart.verification.exchange import export, read_results
@@ -54,7 +54,7 @@ class Property:
         assert len(re.findall(r"\(declare-const X_\d+ Real\)", text)) == 192
         assert len(re.findall(r"\(declare-const Y_\d+ Real\)", text)) == 3
         ends: dict[str, dict[int, float]] = {">=": {}, "<=": {}}
-        for relation, place, value in re.findall(r"\(assert \((>=|<=) X_(\d+) ([-\d.]+)\)\)", text):
+        for relation, place, value in re.findall(r"\(assert \((>=|<=) X_(\d+) (-?\d+\.\d+)\)\)", text):
             ends[relation][int(place)] = float(value)
         self.lower = torch.tensor([ends[">="][i] for i in range(192)], dtype=torch.float64)
         self.upper = torch.tensor([ends["<="][i] for i in range(192)], dtype=torch.float64)
@@ -147,6 +147,7 @@ def _without_proofs(file: Path) -> Path:
         ("tool,onnx/other.onnx,vnnlib/image_1_eps_0.1.vnnlib,0,unsat,1\n", "give model, images, selection and eps"),
         ("tool,onnx/MODEL.onnx\n", "cannot be read as a results.csv"),
         ("tool,onnx/MODEL.onnx,vnnlib/image_1_eps_0.1.vnnlib,0,unsat,soon\n", "cannot be read as a results.csv"),
+        (f"tool,{'x' * 200_000}\n", "cannot be read as a results.csv"),
         (None, "cannot be read as a results.csv"),
     ],
 )
@@ -158,6 +159,28 @@ def test_results_that_cannot_be_used_are_refused(
         file.write_text(text.replace("MODEL", weights_digest(model)))
     with pytest.raises(RampartError, match=re.escape(says)):
         read_results(file, model, [1, 2], EPS)
+
+
+def test_blank_lines_are_passed_over_and_two_answers_are_one_too_many(model: Classifier, tmp_path: Path) -> None:
+    file = tmp_path / "results.csv"
+    line = f"tool,onnx/{weights_digest(model)}.onnx,vnnlib/image_1_eps_0.1.vnnlib,0,ANSWER,1\n"
+    file.write_text("\n" + line.replace("ANSWER", "unsat") + "\n" + line.replace("ANSWER", "holds"))
+    assert read_results(file, model, [1], EPS)[1].status == "safe"
+    file.write_text(line.replace("ANSWER", "unsat") + line.replace("ANSWER", "sat"))
+    with pytest.raises(Contradiction, match="image 1 both safe and unsafe"):
+        read_results(file, model, [1], EPS)
+
+
+def test_questions_of_several_models_share_a_folder(split: Split, tmp_path: Path) -> None:
+    models = [undecided_classifier(), undecided_classifier()]
+    with torch.no_grad():
+        models[1].head.bias += 1e-3
+    for model in models:
+        for _ in range(2):  # once more is as good as once
+            export(model, split, [1, 2], EPS, 7.5, tmp_path)
+    asked = [tuple(line[:2]) for line in csv.reader((tmp_path / "instances.csv").open())]
+    assert len(set(asked)) == len(asked)
+    assert {graph for graph, _ in asked} == {f"onnx/{weights_digest(model)}.onnx" for model in models}
 
 
 def test_a_folder_that_cannot_be_written_is_named(split: Split, tmp_path: Path) -> None:

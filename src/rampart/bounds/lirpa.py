@@ -24,13 +24,14 @@ NAMES = {"ibp": "IBP", "crown-ibp": "CROWN-IBP", "crown": "CROWN", "alpha-crown"
 def lirpa_bounds(model: nn.Module, x: Tensor, eps: float | Tensor, method: str, y: Tensor) -> Tensor:
     """Lower bounds [B, K] of z_y - z_j over the ball cut to [0, 1]; arguments as in margin_bounds."""
     library = import_auto_lirpa()
-    from rampart.bounds.margins import alike, margin_spec
+    from rampart.bounds.margins import alike, margin_spec, require_labels
 
     box = pixel_box(x, eps)
     _check_pooling(model)
     norm = library.PerturbationLpNorm(norm=float("inf"), x_L=box.lower, x_U=box.upper)
     with torch.no_grad():
         logits = checked_logits(model, x)
+        require_labels(y, logits.shape[1])
         spec = margin_spec(y, logits.shape[1]).to(x.dtype)
 
     def bounds(conv_mode: str) -> Tensor:
@@ -46,7 +47,9 @@ def lirpa_bounds(model: nn.Module, x: Tensor, eps: float | Tensor, method: str, 
             if node is not bounded:
                 _check(node, conv_mode)
         with torch.no_grad():
-            if not alike(bounded(x), logits):
+            # Of a black image, which a convolution maps to 0 whatever comes of it, nothing can be told.
+            noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+            if not (alike(bounded(noise), model(noise)) and alike(bounded(x), logits)):
                 raise _Untrusted("its network gives another output")
         # Without a slope to optimise it is CROWN.
         optimised = method == "alpha-crown" and bool(bounded.optimizable_activations)
@@ -125,8 +128,10 @@ def _check(node: Any, conv_mode: str) -> None:
         slope = node.alpha if slope is None else slope
         if not 0 <= slope <= 1:
             raise _Untrusted(f"its bounds of LeakyReLU hold for slopes between 0 and 1, not {slope:g}")
-    if kind == "AveragePool" and (node.kernel_size != node.stride or any(node.padding)):
-        raise _Untrusted("it knows average pooling in windows side by side alone")
+    if kind in ("AveragePool", "MaxPool"):
+        window, stride, padding = map(pair, (node.kernel_size, node.stride, node.padding))
+        if window != stride or any(padding) or getattr(node, "ceil_mode", False):
+            raise _Untrusted("it knows pooling in whole windows side by side alone")
     if kind == "Cast" and node.to not in FLOATS:
         raise _Untrusted("its bounds know nothing of rounding to whole numbers")
     if kind == "Gather" and not _are_distinct(node.inputs[1]):
@@ -149,18 +154,20 @@ def _check_pooling(model: nn.Module) -> None:
             raise UnsupportedLayer(path, type(module).__name__, "auto_LiRPA knows average pooling with a window alone")
         if isinstance(module, nn.AvgPool2d):
             window, stride, padding = map(pair, (module.kernel_size, module.stride, module.padding))
-            if window != stride or padding != (0, 0) or module.divisor_override:
-                raise UnsupportedLayer(path, "AvgPool2d", "auto_LiRPA knows windows side by side alone")
+            if window != stride or padding != (0, 0) or module.divisor_override or module.ceil_mode:
+                raise UnsupportedLayer(path, "AvgPool2d", "auto_LiRPA knows whole windows side by side alone")
 
 
 def plain(model: nn.Module) -> nn.Module:
     """A copy whose normalisations are 1x1 convolutions: auto_LiRPA 0.3 cannot propagate patches through a division."""
     model = copy.deepcopy(model)
+    kind = next((weight.dtype for weight in model.parameters()), torch.get_default_dtype())
     for name, module in list(model.named_modules()):
         normal = normalization(module)
         if normal:
             parent, _, last = name.rpartition(".")
-            setattr(model.get_submodule(parent), last, _as_convolution(*normal))
+            mean, std = (value.to(kind) for value in normal)
+            setattr(model.get_submodule(parent), last, _as_convolution(mean, std))
     return model
 
 

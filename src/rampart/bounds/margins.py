@@ -12,16 +12,19 @@ from rampart.bounds import alpha, crown, ibp
 from rampart.bounds.box import Box, pixel_box
 from rampart.errors import BoundError, UnsupportedLayer, require, unknown
 from rampart.models.chain import Chain, Layout
-from rampart.models.classifier import checked_logits, logits_of, require_fixed, require_pixels
+from rampart.models.classifier import checked_logits, double_logits, logits_of, require_fixed, require_pixels
 
 Method = Literal["ibp", "crown-ibp", "crown", "alpha-crown"]
 Engine = Literal["native", "auto_lirpa"]
 METHODS: tuple[Method, ...] = ("ibp", "crown-ibp", "crown", "alpha-crown")
 ENGINES: tuple[Engine, ...] = ("native", "auto_lirpa")
 
-# A margin counts as proved above this share of the image's largest logit: rounding of float32 in a pass over the
-# study's CNN, or over a linear map of an image, stays below a third of it, whatever the scale of the logits.
+# A margin counts as proved above this share of the image's largest logit, whatever the scale of the logits: rounding of
+# float32 in a pass over the study's CNN, or over a linear map of an image, stays below it.
 PROVED = 2e-5
+# Where values cancel on the way, as behind a BatchNorm of a small variance, rounding is more: then above so many times
+# what is seen of it (root of the mean square over the margins of some points of the ball).
+SEEN = 6
 # By how much of the largest logit what has been read of a network may differ from it: GPUs round in tf32.
 ALIKE = 1e-2
 
@@ -34,9 +37,41 @@ def margin_spec(labels: Tensor, classes: int) -> Tensor:
     return eye[labels][:, None, :] - eye
 
 
-def proof_tolerance(logits: Tensor) -> Tensor:
-    """[B]: what a lower bound of a margin must exceed to be a proof in float32, for images of these logits [B, K]."""
-    return PROVED * logits.abs().amax(1)
+def proof_tolerance(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    eps: float,
+    layout: Layout | None,
+    memory: int = crown.MEMORY,
+) -> Tensor:
+    """[B]: what a lower bound of a margin must exceed to be a proof in float32, of the balls of `margin_bounds`.
+
+    At single points bounds are margins but for rounding, and the model in float64 tells these.
+
+    Args:
+        layout: the model's; None where auto_LiRPA bounds it.
+    """
+    with torch.no_grad():
+        share = PROVED * logits_of(model, x).abs().amax(1)
+        box = pixel_box(x, eps)
+        within = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+        points = torch.cat([x.clamp(0, 1), box.lower, box.upper, box.lower + within * (box.upper - box.lower)])
+        exact = double_logits(model, points)
+        if exact is None:
+            return share
+        labels = y.repeat(4)
+        method: Method = "crown-ibp" if layout else "ibp"
+        engine: Engine = "native" if layout else "auto_lirpa"
+        try:
+            found = margin_bounds(model, points, labels, 0.0, method, engine, memory, layout).double()
+        except UnsupportedLayer:  # by this method
+            return share
+        margins = exact.gather(1, labels[:, None]) - exact
+        errors = (found - margins).square().scatter(1, labels[:, None], 0.0)
+        others = max(exact.shape[1] - 1, 1)
+        seen = (errors.sum(1).view(4, -1).sum(0) / (4 * others)).sqrt()
+        return torch.maximum(share, (SEEN * seen).to(share))
 
 
 def identity_spec(size: int, like: Tensor) -> Tensor:
@@ -109,7 +144,7 @@ def margin_bounds(
     require_exact(x)
     require(len(x) == len(y), f"{len(x)} images have {len(y)} labels: give one for each")
     if not len(x):  # nothing to bound, nothing to cut into parts
-        return logits_of(model, x).detach()
+        return x.new_zeros(0, logits_of(model, x.new_zeros(1, *x.shape[1:])).shape[1])
     require_pixels(x)
     if engine == "native":
         layout = layout or find_layout(model, x)
@@ -121,6 +156,7 @@ def margin_bounds(
     else:
         with torch.no_grad():
             chain = layout.resolve(x)
+            require_labels(y, chain.output.shape[1])
             spec = margin_spec(y, chain.output.shape[1]).to(x.dtype)
             bounds = chain_bounds(chain, pixel_box(x, eps), spec, method, memory)
     if bool(bounds.isnan().any()):
@@ -128,10 +164,17 @@ def margin_bounds(
     return bounds.scatter(1, y[:, None], torch.inf)
 
 
+def require_labels(y: Tensor, classes: int) -> None:
+    """Raises SettingsError where labels are none of the model's classes."""
+    known = y.dim() == 1 and bool(((y >= 0) & (y < classes)).all())
+    require(known, f"labels must be one whole number from 0 to {classes - 1} an image: the model's classes")
+
+
 def require_exact(x: Tensor) -> None:
     """Raises SettingsError where what is computed of images is too coarse for a proof."""
     exact = x.dtype in (torch.float32, torch.float64)
     require(exact, f"bounds are computed in float32 or float64, not {x.dtype}: convert model and images")
+    require(not torch.is_autocast_enabled(x.device.type), "bounds are computed in full precision: leave torch.autocast")
 
 
 def chain_bounds(chain: Chain, box: Box, spec: Tensor, method: Method, memory: int = crown.MEMORY) -> Tensor:
@@ -140,7 +183,10 @@ def chain_bounds(chain: Chain, box: Box, spec: Tensor, method: Method, memory: i
         found = ibp.intervals(chain, box, ibp.merged(chain))
         if method == "ibp":
             return ibp.lower_bounds(chain, found, spec)
-        return crown.lower_bounds(chain, ibp.inputs(chain, found), box, spec, memory)
+        inputs = ibp.inputs(chain, found)
+        if not torch.is_grad_enabled():  # a training sees for itself that its loss is no number
+            check(inputs)
+        return crown.lower_bounds(chain, inputs, box, spec, memory)
     inputs = crown.preactivations(chain, box, memory)
     check(inputs)
     if method == "crown":
@@ -152,5 +198,8 @@ def check(inputs: ibp.Intervals) -> None:
     """Raises BoundError where bounds are NaN or cross by more than rounding: nothing may be concluded from them."""
     for box in inputs.values():
         slack = 1e-5 * (1 + box.lower.abs() + box.upper.abs())
-        if not bool((box.lower <= box.upper + slack).all()):  # NaN compares as false
-            raise BoundError("bounds of a neuron are NaN or cross: the network's weights or activations overflow")
+        sound = (box.lower <= box.upper + slack) & (box.upper - box.lower).isfinite()  # NaN compares as false
+        if not bool(sound.all()):
+            raise BoundError(
+                "bounds of a neuron are NaN, too wide or cross: the network's weights or activations overflow"
+            )

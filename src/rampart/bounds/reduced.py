@@ -175,11 +175,7 @@ def reduce(
         memory: MiB of coefficients that are pulled back at once.
     """
     puller = _Puller(chain, inputs, box, image, max(crown.rows_at_once(crown.widest(chain), memory), 1))
-    kinds = []
-    for place, which in puller.unstable.items():
-        ones = spec.new_zeros(len(which), inputs[place].lower[image].numel())
-        ones[torch.arange(len(which), device=which.device), which] = 1
-        kinds.append(puller.rows(chain.sources[place][0], ones.view(-1, *inputs[place].lower.shape[1:])))
+    kinds = [puller.neurons(place, inputs[place].lower.shape[1:]) for place in puller.unstable]
     none = spec.new_zeros(0)
     lower, upper = (
         torch.cat([none, *(getattr(inputs[p], end)[image].flatten()[which] for p, which in puller.unstable.items())])
@@ -226,6 +222,15 @@ class _Puller:
     def rows(self, value: int, a: Tensor) -> Rows:
         """The rows a [R, *shape of the value]."""
         return Rows.joined([self._pull(value, part) for part in a.split(self.size)])
+
+    def neurons(self, place: int, shape: torch.Size) -> Rows:
+        """The unstable inputs of a ReLU, which are of this shape."""
+        parts = []
+        for which in self.unstable[place].split(self.size):
+            ones = self.like.new_zeros(len(which), prod(shape))
+            ones[torch.arange(len(which), device=which.device), which] = 1
+            parts.append(self._pull(self.chain.sources[place][0], ones.view(-1, *shape)))
+        return Rows.joined(parts)
 
     def none(self) -> Rows:
         return Rows(self.like.new_zeros(0, prod(self.input_shape)), self.like.new_zeros(0, 0), self.like.new_zeros(0))

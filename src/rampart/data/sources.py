@@ -12,6 +12,7 @@ from pathlib import Path
 from zipfile import BadZipFile
 
 import numpy as np
+from filelock import FileLock
 
 from rampart.errors import DataError
 
@@ -58,8 +59,10 @@ def cifar10(root: str | None = None) -> Pools:
 
     place = root or "data"
     try:
-        # torchvision checks the archive's MD5 sum before it reads anything.
-        parts = [CIFAR10(place, train=train, download=True) for train in (True, False)]
+        Path(place).mkdir(parents=True, exist_ok=True)
+        # torchvision checks the archive's MD5 sum before it reads anything, but unpacks it where others may read.
+        with FileLock(Path(place) / ".cifar10.lock"):
+            parts = [CIFAR10(place, train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(
@@ -145,7 +148,7 @@ def _decode(paths: list[Path], size: tuple[int, int] | None) -> tuple[np.ndarray
                 if image.mode.startswith(("I", "F")):  # whose values PIL would cut at 255
                     raise DataError(f"'{path}' has more than 8 bits a channel: save it with 8")
                 return np.asarray(image.convert("RGB"))
-        except (OSError, ValueError, SyntaxError) as error:
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise DataError(f"'{path}' is no readable image ({error}): remove or replace it") from error
 
     with ThreadPoolExecutor() as pool:
@@ -177,13 +180,17 @@ def _store(cache: Path, pools: Pools) -> None:
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=cache.parent, suffix=".npz", delete=False) as file:
-            np.savez(
-                file,
-                train=pools.train_images,
-                train_labels=pools.train_labels,
-                test=pools.test_images,
-                test_labels=pools.test_labels,
-            )
+            try:
+                np.savez(
+                    file,
+                    train=pools.train_images,
+                    train_labels=pools.train_labels,
+                    test=pools.test_images,
+                    test_labels=pools.test_labels,
+                )
+            except BaseException:  # an interrupt, too, may leave no half of it on a full disk
+                Path(file.name).unlink(missing_ok=True)
+                raise
         os.replace(file.name, cache)
     except OSError as error:
         raise DataError(

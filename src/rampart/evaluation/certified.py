@@ -144,8 +144,11 @@ class _Certification:
         while True:
             try:
                 bounds = margin_bounds(self.model, x, y, eps, method, engine, self.memory, layout).amin(1)
-                with torch.no_grad():
-                    return (bounds > proof_tolerance(self.model(x))).cpu()
+                proved = bounds > 0
+                if bool(proved.any()):
+                    sure = proof_tolerance(self.model, x[proved], y[proved], eps, layout, self.memory)
+                    proved[proved.clone()] = bounds[proved] > sure
+                return proved.cpu()
             except RuntimeError as error:
                 if not is_out_of_memory(error) or self.memory == 1:
                     raise

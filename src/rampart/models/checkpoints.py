@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from rampart.errors import ModelError
 from rampart.models.classifier import Classifier, build_model
 from rampart.models.released import PREFIX, released
+
+log = logging.getLogger(__name__)
 
 # The study's module names -> ours.
 STUDY_NAMES = {"encoder.encoder.": "encoder.features.", "encoder.proj.": "encoder.projection.", "classifier.": ""}
@@ -93,10 +96,12 @@ def load_model(path: str | Path) -> Classifier:
     Classifier in eval mode.
 
     Raises:
-        ModelError: the file is missing, of another kind, or does not fit the architecture.
+        ModelError: the file is missing, of another kind, does not fit the architecture, or holds NaN.
     """
     name = str(path)
     file = released(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else Path(path)
+    if name.startswith(PREFIX) and file.stem != name.removeprefix(PREFIX):
+        log.info("'%s' stands for '%s%s', the arm with proofs that was released", name, PREFIX, file.stem)
     if not file.is_file():
         raise ModelError(f"no model file '{path}': give a .safetensors or .npz file, runs:/<run id>/model or models:/…")
     try:
@@ -107,6 +112,9 @@ def load_model(path: str | Path) -> Classifier:
         else:
             raise ModelError(f"'{path}' is no model file: expected .safetensors or .npz")
         model.load_state_dict(state)
+        if not all(bool(value.isfinite().all()) for value in model.state_dict().values()):
+            # No attack breaks an image of a network that gives NaN, and argmax makes a class of it.
+            raise ModelError(f"'{path}' holds weights that are NaN or infinite: train or export it anew")
     except ModelError:
         raise
     except Exception as error:  # torch, numpy and safetensors share no base class for a broken or foreign file

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -98,7 +99,21 @@ def checked_logits(model: nn.Module, x: Tensor) -> Tensor:
     logits = logits_of(model, seen)
     if not torch.equal(seen, x):
         raise ModelError("the model overwrites the images that it is given: take its first operation out of place")
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < 2:
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ModelError(f"the model gives {shape}: it must give logits [images, classes] of two classes or more")
     return logits
+
+
+def double_logits(model: nn.Module, x: Tensor) -> Tensor | None:
+    """The logits [B, K] of images x computed in float64; None of a model that converts to another type itself."""
+    try:
+        logits = copy.deepcopy(model).double()(x.double())
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        return None
+    return logits if logits.dtype == torch.float64 else None
 
 
 def predict(model: nn.Module, x: Tensor) -> Tensor:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from pathlib import Path
 
 from rampart.errors import ModelError, unknown
-
-log = logging.getLogger(__name__)
 
 PREFIX, SUFFIX = "rampart:", ".safetensors"
 FOLDER = Path(__file__).parents[3] / "results" / "models"
@@ -34,7 +31,6 @@ def released(name: str) -> Path:
     method, plus, rest = name.partition("+")
     if method == "certified" and name + SUFFIX not in known:
         name = CERTIFIED + plus + rest
-        log.info("of the arms with proofs, those by %s were released: '%s%s'", CERTIFIED, PREFIX, name)
     if name + SUFFIX not in known:
         raise ModelError(unknown("released model", name, [file.removesuffix(SUFFIX) for file in known]))
     file = FOLDER / (name + SUFFIX)

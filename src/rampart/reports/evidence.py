@@ -226,8 +226,7 @@ def newest_runs(runs: pd.DataFrame, notes: list[Note], said: bool) -> pd.DataFra
     order = runs.assign(late=runs["step"] != "evaluate").sort_values(["late", "start_time"], ascending=[True, False])
     model = order.drop_duplicates(one).set_index(one)["weights"]
     same = runs["weights"].to_numpy() == model.reindex(pd.MultiIndex.from_frame(runs[one])).to_numpy()
-    newest = ~runs.duplicated(["step", *one, "engine"])
-    strangers = [named(run) for run in runs[newest & ~same].to_dict("records")]
+    strangers = [named(run) for run in runs[~same].drop_duplicates(["step", *one, "engine"]).to_dict("records")]
     if strangers:
         why = "left out, for they looked at other models than the newest evaluation of their arm and seed"
         notes.append(Note("", f"{why}: {', '.join(strangers)}"))

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
 from rampart.errors import SettingsError, require, unknown
 from rampart.settings.kinds import STEPS, names
+from rampart.settings.mappings import read_yaml
 from rampart.settings.scale import EPS_NAMES
 
 PROFILES = Path(__file__).parents[3] / "configs"
@@ -33,12 +35,10 @@ def load_profile(name: str) -> Mapping[str, Any]:
 
 @lru_cache(maxsize=64)  # a report asks for a profile once a run
 def _sections(name: str, text: str) -> Mapping[str, Any]:
-    tree = yaml.compose(text, yaml.SafeLoader)
-    if isinstance(tree, yaml.MappingNode):
-        sections = [str(key.value) for key, _ in tree.value]
-        for section in {section for section in sections if sections.count(section) > 1}:
-            raise SettingsError(f"section '{section}' stands there twice in profile '{name}': join the two")
-    read = yaml.safe_load(text) or {}
+    try:
+        read = read_yaml(text) or {}
+    except SettingsError as error:
+        raise SettingsError(f"profile '{name}': {error}") from None
     require(isinstance(read, dict), f"profile '{name}' must be a YAML mapping of sections: {', '.join(SECTIONS)}")
     for section in read:
         require(section in SECTIONS, unknown(f"section of profile {name}", section, SECTIONS))
@@ -68,11 +68,15 @@ def _sections(name: str, text: str) -> Mapping[str, Any]:
     return profile
 
 
-def _require_choice(what: str, kind: object, value: object) -> None:
-    """Raises SettingsError where a setting, of this type, that has choices has not this one: a rule for it would never
-    hold."""
+def _require_choice(what: str, kind: Any, value: object) -> None:
+    """Raises SettingsError where a setting of this type never has this value: a rule for it would never hold."""
     if get_origin(kind) is Literal:
         require(str(value).lower() in get_args(kind), unknown(what, value, get_args(kind)))
+        return
+    try:
+        TypeAdapter(kind).validate_python(value)
+    except ValidationError:
+        raise SettingsError(f"{what} cannot be '{value}': take a value that the setting takes") from None
 
 
 def _profile_text(name: str) -> str:

@@ -35,21 +35,24 @@ def resolve(step: str, given: Mapping[str, str]) -> Settings:
         where = f"setting '{name}' in section {step} of the profile belongs to the steps that {step} runs"
         require(name in own_names(step), f"{where}: put it into their sections, or into common")
     fields = {field.name for field in dataclasses.fields(STEPS[step])}
-    section = {**_known(profile["common"], fields), **profile[step]}
+    common = _known(profile["common"], fields)
+    # Each speaks of ε on its own scale, or on that of the one below it.
+    scale = _scale(common, "pixel")
+    layers = [(common, scale), (profile[step], _scale(profile[step], scale))]
+    section = {**common, **profile[step]}
     if step == "train":
         arm = {f.name: f.default for f in dataclasses.fields(TrainSettings)} | section | dict(given)
         for rule in profile["arms"]:
             if all(_same(name, arm.get(name), value) for name, value in rule["when"].items()):
+                layers.append((rule["set"], _scale(rule["set"], layers[1][1])))
                 section |= rule["set"]
     own = {name: text for name, text in given.items() if name in fields}
-    space = own.get("eps_space", section.get("eps_space", "pixel"))
-    require(space in PIXELS, unknown("eps_space", space, PIXELS))
+    layers.append((own, _scale(own, section.get("eps_space", "pixel"))))
     # An L2 ball of radius 1 changes few pixels much: no radius is too large there.
     largest = math.inf if own.get("norm", section.get("norm")) == "l2" else 1.0
-    values: dict[str, Any] = {
-        **_parsed(section, section.get("eps_space", "pixel"), largest),
-        **_parsed(own, space, largest),
-    }
+    values: dict[str, Any] = {}
+    for layer, scale in layers:
+        values |= _parsed(layer, scale, largest)
     return _validated(step, {**values, "profile": given.get("profile", DEFAULT_PROFILE)})
 
 
@@ -82,6 +85,13 @@ def _text(value: Any) -> str:
 
 def _known(section: Mapping[str, Any], fields: set[str]) -> dict[str, Any]:
     return {name: value for name, value in section.items() if name in fields}
+
+
+def _scale(section: Mapping[str, Any], default: str) -> str:
+    """The scale of ε that the section speaks on."""
+    space = section.get("eps_space", default)
+    require(isinstance(space, str) and space in PIXELS, unknown("eps_space", space, PIXELS))
+    return str(space)
 
 
 def _same(name: str, value: Any, wanted: Any) -> bool:
@@ -118,6 +128,8 @@ def _parsed(values: Mapping[str, Any], space: str, largest: float) -> dict[str, 
 def _validated(step: str, values: dict[str, Any]) -> Settings:
     for field in dataclasses.fields(STEPS[step]):
         value = values.get(field.name)
+        truth = isinstance(value, bool) and "bool" not in str(field.type) and "str" not in str(field.type)
+        require(not truth, f"{field.name} takes no truth value, which YAML makes of yes and no: {value}")
         listed = "tuple" in str(field.type)
         if listed and isinstance(value, str | int | float):
             values[field.name] = [part.strip() for part in str(value).split(",")]

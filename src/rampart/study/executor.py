@@ -12,9 +12,10 @@ from typing import TypedDict
 import pandas as pd
 
 from rampart.arms import Arm, grid
-from rampart.errors import RampartError, SettingsError
+from rampart.errors import RampartError, SettingsError, require
 from rampart.reports.tables import markdown
 from rampart.settings import ARM_STEPS, StudySettings, VerifySettings, resolve
+from rampart.settings.kinds import own_names
 from rampart.study.cluster import RayWorkers
 from rampart.study.graph import Done, Shared, Task, graph
 from rampart.study.opening import open_data
@@ -85,6 +86,10 @@ def _workers(settings: StudySettings) -> Workers:
 
 def _check(shared: Shared, settings: StudySettings, jobs: list[tuple[Arm, int]]) -> None:
     """Every arm's settings, before the first is trained."""
+    if not settings.tuned:
+        others = {name for step in ("main", *ARM_STEPS) for name in own_names(step)}
+        idle = [name for name in shared.given if name in set(own_names("tune")) - others or name.startswith("tune.")]
+        require(not idle, f"{', '.join(idle)}: nothing is tuned in this study, give tuned=true, too")
     for arm, seed in jobs:
         for step in ARM_STEPS:
             resolve(step, shared.texts(Task(arm, seed, step), "checked"))

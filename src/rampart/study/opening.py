@@ -24,8 +24,11 @@ def prepare(settings: Common) -> torch.device:
     name = settings.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    try:
+        device = torch.device(name)
+    except RuntimeError:  # cuda:00
+        raise SettingsError(f"there is no device '{name}': give cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and int(name.partition(":")[2] or 0) >= torch.cuda.device_count():
         raise SettingsError(f"device '{name}' is not there ({torch.cuda.device_count()} GPUs): use device=auto or cpu")
     return device
 

@@ -24,7 +24,7 @@ TRIED = 20
 def interrupted(run: Run, key: str) -> tuple[str, pd.DataFrame] | None:
     """(run, its ledger so far) of a step that ended before its time and was the same by `key`: settings, data, model
     and code. None where the newest of that key has finished, or has left nothing."""
-    left = ((old, read_table(old, LEDGER)) for old in _unfinished(run, key))
+    left = ((old, _ledger(old)) for old in _unfinished(run, key))
     old, ledger = next(((old, ledger) for old, ledger in left if ledger is not None), ("", None))
     run.tags({"begun": key})
     if ledger is None:
@@ -32,6 +32,14 @@ def interrupted(run: Run, key: str) -> tuple[str, pd.DataFrame] | None:
     log.info("going on after the %d images that run %s has finished", len(ledger), old)
     run.go_on_from(old)
     return old, ledger
+
+
+def _ledger(run_id: str) -> pd.DataFrame | None:
+    try:
+        return read_table(run_id, LEDGER)
+    except ValueError as error:
+        log.warning("the ledger of run %s cannot be read (%s): left out", run_id, " ".join(str(error).split()))
+        return None
 
 
 def interrupted_training(run: Run, key: str) -> State | None:

@@ -9,7 +9,7 @@ from rampart.arms import Arm
 from rampart.data import Dataset, Split
 from rampart.errors import ModelError
 from rampart.models import Classifier, weights_digest
-from rampart.models.released import CLASSES, PREFIX, SEED
+from rampart.models.released import CLASSES, PREFIX, SEED, released
 from rampart.reports.drawing import Drawing, save
 from rampart.settings import EmbedSettings, EvaluateSettings, ModelSettings, VerifySettings
 from rampart.study.identity import identity
@@ -63,7 +63,9 @@ def _require_its_classes(model: Classifier, named: str | None, data: Dataset, se
     on, where that is known. Its rates would mean nothing, and stand in the place of its arm's."""
     count, ours = model.architecture.classes, ",".join(data.classes)
     theirs = ",".join(class_names(named)) if named else ""
-    if count != len(data.classes) or not ours.startswith(theirs):  # long tags are cut
+    # Servers cut long tags.
+    same = ours == theirs or (ours.startswith(theirs) and not (named or "").endswith("]"))
+    if count != len(data.classes) or not same:
         what = theirs or f"{count} classes"
         raise ModelError(
             f"the model tells apart {what}; dataset={settings.dataset} has {ours}: give the dataset that the model was "
@@ -73,7 +75,8 @@ def _require_its_classes(model: Classifier, named: str | None, data: Dataset, se
 
 def _released(uri: str) -> dict[str, str]:
     """ARM_TAGS and classes of a model that came with the checkout; none of another file."""
-    arm = Arm.called(uri.removeprefix(PREFIX)) if uri.startswith(PREFIX) else None
+    # Where another arm's model stands for the one that was asked for, it is that arm's.
+    arm = Arm.called(released(uri.removeprefix(PREFIX)).stem) if uri.startswith(PREFIX) else None
     return arm.texts | {"arm": arm.name, "seed": SEED, "class_names": class_text(CLASSES)} if arm else {}
 
 

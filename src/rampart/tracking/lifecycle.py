@@ -44,7 +44,10 @@ def open_run(step: str, parent: str | None = None, task: str | None = None) -> I
     resumed = os.environ.pop("MLFLOW_RUN_ID", None)
     if resumed:
         with asking(f"no run '{resumed}' in {mlflow.get_tracking_uri()}: unset MLFLOW_RUN_ID"):
-            experiment = MlflowClient().get_run(resumed).info.experiment_id
+            info = MlflowClient().get_run(resumed).info
+        if info.lifecycle_stage != "active":
+            raise RampartError(f"run '{resumed}' is deleted: restore it, or unset MLFLOW_RUN_ID")
+        experiment = info.experiment_id
         active = mlflow.start_run(resumed, log_system_metrics=measured)
     else:
         # A comparison has nothing to look for in an experiment that it would have to create.
@@ -73,7 +76,9 @@ def open_run(step: str, parent: str | None = None, task: str | None = None) -> I
         run.tags({"error": "interrupted"})
         raise
     except BaseException as error:
-        run.tags({"error": f"{'' if isinstance(error, RampartError) else type(error).__name__ + ': '}{error}"[:4000]})
+        said = f"{'' if isinstance(error, RampartError) else type(error).__name__ + ': '}{error}"[:4000]
+        # Names of files need not be text.
+        run.tags({"error": said.encode("utf-8", "backslashreplace").decode()})
         raise
     finally:
         run.close()

@@ -13,9 +13,10 @@ from torch import nn
 from rampart.console import said_if_it_fails
 from rampart.errors import ModelError, RampartError
 from rampart.models import Classifier, load_model, save_model, weights_digest
-from rampart.models.released import FOLDER, SEED, SUFFIX, enter
+from rampart.models.released import CLASSES, FOLDER, SEED, SUFFIX, enter
 from rampart.tracking.models import fetch_model
 from rampart.tracking.queries import find_runs
+from rampart.tracking.runs import class_names
 from rampart.tracking.store import experiment_id
 
 
@@ -51,12 +52,19 @@ def release_all(profile: str, folder: Path) -> None:
     """The newest model of each arm of a profile that has been trained with seed 0.
 
     Raises:
-        RampartError: no arm has been trained.
+        RampartError: no arm has been trained, or one on other classes than CIFAR-10's, which do not belong beside those
+            that came with the checkout.
     """
     runs = find_runs(experiment_id(create=False), {"step": "train", "profile": profile, "seed": SEED})
     if runs.empty:
         raise RampartError(f"no finished training of profile '{profile}' with seed {SEED}: train its arms first")
-    for run in runs.drop_duplicates("tags.rampart.arm").to_dict("records"):
+    runs = runs.drop_duplicates("tags.rampart.arm")
+    for run in runs.to_dict("records"):
+        # Of what `rampart:` finds it is said that it tells these apart.
+        if folder == FOLDER and class_names(str(run["tags.rampart.class_names"])) != CLASSES:
+            what = f"run {run['run_id']} ({run['tags.rampart.arm']}) was trained on {run['tags.rampart.dataset']}"
+            raise RampartError(f"{what}, not on CIFAR-10's classes: give a folder of your own")
+    for run in runs.to_dict("records"):
         file = release(fetch_model(f"runs:/{run['run_id']}/model"), run["tags.rampart.arm"], folder)
         print(f"{file}: run {run['run_id']}")
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
+from urllib.parse import unquote
 
 import mlflow
 import psutil
@@ -43,9 +44,10 @@ def initialise() -> None:
     """Creates or migrates the store's database. A SQLite file's processes do so one after the other: side by side they
     would spoil it."""
     uri = mlflow.get_tracking_uri()
-    file = uri.removeprefix("sqlite:///")
+    # The rest of the address is quoted as a URL.
+    file = unquote(uri.removeprefix("sqlite:///").partition("?")[0])
     try:
-        with FileLock(f"{file}.lock") if file != uri else nullcontext():
+        with FileLock(f"{file}.lock") if uri.startswith("sqlite:///") else nullcontext():
             _make_ready(uri)
     except OSError as error:
         raise _unanswered(uri, error) from error
@@ -106,7 +108,7 @@ def experiment_id(create: bool = True) -> str:
     if given:
         with asking(f"no experiment with id '{given}' in {mlflow.get_tracking_uri()}: check MLFLOW_EXPERIMENT_ID"):
             return _in_use(mlflow.get_experiment(given))
-    name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "Default")
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or "Default"
     found = mlflow.get_experiment_by_name(name)
     if found:
         return _in_use(found)

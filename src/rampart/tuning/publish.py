@@ -101,9 +101,14 @@ def tuned_profile(settings: TuneSettings, given: Mapping[str, str], trial: Froze
     data = {name: text for name, text in given.items() if name in DATA}
     profile["common"] = profile["common"] | data
     profile["train"] = {name: value for name, value in profile["train"].items() if name not in data}
+    # A rule would go above the common section.
+    rules = [
+        {**known, "set": {name: value for name, value in known["set"].items() if name not in data}}
+        for known in profile["arms"]
+    ]
     written = {section: profile[section] for section in SECTIONS if profile[section]}
     about = f"{profile['about']} Tuned: trial {trial.number} of run {trial.user_attrs[RUN]}.".strip()
-    return written | {"about": about, "arms": [*profile["arms"], rule]}
+    return written | {"about": about, "arms": [*rules, rule]}
 
 
 # Of all arms, not of this one; and of the run, not of the training.

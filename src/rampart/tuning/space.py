@@ -15,6 +15,7 @@ from optuna.trial import Trial
 from rampart.data import Augmentation
 from rampart.errors import SettingsError, require, unknown
 from rampart.settings import EPS_NAMES, PIXELS, TrainSettings, resolve
+from rampart.settings.mappings import read_yaml
 from rampart.training import Recipe
 
 SPACES = Path(__file__).parents[3] / "tuning"
@@ -36,7 +37,9 @@ def read_space(method: str, path: str, given: Mapping[str, str]) -> Space:
     """
     file = Path(path) if path else SPACES / f"{method}.yaml"
     try:
-        read = yaml.safe_load(file.read_text())
+        read = read_yaml(file.read_text())
+    except SettingsError as error:
+        raise SettingsError(f"search space '{file}': {error}") from None
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise SettingsError(f"search space '{file}' cannot be read: {' '.join(str(error).split())}") from error
     require(isinstance(read, dict) and bool(read), f"search space '{file}' must name a setting or more, and its range")

@@ -21,6 +21,7 @@ from rampart.errors import RampartError
 from rampart.models import Classifier
 from rampart.settings import TrainSettings, as_text, resolve
 from rampart.tracking import Run, open_run
+from rampart.tracking.runs import class_text
 from rampart.tracking.store import this_process
 from rampart.training import State, train
 from rampart.tuning.space import Space, said, suggest, texts
@@ -83,6 +84,7 @@ def run_trial(trial: Trial, task: Task) -> tuple[float, ...]:
             assert isinstance(settings, TrainSettings)
             run.params(as_text(settings, given))
             run.tags({"method": settings.method, "seed": settings.seed, "profile": settings.profile})
+            run.tags({"class_names": class_text(task.data.classes)})
             recorder = Recorder(run, trial, task, settings.eps)
             try:
                 model = train(settings, task.data, recorder, settings, settings.seed, task.device)

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from rampart.bounds.box import pixel_box
 from rampart.bounds.domains import Domains, Optimised, optimise
 from rampart.bounds.margins import Method, chain_bounds, check, margin_spec, proof_tolerance, require_exact
 from rampart.bounds.reduced import Reduced
-from rampart.errors import BoundError, RampartError, UnsupportedLayer, is_out_of_memory, require, unknown
+from rampart.errors import BoundError, UnsupportedLayer, is_out_of_memory, require, unknown
 from rampart.models import Chain, Layout, checked_logits, require_fixed
 from rampart.verification.branching import Outcome, branch_and_bound
 from rampart.verification.splitting import Branching
@@ -70,6 +71,8 @@ def verify(
     """
     require(engine in ENGINES, unknown("verification engine", engine, ENGINES))
     require(timeout > 0, f"timeout must be above 0 seconds, not {timeout:g}")
+    require(branching in get_args(Branching), unknown("branching rule", branching, get_args(Branching)))
+    require(memory >= 1, f"memory must be 1 MiB or more, not {memory}")
     require(0 <= eps <= 1, f"eps must lie between 0 and 1 (pixels), not {eps:g}")
     require_fixed(model, "a verdict is on")
     require_exact(image)
@@ -77,21 +80,20 @@ def verify(
     with torch.no_grad():
         logits = checked_logits(model, image[None])
     require(0 <= label < logits.shape[1], f"label {label} is not one of the model's {logits.shape[1]} classes")
-    if engine == "abcrown":
+    finite = bool(logits.isfinite().all())
+    if engine == "abcrown" and finite:
         from rampart.verification import abcrown
 
         return abcrown.verify(model, image, label, eps, timeout)
     deadline = time.perf_counter() + timeout
-    problem = _Problem(model, layout or find_layout(model, image[None]), image, label, logits, eps, deadline, memory)
-    if not bool(logits.isfinite().all()):
+    problem = _Problem(model, layout or find_layout(model, image[None]), image, label, eps, deadline, memory)
+    if not finite:
         log.error("verification failed: the network's output is NaN or infinite on the image itself")
         return problem.verdict("error")
     while True:
         try:
             return problem.settle(attack_first, complete, branching, max_domains)
-        except UnsupportedLayer:
-            raise
-        except (RampartError, RuntimeError) as error:
+        except (BoundError, RuntimeError) as error:
             if not is_out_of_memory(error) or problem.memory == 1:
                 log.error("verification failed: %s", error)
                 return problem.verdict("error")
@@ -108,14 +110,13 @@ class _Problem:
         layout: Layout | None,
         image: Tensor,
         label: int,
-        logits: Tensor,
         eps: float,
         deadline: float,
         memory: int,
     ) -> None:
-        self.model, self.image, self.label, self.eps = model, image, label, eps
+        self.model, self.layout, self.image, self.label, self.eps = model, layout, image, label, eps
         self.deadline, self.memory, self.started = deadline, memory, time.perf_counter()
-        self.target = proof_tolerance(logits).item()
+        self.target = 0.0  # what a bound must exceed
         self.stage = ""
         self.x, self.y = image[None], torch.tensor([label], device=image.device)
         self.seconds: dict[str, float] = {}
@@ -135,6 +136,9 @@ class _Problem:
             example = self.attacked() if example is None and attack_first else example
         if example is not None:
             return self.verdict("unsafe", example)
+        with self.timed(BOUNDS[0]):
+            sure = proof_tolerance(self.model, self.x, self.y, self.eps, self.layout, self.memory)
+            self.target = sure.item()
         for stage in BOUNDS:
             with self.timed(stage), torch.no_grad():
                 self.raise_bound(stage)
@@ -194,7 +198,7 @@ class _Problem:
             self.check()
             return
         assert self.bounds is not None
-        left = (self.bounds <= self.target).nonzero().squeeze(1)
+        left = (~(self.bounds > self.target)).nonzero().squeeze(1)
         if stage == "crown":
             self.inputs = crown.preactivations(self.chain, box, self.memory)
             check(self.inputs)

@@ -11,16 +11,18 @@ import copy
 import csv
 import io
 import logging
+import os
 from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
 
 from rampart.bounds.box import pixel_box
 from rampart.data import Split, to_pixels
-from rampart.errors import ModelError, RampartError
+from rampart.errors import Contradiction, ModelError, RampartError
 from rampart.ledger import eps_key
 from rampart.models import predict, weights_digest
 from rampart.verification.verdict import Verdict
@@ -35,6 +37,7 @@ ANSWERS = {"unsat": "safe", "holds": "safe", "sat": "unsafe", "violated": "unsaf
 
 def export(model: nn.Module, split: Split, images: list[int], eps: float, timeout: float, folder: Path) -> None:
     """Writes the model and, for each of the images that it classifies correctly, whether the ball around it is robust.
+    Questions that a folder holds already stay.
 
     The graph takes pixels [1, C, H, W] in [0, 1] (normalisation inside) and gives logits; it is compared with the model
     on the images before anything else is written.
@@ -64,9 +67,19 @@ def export(model: nn.Module, split: Split, images: list[int], eps: float, timeou
             classes = model(image[None]).shape[1]
         (folder / place).write_text(_property(index, image, label, classes, eps), encoding="utf-8")
         lines.append((graph, place, f"{timeout:g}"))
-    with (folder / INSTANCES).open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(lines)
+    _add(lines, folder / INSTANCES)
     log.info("wrote %d of %d images, those classified correctly, to %s", len(lines), len(images), folder / INSTANCES)
+
+
+def _add(lines: list[tuple[str, str, str]], path: Path) -> None:
+    """Puts questions to those that stand there already: of other models, of other images."""
+    with FileLock(f"{path}.lock"):  # a study's arms may export at the same time
+        before = list(csv.reader(path.read_text(encoding="utf-8").splitlines())) if path.exists() else []
+        known = {tuple(line[:2]): line for line in [*before, *map(list, lines)] if line}
+        partial = path.with_suffix(".part")
+        with partial.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(known.values())
+        os.replace(partial, path)
 
 
 def _name(index: int, eps: float) -> str:
@@ -115,7 +128,8 @@ def _property(index: int, image: Tensor, label: int, classes: int, eps: float) -
     ends = zip(box.lower.flatten().tolist(), box.upper.flatten().tolist(), strict=True)
     for i, (low, high) in enumerate(ends):  # in full, and never as 1e-5, which some parsers do not read
         text += [
-            f"(assert ({sign} X_{i} {np.format_float_positional(end)}))" for sign, end in ((">=", low), ("<=", high))
+            f"(assert ({sign} X_{i} {np.format_float_positional(end, trim='0')}))"
+            for sign, end in ((">=", low), ("<=", high))
         ]
     others = " ".join(f"(and (>= Y_{j} Y_{label}))" for j in range(classes) if j != label)
     return "\n".join([*text, f"(assert (or {others}))"]) + "\n"
@@ -128,19 +142,22 @@ def read_results(path: Path, model: nn.Module, images: list[int], eps: float) ->
 
     Raises:
         RampartError: the file cannot be read, or speaks of none of these images at this ε for this model.
+        Contradiction: it has two answers on one image.
     """
     digest = weights_digest(model)
     wanted = {_name(index, eps): index for index in images}
     found: dict[int, Verdict] = {}
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            for line in csv.reader(file):
-                category, graph, place, _, answer, seconds = line[:6]
+            for line in filter(None, csv.reader(file)):
+                category, graph, place, _, said, seconds = line[:6]
                 index = wanted.get(_stem(place, ".vnnlib"))
                 if index is not None and _stem(graph, ".onnx") == digest:
-                    status = ANSWERS.get(answer.strip().lower(), "unknown")
-                    found[index] = Verdict(status, float("nan"), None, 0, float(seconds), category.strip())
-    except (OSError, ValueError) as error:
+                    status = ANSWERS.get(said.strip().lower(), "unknown")
+                    answer = Verdict(status, float("nan"), None, 0, float(seconds), category.strip())
+                    if found.setdefault(index, answer).status != status:
+                        raise Contradiction(f"{path} says of image {index} both {found[index].status} and {status}")
+    except (OSError, ValueError, csv.Error) as error:
         raise RampartError(
             f"{path} cannot be read as a results.csv ({error}): its lines are category, onnx, vnnlib, seconds, "
             "answer, seconds"

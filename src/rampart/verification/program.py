@@ -22,11 +22,14 @@ def linear_program(net: Reduced, row: Rows, signs: Tensor) -> tuple[float, Tenso
         return float("-inf"), None
     exact = replace(net, neurons=net.neurons.double(), outputs=row.double(), lower=net.lower.double())
     neurons, output = exact.substituted(signs)
+    # The solver's tolerances are absolute, so that numbers as small as they are would be nothing to it.
+    scale = _largest(output.of_input)
+    scales = _largest(neurons.of_input)[:, None]
     ends = torch.stack([net.center - net.half, net.center + net.half], 1).double()
     found = linprog(
-        output.of_input[0].numpy(force=True),
-        (-signs.double()[:, None] * neurons.of_input).numpy(force=True) if len(signs) else None,
-        (signs.double() * neurons.constant).numpy(force=True) if len(signs) else None,
+        (output.of_input[0] / scale).numpy(force=True),
+        (-signs.double()[:, None] * neurons.of_input / scales).numpy(force=True) if len(signs) else None,
+        (signs.double() * neurons.constant / scales[:, 0]).numpy(force=True) if len(signs) else None,
         bounds=ends.numpy(force=True),
         method="highs",
     )
@@ -34,4 +37,10 @@ def linear_program(net: Reduced, row: Rows, signs: Tensor) -> tuple[float, Tenso
         return float("inf"), None
     if found.status != 0:
         return float("-inf"), None
-    return float(found.fun + output.constant[0]), torch.from_numpy(found.x).to(net.center)
+    return float(found.fun * scale[0] + output.constant[0]), torch.from_numpy(found.x).to(net.center)
+
+
+def _largest(rows: Tensor) -> Tensor:
+    """Of each row [N, I] the largest coefficient's size; 1 of a row of zeros."""
+    largest = rows.abs().amax(1) if rows.numel() else rows.new_zeros(len(rows))
+    return torch.where(largest > 0, largest, 1.0)

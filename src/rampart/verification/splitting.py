@@ -91,7 +91,7 @@ class Search:
 
     def examine(self, row: Tensor, found: Optimised, bound: Tensor) -> list[Domain]:
         """The domains that are not proved; looks for a counterexample where they are worst."""
-        left = (bound <= self.target).nonzero().squeeze(1)
+        left = (~(bound > self.target)).nonzero().squeeze(1)
         if not len(left):
             return []
         order = left[bound[left].argsort()]

@@ -300,6 +300,7 @@ def test_what_cancels_in_a_network_raises_what_a_proof_must_exceed(seed: int) ->
     logits = exact(pixels)
     margins = (logits.gather(1, y[:, None]) - logits.gather(1, 1 - y[:, None])).squeeze(1)
     (gradient,) = torch.autograd.grad(margins.sum(), pixels)
+    margins, gradient = margins.detach(), gradient.detach()
     layout = find_layout(model, x)
     for image, margin, slope, label, radius in zip(
         x, margins, gradient, y, margins / gradient.abs().sum((1, 2, 3)), strict=True

@@ -200,6 +200,4 @@ def check(inputs: ibp.Intervals) -> None:
         slack = 1e-5 * (1 + box.lower.abs() + box.upper.abs())
         sound = (box.lower <= box.upper + slack) & (box.upper - box.lower).isfinite()  # NaN compares as false
         if not bool(sound.all()):
-            raise BoundError(
-                "bounds of a neuron are NaN, too wide or cross: the network's weights or activations overflow"
-            )
+            raise BoundError("bounds of a neuron are NaN or cross, or are infinitely far apart: the network overflows")

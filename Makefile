@@ -38,11 +38,11 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The MLflow UI on the store that runs go to. It is made ready first: a server that creates it would give the default
-# experiment a location that only servers can write to.
+# The MLflow UI on the store that runs go to; where that is a server, which has its own, its address alone is told. The store
+# is made ready first: a server that creates it would give the default experiment a location that only servers can write to.
 ui: setup
 	@store=$$($(BIN)/python -m rampart.tracking.ui) && case "$$store" in \
-	  http*) echo "the runs are on the server at $$store" ;; \
+	  http*) ;; \
 	  *) MLFLOW_BACKEND_STORE_URI=$$store $(BIN)/mlflow ui --no-serve-artifacts --port $${PORT:-5000} ;; \
 	esac
 

@@ -42,6 +42,10 @@ class UnsupportedLayer(ModelError):
         return f"no bounds for layer '{self.path or 'model'}' ({self.kind}){why}"
 
 
+class BrokenArtifact(RampartError):
+    """An artifact of a run that cannot be read."""
+
+
 class Contradiction(RampartError):
     """An image is both proved and broken."""
 

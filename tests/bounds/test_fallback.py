@@ -201,13 +201,8 @@ def test_a_black_image_tells_as_little_of_a_network_as_it_is(pool: nn.Module) ->
         def forward(self, x: Tensor) -> Tensor:
             return self.head(self.pool(self.map(x)).mean((2, 3)))
 
-    x = torch.zeros(1, 1, 3, 3)
-    with contextlib.suppress(UnsupportedLayer):
-        assert_sound(
-            margin_bounds(Pooled().eval(), x, torch.tensor([0]), 0.25, "ibp"),
-            sampled_minima(Pooled().eval(), x, torch.tensor([0]), 0.25),
-        )
-        pytest.fail("it was not refused")
+    with pytest.raises(UnsupportedLayer):
+        margin_bounds(Pooled().eval(), torch.zeros(1, 1, 3, 3), torch.tensor([0]), 0.25, "ibp")
 
 
 def test_layers_that_differ_from_the_network_are_not_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> None:

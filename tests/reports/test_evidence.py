@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from mlflow import MlflowClient
 
-from rampart.errors import Contradiction, RampartError
+from rampart.errors import BrokenArtifact, Contradiction, RampartError
 from rampart.reports import derived
 from rampart.reports.evidence import Evidence, collect
 from rampart.reports.registry import name_best
@@ -327,3 +327,11 @@ def test_a_studys_evidence_has_all_that_the_report_draws(study: Study) -> None:
 def test_values_are_in_the_same_order_whenever_they_are_collected(study: Study) -> None:
     one, two = (collected().values for _ in range(2))
     pd.testing.assert_frame_equal(one, two)
+
+
+def test_a_ledger_that_cannot_be_read_is_named() -> None:
+    run = finished("evaluate", evaluation("1110"))
+    Path("ledger.parquet").write_bytes(b"PAR1, cut")
+    run.file(Path("ledger.parquet"))
+    with pytest.raises(BrokenArtifact, match=f"ledger.parquet of run {run.id} cannot be read"):
+        collected()

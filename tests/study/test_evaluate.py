@@ -122,6 +122,28 @@ def test_a_released_model_is_of_the_arm_that_it_is_called_after(
     assert MlflowClient().get_run(run).data.tags["rampart.arm"] == arm
 
 
+def test_an_interrupted_evaluation_whose_ledger_is_broken_begins_anew(
+    digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = weights(digits, tmp_path, 0)
+    quick = {"trust_images": "0", "corruptions": "none", "steps": "1"}
+
+    def interrupted(*given: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("rampart.study.evaluating.finish", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_step("evaluate", settings(model, **quick))
+    killed = find_runs("0", {"step": "evaluate"}, status="KILLED")["run_id"].iloc[0]
+    (tmp_path / "ledger.parquet").write_bytes(b"PAR1, cut")
+    MlflowClient().log_artifact(killed, str(tmp_path / "ledger.parquet"))
+    run = run_step("evaluate", settings(model, **quick))
+    assert f"ledger.parquet of run {killed} cannot be read" in caplog.text
+    assert "rampart.resumed_from" not in MlflowClient().get_run(run).data.tags
+    assert len(read_table(run, "ledger.parquet")) == len(digits.test)
+
+
 @pytest.mark.parametrize(
     ("named", "fits"), [('["a", "b"]', False), ('["a", "bb"]', True), ('["a", "b', True), (None, True)]
 )

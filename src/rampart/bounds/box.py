@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rampart.errors import require
+from rampart.errors import SettingsError, require
 from rampart.kernels import Kernel
 
 
@@ -94,15 +94,15 @@ def _ends_backward(of_lower: Tensor, of_upper: Tensor) -> tuple[Tensor, Tensor]:
 
 def pixel_box(x: Tensor, eps: float | Tensor) -> Box:
     """The L∞ ball of radius `eps` (pixels; one for all, or per pixel, broadcastable to x) around x, cut to [0, 1]."""
-    if isinstance(eps, Tensor):
-        widths = tuple(eps.shape)
-        fits = len(widths) <= x.dim() and all(
-            a in (1, b) for a, b in zip(widths[::-1], tuple(x.shape)[::-1], strict=False)
-        )
-        require(fits, f"eps of shape {widths} does not broadcast to images of shape {tuple(x.shape)}")
     smallest = eps.min().item() if isinstance(eps, Tensor) else eps
     require(smallest >= 0, f"eps must be 0 or more, not {smallest:g}")
-    eps = eps.to(x) if isinstance(eps, Tensor) else eps
+    if isinstance(eps, Tensor):
+        eps = eps.to(x)
+        try:
+            eps.expand_as(x)
+        except RuntimeError:
+            shapes = f"shape {tuple(eps.shape)} does not broadcast to images of shape {tuple(x.shape)}"
+            raise SettingsError(f"eps of {shapes}") from None
     return Box((x - eps).clamp(0, 1), (x + eps).clamp(0, 1))
 
 

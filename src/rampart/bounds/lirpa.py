@@ -24,7 +24,7 @@ NAMES = {"ibp": "IBP", "crown-ibp": "CROWN-IBP", "crown": "CROWN", "alpha-crown"
 def lirpa_bounds(model: nn.Module, x: Tensor, eps: float | Tensor, method: str, y: Tensor) -> Tensor:
     """Lower bounds [B, K] of z_y - z_j over the ball cut to [0, 1]; arguments as in margin_bounds."""
     library = import_auto_lirpa()
-    from rampart.bounds.margins import alike, margin_spec, require_labels
+    from rampart.bounds.margins import alike, margin_spec, noise, require_labels
 
     box = pixel_box(x, eps)
     _check_pooling(model)
@@ -48,8 +48,8 @@ def lirpa_bounds(model: nn.Module, x: Tensor, eps: float | Tensor, method: str, 
                 _check(node, conv_mode)
         with torch.no_grad():
             # Of a black image, which a convolution maps to 0 whatever comes of it, nothing can be told.
-            noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
-            if not (alike(bounded(noise), model(noise)) and alike(bounded(x), logits)):
+            other = noise(x)
+            if not (alike(bounded(other), model(other)) and alike(bounded(x), logits)):
                 raise _Untrusted("its network gives another output")
         # Without a slope to optimise it is CROWN.
         optimised = method == "alpha-crown" and bool(bounded.optimizable_activations)

@@ -37,6 +37,16 @@ def margin_spec(labels: Tensor, classes: int) -> Tensor:
     return eye[labels][:, None, :] - eye
 
 
+def rounding_share(logits: Tensor) -> Tensor:
+    """[B]: what float32 may round of margins of logits [B, K], as a rule."""
+    return PROVED * logits.abs().amax(1)
+
+
+def noise(x: Tensor) -> Tensor:
+    """Random pixels in the shape of x, each time the same."""
+    return torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+
+
 def proof_tolerance(
     model: nn.Module,
     x: Tensor,
@@ -53,14 +63,13 @@ def proof_tolerance(
         layout: the model's; None where auto_LiRPA bounds it.
     """
     with torch.no_grad():
-        share = PROVED * logits_of(model, x).abs().amax(1)
+        share = rounding_share(logits_of(model, x))
         box = pixel_box(x, eps)
-        within = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
-        points = torch.cat([x.clamp(0, 1), box.lower, box.upper, box.lower + within * (box.upper - box.lower)])
+        parts = [x.clamp(0, 1), box.lower, box.upper, box.lower + noise(x) * (box.upper - box.lower)]
+        points, labels = torch.cat(parts), y.repeat(len(parts))
         exact = double_logits(model, points)
         if exact is None:
             return share
-        labels = y.repeat(4)
         engine: Engine = "native" if layout else "auto_lirpa"
         try:
             found = margin_bounds(model, points, labels, 0.0, "ibp", engine, memory, layout).double()
@@ -68,8 +77,8 @@ def proof_tolerance(
             return share
         margins = exact.gather(1, labels[:, None]) - exact
         errors = (found - margins).square().scatter(1, labels[:, None], 0.0)
-        others = max(exact.shape[1] - 1, 1)
-        seen = (errors.sum(1).view(4, -1).sum(0) / (4 * others)).sqrt()
+        others = exact.shape[1] - 1
+        seen = (errors.sum(1).view(len(parts), -1).mean(0) / others).sqrt()
         return torch.maximum(share, (SEEN * seen).to(share))
 
 
@@ -87,8 +96,7 @@ def find_layout(model: nn.Module, x: Tensor) -> Layout | None:
         ModelError: the model does not take images of this size, or overwrites them. SettingsError: they are not in
             [0, 1].
     """
-    noise = torch.rand(x[:1].shape, generator=torch.Generator().manual_seed(0))
-    probes = (x[:1], noise.to(x))  # some models take one image at a time
+    probes = (x[:1], noise(x[:1]))  # some models take one image at a time
     with torch.no_grad():
         logits = [checked_logits(model, probe) for probe in probes]
     try:

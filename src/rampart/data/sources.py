@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 from filelock import FileLock
 
 from rampart.errors import DataError
+from rampart.files import replacing
 
 log = logging.getLogger(__name__)
 
@@ -179,19 +179,14 @@ def _store(cache: Path, pools: Pools) -> None:
     """Written beside its place and moved there, so that two processes can decode the same folder at once."""
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=cache.parent, suffix=".npz", delete=False) as file:
-            try:
-                np.savez(
-                    file,
-                    train=pools.train_images,
-                    train_labels=pools.train_labels,
-                    test=pools.test_images,
-                    test_labels=pools.test_labels,
-                )
-            except BaseException:  # an interrupt, too, may leave no half of it on a full disk
-                Path(file.name).unlink(missing_ok=True)
-                raise
-        os.replace(file.name, cache)
+        with replacing(cache) as partial, partial.open("wb") as file:
+            np.savez(
+                file,
+                train=pools.train_images,
+                train_labels=pools.train_labels,
+                test=pools.test_images,
+                test_labels=pools.test_labels,
+            )
     except OSError as error:
         raise DataError(
             f"cannot write the cache '{cache}' ({error}): set XDG_CACHE_HOME to a folder with room"

@@ -145,9 +145,10 @@ class _Certification:
             try:
                 bounds = margin_bounds(self.model, x, y, eps, method, engine, self.memory, layout).amin(1)
                 proved = bounds > 0
-                if bool(proved.any()):
-                    sure = proof_tolerance(self.model, x[proved], y[proved], eps, layout, self.memory)
-                    proved[proved.clone()] = bounds[proved] > sure
+                likely = proved.nonzero().squeeze(1)
+                if len(likely):  # of the others nothing needs to be known
+                    sure = proof_tolerance(self.model, x[likely], y[likely], eps, layout, self.memory)
+                    proved[likely] = bounds[likely] > sure
                 return proved.cpu()
             except RuntimeError as error:
                 if not is_out_of_memory(error) or self.memory == 1:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rampart.errors import ModelError
+from rampart.files import replacing
 from rampart.models.classifier import Classifier, build_model
 from rampart.models.released import PREFIX, released
 
@@ -49,13 +49,11 @@ def save_model(
     held = dict(model.state_dict()) | {f"{BESIDE}{name}": value for name, value in (tensors or {}).items()}
     held = {name: value.detach().cpu().contiguous() for name, value in held.items()}
     told = {"architecture": json.dumps(asdict(model.architecture)), "beside": json.dumps(dict(numbers or {}))}
-    partial = Path(f"{path}.partial")
     try:
-        save_file(held, partial, metadata={**told, "digest": _digest(held, told)})
+        with replacing(path) as partial:
+            save_file(held, partial, metadata={**told, "digest": _digest(held, told)})
     except SafetensorError as error:  # its word for a full disk, too
-        partial.unlink(missing_ok=True)
         raise OSError(f"cannot write '{path}': {error}") from error
-    os.replace(partial, path)
 
 
 def read_beside(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -28,15 +28,19 @@ def released(name: str) -> Path:
     known = _sums(FOLDER)
     if not known:
         raise ModelError(f"no model '{PREFIX}{name}': none came with this installation, nor lies in {FOLDER}")
-    method, plus, rest = name.partition("+")
-    if method == "certified" and name + SUFFIX not in known:
-        name = CERTIFIED + plus + rest
+    name = meant(name)
     if name + SUFFIX not in known:
         raise ModelError(unknown("released model", name, [file.removesuffix(SUFFIX) for file in known]))
     file = FOLDER / (name + SUFFIX)
     if not file.is_file() or _sum(file) != known[file.name]:
         raise ModelError(f"'{file}' is not the file that was released (its SHA-256 differs): check it out anew")
     return file
+
+
+def meant(name: str) -> str:
+    """The released arm that a name stands for."""
+    method, plus, rest = name.partition("+")
+    return CERTIFIED + plus + rest if method == "certified" and name + SUFFIX not in _sums(FOLDER) else name
 
 
 def enter(file: Path) -> None:

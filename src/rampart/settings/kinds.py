@@ -6,7 +6,10 @@ import dataclasses
 import os
 import re
 from dataclasses import dataclass
-from typing import Literal
+from functools import cache
+from typing import Any, Literal, get_type_hints
+
+from pydantic import TypeAdapter
 
 from rampart.data import Augmentation
 from rampart.errors import require
@@ -285,3 +288,9 @@ def names(step: str) -> list[str]:
     nested = [f"{s}.{n}" for s in ("tune", *ARM_STEPS) for n in names(s) if n not in DECIDED]
     bare = [n.split(".", 1)[1] for n in nested]
     return list(dict.fromkeys([*own, *bare, *nested]))
+
+
+@cache
+def kind_of(name: str) -> TypeAdapter[Any]:
+    """What tells whether a value fits a setting of `train`."""
+    return TypeAdapter(get_type_hints(TrainSettings)[name])

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from rampart.errors import SettingsError, require, unknown
-from rampart.settings.kinds import STEPS, names
+from rampart.settings.kinds import STEPS, kind_of, names
 from rampart.settings.mappings import read_yaml
 from rampart.settings.scale import EPS_NAMES
 
@@ -35,10 +35,7 @@ def load_profile(name: str) -> Mapping[str, Any]:
 
 @lru_cache(maxsize=64)  # a report asks for a profile once a run
 def _sections(name: str, text: str) -> Mapping[str, Any]:
-    try:
-        read = read_yaml(text) or {}
-    except SettingsError as error:
-        raise SettingsError(f"profile '{name}': {error}") from None
+    read = read_yaml(text, f"profile '{name}'") or {}
     require(isinstance(read, dict), f"profile '{name}' must be a YAML mapping of sections: {', '.join(SECTIONS)}")
     for section in read:
         require(section in SECTIONS, unknown(f"section of profile {name}", section, SECTIONS))
@@ -64,17 +61,18 @@ def _sections(name: str, text: str) -> Mapping[str, Any]:
             single = key not in EPS_NAMES and get_origin(kind) is not tuple
             require(single, f"a rule of profile {name} cannot depend on '{key}': take a setting of one name or number")
             for one in value if isinstance(value, list) else [value]:
-                _require_choice(f"{key} in a rule of profile {name}", kind, one)
+                _require_choice(f"{key} in a rule of profile {name}", key, one)
     return profile
 
 
-def _require_choice(what: str, kind: Any, value: object) -> None:
-    """Raises SettingsError where a setting of this type never has this value: a rule for it would never hold."""
+def _require_choice(what: str, key: str, value: object) -> None:
+    """Raises SettingsError where a training's setting never has this value: a rule for it would never hold."""
+    kind = get_type_hints(STEPS["train"])[key]
     if get_origin(kind) is Literal:
         require(str(value).lower() in get_args(kind), unknown(what, value, get_args(kind)))
         return
     try:
-        TypeAdapter(kind).validate_python(value)
+        kind_of(key).validate_python(value)
     except ValidationError:
         raise SettingsError(f"{what} cannot be '{value}': take a value that the setting takes") from None
 

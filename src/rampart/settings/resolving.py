@@ -12,12 +12,12 @@ import math
 import re
 from collections.abc import Mapping
 from functools import cache
-from typing import Any, get_type_hints
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from rampart.errors import SettingsError, require, unknown, without_password
-from rampart.settings.kinds import DECIDED, DEFAULT_PROFILE, STEPS, Settings, TrainSettings, names, own_names
+from rampart.settings.kinds import DECIDED, DEFAULT_PROFILE, STEPS, Settings, TrainSettings, kind_of, names, own_names
 from rampart.settings.profiles import load_profile
 from rampart.settings.scale import EPS_NAMES, PIXELS, eps_text, parse_eps
 
@@ -37,22 +37,23 @@ def resolve(step: str, given: Mapping[str, str]) -> Settings:
     fields = {field.name for field in dataclasses.fields(STEPS[step])}
     common = _known(profile["common"], fields)
     # Each speaks of ε on its own scale, or on that of the one below it.
-    scale = _scale(common, "pixel")
-    layers = [(common, scale), (profile[step], _scale(profile[step], scale))]
+    below = _scale(common, "pixel")
+    scale = _scale(profile[step], below)
+    layers = [(common, below), (profile[step], scale)]
     section = {**common, **profile[step]}
     if step == "train":
         arm = {f.name: f.default for f in dataclasses.fields(TrainSettings)} | section | dict(given)
         for rule in profile["arms"]:
             if all(_same(name, arm.get(name), value) for name, value in rule["when"].items()):
-                layers.append((rule["set"], _scale(rule["set"], layers[1][1])))
+                layers.append((rule["set"], _scale(rule["set"], scale)))
                 section |= rule["set"]
     own = {name: text for name, text in given.items() if name in fields}
     layers.append((own, _scale(own, section.get("eps_space", "pixel"))))
     # An L2 ball of radius 1 changes few pixels much: no radius is too large there.
     largest = math.inf if own.get("norm", section.get("norm")) == "l2" else 1.0
     values: dict[str, Any] = {}
-    for layer, scale in layers:
-        values |= _parsed(layer, scale, largest)
+    for layer, space in layers:
+        values |= _parsed(layer, space, largest)
     return _validated(step, {**values, "profile": given.get("profile", DEFAULT_PROFILE)})
 
 
@@ -103,14 +104,9 @@ def _same(name: str, value: Any, wanted: Any) -> bool:
 def _typed(name: str, value: Any) -> Any:
     """A training's setting as it will be (yes, on and 1 are True); what does not fit stays, and is said later."""
     try:
-        return _kind(name).validate_python(value)
+        return kind_of(name).validate_python(value)
     except ValidationError:
         return str(value).lower()
-
-
-@cache
-def _kind(name: str) -> TypeAdapter[Any]:
-    return TypeAdapter(get_type_hints(TrainSettings)[name])
 
 
 def _parsed(values: Mapping[str, Any], space: str, largest: float) -> dict[str, Any]:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 import pandas as pd
 
-from rampart.errors import ModelError
+from rampart.errors import BrokenArtifact, ModelError
 from rampart.tracking import Run
 from rampart.tracking.claims import claimed
 from rampart.tracking.queries import find_runs, read_checkpoint, read_table
 from rampart.tracking.runs import CHECKPOINTS, LEDGER
 from rampart.training import State
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +27,7 @@ TRIED = 20
 def interrupted(run: Run, key: str) -> tuple[str, pd.DataFrame] | None:
     """(run, its ledger so far) of a step that ended before its time and was the same by `key`: settings, data, model
     and code. None where the newest of that key has finished, or has left nothing."""
-    left = ((old, _ledger(old)) for old in _unfinished(run, key))
+    left = ((old, salvaged(read_table, old, LEDGER)) for old in _unfinished(run, key))
     old, ledger = next(((old, ledger) for old, ledger in left if ledger is not None), ("", None))
     run.tags({"begun": key})
     if ledger is None:
@@ -34,20 +37,12 @@ def interrupted(run: Run, key: str) -> tuple[str, pd.DataFrame] | None:
     return old, ledger
 
 
-def _ledger(run_id: str) -> pd.DataFrame | None:
-    try:
-        return read_table(run_id, LEDGER)
-    except ValueError as error:
-        log.warning("the ledger of run %s cannot be read (%s): left out", run_id, " ".join(str(error).split()))
-        return None
-
-
 def interrupted_training(run: Run, key: str) -> State | None:
     """Where a training stood that ended before its time and was the same by `key`; `run` is that training's, then.
     Of several processes that ask at once one goes on with it."""
     with claimed(run.id, run.experiment, key):
         for old in _unfinished(run, key):
-            states = [state for name in CHECKPOINTS if (state := _checkpoint(old, name)) is not None]
+            states = [state for name in CHECKPOINTS if (state := salvaged(read_checkpoint, old, name)) is not None]
             if states:
                 state = max(states, key=lambda state: (state.epoch, state.batch))
                 log.info("going on in run %s, epoch %d, after %d batches of it", old, state.epoch, state.batch)
@@ -58,10 +53,11 @@ def interrupted_training(run: Run, key: str) -> State | None:
         return None
 
 
-def _checkpoint(run_id: str, name: str) -> State | None:
+def salvaged(read: Callable[[str, str], T | None], run_id: str, name: str) -> T | None:
+    """What an ended run has left under this name; None, too, where it is broken, so that it is done again."""
     try:
-        return read_checkpoint(run_id, name)
-    except ModelError as error:
+        return read(run_id, name)
+    except (BrokenArtifact, ModelError) as error:
         log.warning("%s: left out", error)
         return None
 

@@ -9,7 +9,7 @@ from rampart.arms import Arm
 from rampart.data import Dataset, Split
 from rampart.errors import ModelError
 from rampart.models import Classifier, weights_digest
-from rampart.models.released import CLASSES, PREFIX, SEED, released
+from rampart.models.released import CLASSES, PREFIX, SEED, meant
 from rampart.reports.drawing import Drawing, save
 from rampart.settings import EmbedSettings, EvaluateSettings, ModelSettings, VerifySettings
 from rampart.study.identity import identity
@@ -76,7 +76,7 @@ def _require_its_classes(model: Classifier, named: str | None, data: Dataset, se
 def _released(uri: str) -> dict[str, str]:
     """ARM_TAGS and classes of a model that came with the checkout; none of another file."""
     # Where another arm's model stands for the one that was asked for, it is that arm's.
-    arm = Arm.called(released(uri.removeprefix(PREFIX)).stem) if uri.startswith(PREFIX) else None
+    arm = Arm.called(meant(uri.removeprefix(PREFIX))) if uri.startswith(PREFIX) else None
     return arm.texts | {"arm": arm.name, "seed": SEED, "class_names": class_text(CLASSES)} if arm else {}
 
 

@@ -16,7 +16,7 @@ from rampart.ledger import verdict_counts
 from rampart.reports import describing, pictures
 from rampart.settings import Settings, VerifySettings, as_text
 from rampart.study.identity import identity
-from rampart.study.resuming import Paced, interrupted
+from rampart.study.resuming import Paced, interrupted, salvaged
 from rampart.study.subject import Subject, draw, finish, open_subject
 from rampart.tracking import Run
 from rampart.tracking.queries import find_runs, read_arrays, read_table
@@ -80,10 +80,10 @@ def _progress(run: Run, settings: VerifySettings, subject: Subject, whole: str) 
     left = [before] if before else []
     if not settings.part:
         parts = find_runs(run.experiment, {"part_of": whole}, status=None)["run_id"]
-        left += [(part, ledger) for part in parts if (ledger := read_table(part, LEDGER)) is not None]
+        left += [(part, ledger) for part in parts if (ledger := salvaged(read_table, part, LEDGER)) is not None]
     progress = Progress()
     for old, ledger in left:
-        examples = read_arrays(old, EXAMPLES) or {}
+        examples = salvaged(read_arrays, old, EXAMPLES) or {}
         known = {row["image"] for row in progress.rows}
         rows = [{str(k): v for k, v in row.items() if pd.notna(v)} for row in ledger.to_dict("records")]
         # Of an image whose counterexample was not kept nothing is known.

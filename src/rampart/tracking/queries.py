@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import quote
+from zipfile import BadZipFile
 
 import mlflow
 import numpy as np
@@ -29,7 +30,7 @@ from mlflow import MlflowClient
 from mlflow.utils.file_utils import local_file_uri_to_path
 from mlflow.utils.uri import is_local_uri
 
-from rampart.errors import SettingsError
+from rampart.errors import BrokenArtifact, SettingsError
 from rampart.models import read_beside
 from rampart.settings import PROFILE_READERS
 from rampart.tracking import store
@@ -188,13 +189,21 @@ def _read(run_id: str, name: str, read: Callable[[Path], T]) -> T | None:
         if is_local_uri(place):
             # As MLflow would find it there, ten times as fast.
             path = Path(local_file_uri_to_path(place)) / name
-            return read(path) if path.exists() else None
+            return _parsed(run_id, path, read) if path.exists() else None
         client = MlflowClient()
         folder, _, _ = name.rpartition("/")
         if name not in {artifact.path for artifact in client.list_artifacts(run_id, folder or None)}:
             return None
         with tempfile.TemporaryDirectory(prefix="rampart-") as place:
-            return read(Path(client.download_artifacts(run_id, name, place)))
+            return _parsed(run_id, Path(client.download_artifacts(run_id, name, place)), read)
+
+
+def _parsed(run_id: str, path: Path, read: Callable[[Path], T]) -> T:
+    try:
+        return read(path)
+    except (ValueError, EOFError, BadZipFile) as error:
+        said = " ".join(str(error).split())
+        raise BrokenArtifact(f"{path.name} of run {run_id} cannot be read ({said}): delete the run") from error
 
 
 def _place(run_id: str) -> str:

@@ -61,7 +61,7 @@ def release_all(profile: str, folder: Path) -> None:
     runs = runs.drop_duplicates("tags.rampart.arm")
     for run in runs.to_dict("records"):
         # Of what `rampart:` finds it is said that it tells these apart.
-        if folder == FOLDER and class_names(str(run["tags.rampart.class_names"])) != CLASSES:
+        if folder.resolve() == FOLDER.resolve() and class_names(str(run["tags.rampart.class_names"])) != CLASSES:
             what = f"run {run['run_id']} ({run['tags.rampart.arm']}) was trained on {run['tags.rampart.dataset']}"
             raise RampartError(f"{what}, not on CIFAR-10's classes: give a folder of your own")
     for run in runs.to_dict("records"):

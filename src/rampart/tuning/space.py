@@ -37,9 +37,7 @@ def read_space(method: str, path: str, given: Mapping[str, str]) -> Space:
     """
     file = Path(path) if path else SPACES / f"{method}.yaml"
     try:
-        read = read_yaml(file.read_text())
-    except SettingsError as error:
-        raise SettingsError(f"search space '{file}': {error}") from None
+        read = read_yaml(file.read_text(), f"search space '{file}'")
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise SettingsError(f"search space '{file}' cannot be read: {' '.join(str(error).split())}") from error
     require(isinstance(read, dict) and bool(read), f"search space '{file}' must name a setting or more, and its range")

@@ -11,7 +11,6 @@ import copy
 import csv
 import io
 import logging
-import os
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from rampart.bounds.box import pixel_box
 from rampart.data import Split, to_pixels
 from rampart.errors import Contradiction, ModelError, RampartError
+from rampart.files import replacing
 from rampart.ledger import eps_key
 from rampart.models import predict, weights_digest
 from rampart.verification.verdict import Verdict
@@ -76,10 +76,8 @@ def _add(lines: list[tuple[str, str, str]], path: Path) -> None:
     with FileLock(f"{path}.lock"):  # a study's arms may export at the same time
         before = list(csv.reader(path.read_text(encoding="utf-8").splitlines())) if path.exists() else []
         known = {tuple(line[:2]): line for line in [*before, *map(list, lines)] if line}
-        partial = path.with_suffix(".part")
-        with partial.open("w", newline="", encoding="utf-8") as file:
+        with replacing(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows(known.values())
-        os.replace(partial, path)
 
 
 def _name(index: int, eps: float) -> str:

@@ -135,6 +135,18 @@ def test_balls_are_nested(ledger: pd.DataFrame) -> None:
     assert ledger["attacked/0.00392157"][1]
 
 
+def test_a_ledger_says_that_branch_and_bound_has_broken_an_image(ledger: pd.DataFrame) -> None:
+    ledger["broken_eps"] = pd.array([1 / 255, 8 / 255, 8 / 255, pd.NA, pd.NA, pd.NA], dtype="Float64")
+    ledger["broken_by"] = pd.array(["pgd", "pgd", "pgd", pd.NA, pd.NA, pd.NA], dtype="string")
+    for name in ("broken_restart", "broken_step"):
+        ledger[name] = pd.array([0, 0, 0, pd.NA, pd.NA, pd.NA], dtype="Int64")
+    for image, eps in ((0, 1 / 255), (1, 1 / 255), (3, 2 / 255)):
+        mark_attacked(ledger, image, eps)
+    assert ledger["broken_eps"].fillna(0).tolist() == [1 / 255, 1 / 255, 8 / 255, 2 / 255, 0, 0]
+    assert ledger["broken_by"].fillna("").tolist() == ["pgd", "branch-and-bound", "pgd", "branch-and-bound", "", ""]
+    assert ledger["broken_step"].isna().tolist() == [False, True, False, True, True, True]
+
+
 def proof(image: int, eps: float, verdict: str = "safe", radius: float = float("nan")) -> pd.DataFrame:
     row = {"image": image, "eps": eps, "verdict": verdict, "correct": True, "seconds": 0.1, "radius": radius}
     return pd.DataFrame([row])

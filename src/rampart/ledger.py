@@ -14,6 +14,9 @@ VERDICTS = ("safe-incomplete", "safe", "unsafe", "timeout", "unknown", "error")
 PROVED = ("safe-incomplete", "safe")
 
 
+# Stands in `broken_by` beside the attacks.
+SEARCH = "branch-and-bound"
+
 # Radii that stand in names have six digits.
 ROUNDED = 1e-5
 
@@ -49,11 +52,16 @@ def attacked_by(ledger: pd.DataFrame, eps: float) -> pd.Series:
 
 
 def mark_attacked(ledger: pd.DataFrame, image: int, eps: float) -> None:
-    """Enters a counterexample of radius `eps` (pixels) found by other means: it stands for the larger radii, too."""
+    """Enters a counterexample of radius `eps` (pixels) that branch and bound has found: it stands for the larger radii,
+    too, and where the ledger says what broke an image at the smallest radius, it does so of this one."""
+    row = ledger["image"] == image
     for column in ledger.columns:
         kind, _, key = str(column).partition("/")
         if kind == "attacked" and float(key) >= eps * (1 - ROUNDED):
-            ledger.loc[ledger["image"] == image, column] = True
+            ledger.loc[row, column] = True
+    if "broken_eps" in ledger and not (ledger.loc[row, "broken_eps"] <= eps * (1 + ROUNDED)).fillna(False).any():
+        ledger.loc[row, ["broken_eps", "broken_by"]] = eps, SEARCH
+        ledger.loc[row, ["broken_restart", "broken_step"]] = pd.NA
 
 
 def attack_rates(ledger: pd.DataFrame) -> dict[str, float]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rampart.attacks import AttackResult, perturb, pgd
+from rampart.attacks import AttackResult, apgd, perturb, pgd
 from rampart.attacks.objectives import margin
 from rampart.bounds import margin_bounds
 from rampart.errors import ModelError, SettingsError
@@ -62,6 +64,45 @@ def test_a_model_that_rounds_its_input_has_no_gradient_and_stops_no_attack(image
 
     result = attack(Rounded().eval(), images, labels % 3, 0.2)
     assert result.success.shape == (1, len(images))
+
+
+def test_a_model_that_begins_with_a_sum_over_pixels_is_attacked(images) -> None:
+    """Its gradient is one number that stands for all pixels."""
+
+    class Summed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x.sum((2, 3)) / 4)
+
+    model = Summed().eval()
+    with torch.no_grad():
+        y = model(images).argmax(1)
+    moved = [
+        pgd(model, images, y, 0.1, generator=generator()).adversarial[0],
+        apgd(model, images, y, 0.1, steps=10, generator=generator()).adversarial[0],
+        perturb(lambda x: F.cross_entropy(model(x), y), images, 0.1, 5, 0.05, generator()),
+    ]
+    for examples in moved:
+        assert (margin(model(examples), y) > margin(model(images), y)).all()
+
+
+@pytest.mark.parametrize("attacked_by", [pgd, partial(apgd, steps=5)], ids=["pgd", "apgd"])
+def test_where_a_model_gives_nan_it_errs(attacked_by: Callable[..., AttackResult]) -> None:
+    """NaN is the largest number to argmax, which takes it for the class at its place."""
+
+    class Poisoned(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            above = x.flatten(1).sum(1, keepdim=True)
+            return torch.cat([1 + torch.sqrt(0.6 - above), above * 0], 1)
+
+    x, y = torch.full((2, 1, 1, 1), 0.5), torch.tensor([0, 0])
+    result = attacked_by(Poisoned().eval(), x, y, (0.01, 0.2), generator=generator())
+    assert result.success.tolist() == [[False, False], [True, True]]
+    with pytest.raises(ModelError, match="NaN"):
+        attacked_by(Poisoned().eval(), x + 0.2, y, 0.01)
 
 
 def test_a_part_of_a_model_in_training_mode_is_refused(images, labels) -> None:

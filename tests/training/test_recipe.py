@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from rampart.errors import SettingsError
@@ -69,6 +71,20 @@ def test_embeddings_of_attacks_need_a_method_that_attacks() -> None:
     with pytest.raises(SettingsError, match=r"certified.*embeddings=worst"):
         Recipe(method="certified", contrastive="double", embeddings="attack")
     Recipe(method="mtl-ibp", contrastive="double", embeddings="attack")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"contrastive": "single", "supcon_weight": 1.0}, "head .*contrastive=double"),
+        ({"method": "ibp", "ibp_regularizer": 0.5}, "eps_warmup above 0"),
+        ({"method": "certified", "clean_weight": (1.0, 0.5)}, "clean_weight .*eps_warmup above 0"),
+        ({"method": "certified", "ibp_weight": (1.0, 0.0)}, "ibp_weight .*eps_warmup above 0"),
+    ],
+)
+def test_what_would_train_nothing_or_do_nothing_is_refused(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(SettingsError, match=said):
+        Recipe(**settings)
 
 
 def test_the_boxes_of_sabr_keep_within_its_balls() -> None:

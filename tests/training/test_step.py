@@ -105,6 +105,16 @@ def test_sam_takes_its_gradient_where_the_loss_is_larger(radius: float) -> None:
     for ours, kept, gradient in zip(model.parameters(), before, gradients, strict=True):
         assert torch.allclose(ours.grad, gradient, atol=1e-6)
         assert (ours - kept).abs().max() <= 1.01 * recipe.lr, "Adam's first step is no longer than that"
+    once = copy.deepcopy(model)
+    for module in once.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.reset_running_stats()
+    with torch.no_grad():
+        for weight, kept in zip(once.parameters(), before, strict=True):
+            weight.copy_(kept)
+        once(x)
+    for (name, ours), expected in zip(model.named_buffers(), once.buffers(), strict=True):
+        assert torch.equal(ours, expected), f"{name}: BatchNorm has seen the batch once, by the weights as they were"
 
 
 @pytest.fixture

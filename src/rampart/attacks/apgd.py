@@ -13,6 +13,7 @@ from rampart.attacks.ball import Ball, Norm, gradient
 from rampart.attacks.objectives import OBJECTIVES, Loss, Objective, targeted_dlr
 from rampart.attacks.sweep import AttackResult, Attempt, Start, require_budget, sweep
 from rampart.errors import require
+from rampart.models import classes_of
 
 # Shares of the paper: of a step that is new (α), of steps that must have raised the loss (ρ), and of the budget before
 # the first and the shortest check of the step size, by which the time between checks shrinks.
@@ -122,7 +123,7 @@ def _one_start(
         values = objective_of(rows)(logits, labels)
         slope = gradient(values.sum(), point)
         point.requires_grad_(False)
-        return values.detach(), slope, logits.detach().argmax(1) != labels
+        return values.detach(), slope, classes_of(logits.detach()) != labels
 
     rows = torch.arange(len(y), device=y.device)
     start = ball.random(generator)

@@ -99,7 +99,7 @@ def gradient(loss: Tensor, point: Tensor) -> Tensor:
     if not loss.requires_grad:
         return torch.zeros_like(point)
     (found,) = torch.autograd.grad(loss, point, allow_unused=True)
-    return torch.zeros_like(point) if found is None else found.nan_to_num_(0.0, 0.0, 0.0)
+    return torch.zeros_like(point) if found is None else found.nan_to_num(0.0, 0.0, 0.0)
 
 
 def _length(x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from rampart.attacks.ball import Ball, Norm, gradient
 from rampart.attacks.objectives import OBJECTIVES, Loss, margin
 from rampart.attacks.sweep import AttackResult, Attempt, Start, radii_of, require_budget, sweep
 from rampart.errors import require, unknown
+from rampart.models import classes_of
 
 Schedule = Literal["constant", "cosine"]
 
@@ -81,7 +82,7 @@ def _one_start(
         current.requires_grad_(not last)
         logits = model(current)
         values, ahead = OBJECTIVES[loss](logits, y[left]), margin(logits.detach(), y[left]).to(best.dtype)
-        wrong = logits.detach().argmax(1) != y[left]
+        wrong = classes_of(logits.detach()) != y[left]
         better = wrong | (ahead > best[left])
         rows = left[better]
         example[rows], best[rows], step[rows] = current.detach()[better], ahead[better], iterate

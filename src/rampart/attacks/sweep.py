@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rampart.attacks.ball import Ball, Norm, with_gradients
 from rampart.attacks.objectives import OBJECTIVES, Loss, margin
 from rampart.errors import require, unknown
-from rampart.models import checked_logits, require_fixed
+from rampart.models import checked_logits, classes_of, require_fixed
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,8 @@ def sweep(
     """One start after the other, from the smallest radius to the largest.
 
     The balls are nested, so an image broken at one ε is broken at the larger ones: it leaves the batch, and its
-    example stands for them all. An image that the model gets wrong is broken by itself.
+    example stands for them all. An image that the model gets wrong is broken by itself. A model that gives
+    NaN for an image of the ball errs on it.
 
     Args:
         model: pixels -> logits, in eval mode.
@@ -77,7 +78,7 @@ def sweep(
 
     Raises:
         SettingsError: a bad ε, or images outside of [0, 1]. ModelError: the model is in training mode, does not take
-            the images, or overwrites them.
+            the images, gives NaN for them, or overwrites them.
     """
     radii = radii_of(eps)
     require(norm in get_args(Norm), unknown("norm", norm, get_args(Norm)))
@@ -87,7 +88,7 @@ def sweep(
     success = torch.zeros(len(radii), len(x), dtype=torch.bool, device=x.device)
     with torch.no_grad():
         logits = checked_logits(model, x)
-    broken, best = logits.argmax(1) != y, margin(logits, y)
+    broken, best = classes_of(logits) != y, margin(logits, y)
     broken_eps = torch.where(broken, 0.0, float("inf")).double()
     start_of = torch.full_like(y, -1)
     step_of = start_of.clone()
@@ -101,12 +102,13 @@ def sweep(
             tried = start(surrogate or model, ball, y[left])
             logits = _logits(model, tried.example)  # in another batch rounding may tell another class
             if surrogate is not None:
-                doubtful = (logits.argmax(1) == y[left]) & (_logits(surrogate, tried.example).argmax(1) != y[left])
+                seen = classes_of(_logits(surrogate, tried.example))
+                doubtful = (classes_of(logits) == y[left]) & (seen != y[left])
                 if doubtful.any():  # the two differ there: the start has stopped too early
                     again = start(model, ball[doubtful], y[left][doubtful])
                     tried.example[doubtful], tried.step[doubtful] = again.example, again.step
                     logits[doubtful] = _logits(model, again.example)
-            found, ahead = logits.argmax(1) != y[left], margin(logits, y[left])
+            found, ahead = classes_of(logits) != y[left], margin(logits, y[left])
             better = found | (ahead > best[left])
             example[left[better]], best[left[better]] = tried.example[better], ahead[better]
             rows = left[found]

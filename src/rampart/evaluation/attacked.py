@@ -20,7 +20,7 @@ from rampart.data import Split, to_pixels
 from rampart.errors import ModelError, UnsupportedLayer, require, require_choices
 from rampart.evaluation.parts import in_parts
 from rampart.ledger import evaluation_ledger
-from rampart.models import Folded, Layout, logits_of
+from rampart.models import Folded, Layout, checked_logits, logits_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +127,8 @@ def evaluate(
     """The ledger of `split` (on the model's device); ε in ascending order, each once.
 
     Beside what every ledger has: broken_eps, broken_by, broken_restart and broken_step, the smallest radius at which
-    the attack broke a correctly classified image, and which of its members, starts and steps did.
+    the attack broke a correctly classified image, and which of its members, starts and steps did (`certify` may enter
+    branch and bound for them).
 
     Args:
         finished: the ledger of an interrupted evaluation with the same plan, whose images are not attacked again.
@@ -162,7 +163,7 @@ def _attacked_batch(attack: Attack, batch: Split, generator: torch.Generator) ->
     model, plan = attack.model, attack.plan
     x, y = to_pixels(batch.images), batch.labels
     with torch.no_grad():
-        logits = logits_of(model, x)
+        logits = checked_logits(model, x)
     if int(y.max()) >= logits.shape[1]:
         raise ModelError(f"the data have label {int(y.max())}, the model {logits.shape[1]} classes: wrong dataset?")
     result = attack(x, y, plan.radii, generator)

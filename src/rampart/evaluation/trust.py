@@ -45,7 +45,7 @@ MEANING = {
     "zero_gradients": "images at which the cross-entropy has no gradient, or none that is finite",
     "one_step": "images that a single step breaks and the attack does not",
     "more_steps": "images that four times the steps break and the attack does not",
-    "more_restarts": "images that five restarts break and the attack does not",
+    "more_restarts": "images that four restarts more break and the attack does not",
     "other_loss": "images that APGD on another loss (DLR, or cross-entropy) breaks and the attack does not",
     "noise": f"images that the best of {DRAWS} random points of the ball breaks and the attack does not",
     "transfer": "images that another model's adversarial image breaks and the attack does not",
@@ -156,7 +156,7 @@ def trust(
             "zero_gradients": share(seen(partial(_dead, model)) & correct),
             "one_step": missed(**one_step),
             "more_steps": missed(steps=4 * attack.plan.steps),
-            "more_restarts": missed(restarts=5),
+            "more_restarts": missed(restarts=attack.plan.restarts + 4),
             "other_loss": missed(attack="apgd", loss="dlr" if attacking.loss == "ce" else "ce"),
             "noise": share(
                 seen(lambda points, labels: _noise(model, Ball(points, eps, attacking.norm), labels, generator)) & held

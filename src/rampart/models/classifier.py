@@ -102,7 +102,18 @@ def checked_logits(model: nn.Module, x: Tensor) -> Tensor:
     if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < 2:
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ModelError(f"the model gives {shape}: it must give logits [images, classes] of two classes or more")
+    if bool((classes_of(logits) == NO_CLASS).any()):
+        raise ModelError("the model gives NaN for images in [0, 1]: train or export it anew")
     return logits
+
+
+# Of an image for which a model gives NaN.
+NO_CLASS = -1
+
+
+def classes_of(logits: Tensor) -> Tensor:
+    """The classes [B] that logits [B, K] tell; NO_CLASS, which is no image's, where one of them is NaN."""
+    return logits.argmax(1).masked_fill(logits.isnan().any(1), NO_CLASS)
 
 
 def double_logits(model: nn.Module, x: Tensor) -> Tensor | None:
@@ -117,9 +128,9 @@ def double_logits(model: nn.Module, x: Tensor) -> Tensor | None:
 
 
 def predict(model: nn.Module, x: Tensor) -> Tensor:
-    """The classes [B] that the model gives to images x; errors as `logits_of`."""
+    """The classes [B] that the model gives to images x, as `classes_of`; errors as `logits_of`."""
     with torch.no_grad():
-        return logits_of(model, x).argmax(1)
+        return classes_of(logits_of(model, x))
 
 
 def _paper_cnn(in_shape: tuple[int, int, int], width: float) -> tuple[nn.Module, int]:

@@ -230,13 +230,14 @@ def most_broken(evidence: Evidence, count: int = 10) -> Twins | None:
     chosen = [i for i in np.argsort(-votes, kind="stable")[:count] if votes[i]]
     if not chosen:
         return None
+    names = [*evidence.classes, "no class"]  # where a model gives NaN its prediction is -1
     best = [max((arm for arm in alike if fooled[arm][i]), key=lambda arm: (rates[arm], arm)) for i in chosen]
     return Twins(
         newest["clean"][chosen] / np.float32(255),
         np.stack([alike[arm]["adversarial"][i] for arm, i in zip(best, chosen, strict=True)]),
         [f"{evidence.classes[labels[i]]}\n{votes[i]} of {len(alike)} arms" for i in chosen],
         [
-            f"{evidence.classes[alike[arm]['prediction'][i]]}\n{arm.replace('+', chr(10) + '+ ')}"
+            f"{names[alike[arm]['prediction'][i]]}\n{arm.replace('+', chr(10) + '+ ')}"
             for arm, i in zip(best, chosen, strict=True)
         ],
         float(newest["eps"]),

@@ -38,7 +38,8 @@ class Recipe:
         supcon_weight: a in a * SupCon + (1 - a) * cross-entropy, for `single`.
         encoder_supcon_weight: the same a for the encoder of `double`; 1 is SupCon alone (the study).
         head: how the head of `double` is trained: `normal` (cross-entropy on clean images, as in the study) or
-            `method` (by the arm's own method, through the frozen encoder).
+            `method` (by the arm's own method, through the frozen encoder). With `normal`, and encoder_supcon_weight=1,
+            no stage has the method's own loss on logits: `trades` then trains as `adversarial`, `ibp` as `certified`.
         eps: radius in pixels of the attack or of the certified ball.
         eps_warmup: share of a stage's steps in which ε rises from 0: as the fourth power of time in the first quarter
             of them, then in a line (Xu et al. 2020).
@@ -61,7 +62,8 @@ class Recipe:
             values, as in 1,0.5: from the first to the second as ε rises.
         ibp_weight: share of the interval bounds in the margins of `certified` (Zhang et al. 2020, eq. 10: 1 - β), one
             value or two, as above; for certified_loss=margin alone.
-        ibp_regularizer: weight λ of the regularisers of Shi et al. 2021 while ε rises (methods with bounds).
+        ibp_regularizer: weight λ of the regularisers of Shi et al. 2021 while ε rises (methods with bounds); widths are
+            compared in pixels.
         init: of the weights: `default` (PyTorch's) or `ibp` (Shi et al. 2021: intervals keep their width).
         embeddings: what SupCon sees of an image under a method with bounds: `crown-ibp` or `ibp` (the lower bounds of
             its embedding, as in the study; the former costs one row for each dimension), `worst` (two views: its
@@ -69,11 +71,13 @@ class Recipe:
             embedding, and that of its PGD example; `sabr` and `mtl-ibp` alone).
         l1: weight of the sum of the absolute weights of convolutions and linear maps in the loss.
         sam: radius ρ of Sharpness-Aware Minimization (Foret et al. 2021): a step's gradient is taken at the weights
-            moved by ρ (L2 norm of all) to where the loss is larger, which takes a second pass; 0: where they are.
+            moved by ρ (L2 norm of all) to where the loss is larger, which takes a second pass, and, where the method
+            attacks, an attack on those weights from starts of its own; 0: where they are.
         grad_clip: largest L2 norm of a step's gradient; 0: any.
         ema: decay a step of an average of the weights, which then is what is validated and kept; 0: no average.
         bn_batches: training batches over which BatchNorm's statistics are measured anew, with the weights of the
-            moment, before each validation; 0: the running averages of training, as usual.
+            moment, before each validation: batches as they are drawn, augmented where the arm is, but never attacked,
+            whatever the method trains on; 0: the running averages of training, as usual.
         compile: whether training passes, augmentation and element-wise work on bounds are compiled (torch.compile,
             which needs a C++ compiler): half a minute at the start, and steps up to 1.5 times as fast.
         precision: of the encoder's passes in training, and in attacks that fold BatchNorm (attack_batchnorm: eval):
@@ -154,6 +158,20 @@ class Recipe:
             0 <= self.eps_warmup <= 1,
             f"eps_warmup must lie between 0 and 1, not {self.eps_warmup}: it is a share of the training's steps, "
             "and ε cannot rise for longer than the training",
+        )
+        for name in ("clean_weight", "ibp_weight"):
+            require(
+                self.eps_warmup > 0 or len(set(getattr(self, name))) == 1,
+                f"{name} goes from one value to the other while ε rises, which it does not: take eps_warmup above 0, "
+                "or one value",
+            )
+        require(
+            self.eps_warmup > 0 or not self.ibp_regularizer,
+            "ibp_regularizer works while ε rises, which it does not: take eps_warmup above 0, or ibp_regularizer=0",
+        )
+        require(
+            self.supcon_weight < 1 or self.contrastive != "single",
+            "supcon_weight=1 leaves the head of contrastive=single untrained: take less, or contrastive=double",
         )
         require(
             self.attack_start == "ball" or self.method != "sabr",

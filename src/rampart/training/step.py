@@ -132,19 +132,20 @@ def _optimizers(
 
 @contextmanager
 def _sharpest(trained: nn.Module, radius: float) -> Iterator[None]:
-    """Moves the weights by `radius`, in L2 norm, along their gradients, and back at the end of the block: within that
-    radius the loss rises most there, to first order (Foret et al. 2021, eq. 2)."""
+    """Moves the weights by `radius`, in L2 norm, along their gradients: within that radius the loss rises most there,
+    to first order (Foret et al. 2021, eq. 2). Weights and running statistics are as before at the end of the block."""
     pairs = [(weight, weight.grad) for weight in trained.parameters() if weight.grad is not None]
     weights, gradients = ([*side] for side in zip(*pairs, strict=True))
     with torch.no_grad():
-        kept = [weight.clone() for weight in weights]
+        moved = [*weights, *trained.buffers()]
+        kept = [value.clone() for value in moved]
         length = torch.stack(torch._foreach_norm(gradients)).norm()
         torch._foreach_add_(weights, torch._foreach_mul(gradients, radius / (length + 1e-12)))
     try:
         yield
     finally:
         with torch.no_grad():
-            torch._foreach_copy_(weights, kept)
+            torch._foreach_copy_(moved, kept)
 
 
 class _Recorded:

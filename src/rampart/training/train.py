@@ -78,7 +78,7 @@ def stages(recipe: Recipe, model: Classifier) -> list[Stage]:
     if recipe.contrastive == "double":
         head = method if recipe.head == "method" else Normal(model, recipe)
         shaping = Criterion(recipe.encoder_supcon_weight, recipe.temperature)
-        # With a share of cross-entropy the encoder needs a head to pass it on; it is trained anew afterwards.
+        # With a share of cross-entropy the encoder needs a head to pass it on; that is trained further afterwards.
         trained = model if shaping.needs_logits else model.encoder
         return [
             Stage("encoder", trained, recipe.encoder_epochs, method, shaping),

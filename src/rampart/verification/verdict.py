@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rampart.bounds.margins import rounding_share
-from rampart.models.classifier import double_logits
+from rampart.models.classifier import NO_CLASS, classes_of, double_logits
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,6 @@ def is_counterexample(model: nn.Module, example: Tensor, image: Tensor, label: i
     with torch.no_grad():
         logits = double_logits(model, example[None])
         if logits is not None:
-            return int(logits.argmax()) != label
+            return int(classes_of(logits)) not in (label, NO_CLASS)
         logits = model(example[None])
         return bool(logits[0, label] < logits.max() - rounding_share(logits)[0])

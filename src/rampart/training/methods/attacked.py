@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from rampart.attacks import pgd
-from rampart.models import Classifier
+from rampart.models import Classifier, predict
 from rampart.training.criterion import Criterion, Outputs
 from rampart.training.methods.base import Attacker, in_training
 from rampart.training.recipe import Recipe
@@ -28,7 +28,7 @@ class Normal:
         return criterion.on_images(self.network, x, y)
 
     def survives(self, x: Tensor, y: Tensor, eps: float, generator: Generator | None) -> Tensor:
-        return self.model(x).argmax(1) == y
+        return predict(self.model, x) == y
 
 
 class Adversarial:

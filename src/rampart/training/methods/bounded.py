@@ -118,7 +118,7 @@ class Ibp(Certified):
 
 
 class Attacking(Bounded):
-    """What objectives on bounds and PGD examples share. BatchNorm's statistics are those of the examples."""
+    """What objectives on bounds and PGD examples share. BatchNorm normalises by the examples' statistics."""
 
     def __init__(self, model: Classifier, recipe: Recipe) -> None:
         super().__init__(model, recipe)

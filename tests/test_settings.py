@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,12 @@ def test_l2_radii_may_exceed_1() -> None:
 def test_logged_names_do_not_depend_on_what_was_given() -> None:
     assert set(as_text(resolve("train", {}), {})) == set(as_text(resolve("train", {"lr": "1e-2"}), {"lr": "1e-2"}))
     assert as_text(resolve("train", {"lr": "1e-2"}), {"lr": "1e-2"})["lr"] == "1e-2"
+
+
+def test_numbers_are_logged_as_they_are() -> None:
+    """Those of a tuned profile have all digits that there are."""
+    for lr, text in ((0.00123456789, "0.00123456789"), (0.002, "0.002"), (1e-5, "1e-05"), (1.0, "1")):
+        assert as_text(replace(resolve("train", {}), lr=lr), {})["lr"] == text
 
 
 @pytest.mark.parametrize(

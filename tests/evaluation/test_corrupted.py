@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pandas as pd
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rampart.data import Dataset, Split, to_pixels
 from rampart.data.corruptions import CORRUPTIONS, corrupt
@@ -47,6 +49,23 @@ def test_rates_are_means_over_strengths_and_then_over_corruptions(network: nn.Mo
     assert rates["corrupted/jpeg"] == pytest.approx(by_hand[0])
     assert rates["corrupted_accuracy"] == pytest.approx(sum(rates[f"corrupted/{k}"] for k in CORRUPTIONS) / 5)
     assert set(attack_rates(ledger)) == {"accuracy"}
+
+
+def test_a_batch_that_does_not_fit_is_halved(
+    network: nn.Module, digits: Dataset, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    split = digits.test[:60]
+    expected = withstand(network, split, ledger_of(network, split), CorruptionPlan(), batch_size=15)
+
+    def small(images: Tensor, *given: Any) -> Tensor:
+        if len(images) > 15:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return corrupt(images, *given)
+
+    monkeypatch.setattr("rampart.evaluation.corrupted.corrupt", small)
+    found = withstand(network, split, ledger_of(network, split), CorruptionPlan())
+    pd.testing.assert_frame_equal(found, expected)
+    assert "going on with 15 images a batch" in caplog.text
 
 
 def test_the_same_seed_gives_the_same_noise(network: nn.Module, digits: Dataset) -> None:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from rampart.errors import ModelError
-from rampart.models import build_model, load_model, save_model
+from rampart.models import build_model, load_model, save_model, weights_digest
 from tests.nets import randomised
 
 
@@ -185,6 +185,21 @@ def test_a_file_that_is_no_model_is_named_in_one_line(case: str, tmp_path: Path)
         load_model(file)
     assert str(file) in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_a_model_in_bfloat16_can_be_kept(tmp_path: Path) -> None:
+    model = build_model(width=0.125).bfloat16()
+    save_model(model, tmp_path / "m.safetensors")
+    kept = load_model(tmp_path / "m.safetensors")
+    for value, ours in zip(kept.parameters(), model.parameters(), strict=True):
+        assert torch.equal(value, ours.float())
+    assert weights_digest(model) != weights_digest(kept)
+
+
+def test_a_path_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_model(build_model(width=0.125), tmp_path / "m.safetensors")
+    assert load_model("~/m.safetensors")
 
 
 @pytest.mark.parametrize("name", ["nowhere.safetensors", "nowhere.npz", "."])

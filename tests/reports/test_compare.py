@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 import torch
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 
 from rampart.__main__ import main
 from rampart.models import build_model
@@ -163,6 +164,23 @@ def test_a_profile_paper_has_its_alias(monkeypatch: pytest.MonkeyPatch) -> None:
         (trained.id, "rampart-normal", "best-robust"), (trained.id, "rampart-normal", "paper"),
     ]  # fmt: skip
     assert said[0][3]["value"] == "0.75"
+
+
+def test_who_may_not_name_models_has_the_report_nevertheless(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def forbidden(*given: object) -> None:
+        raise MlflowException("API request to endpoint registered-models/alias failed with error code 403")
+
+    monkeypatch.setattr(MlflowClient, "set_registered_model_alias", forbidden)
+    with open_run("train") as trained:
+        trained.tags({"arm": "normal"})
+        trained.model(build_model(width=0.125).eval(), torch.rand(2, 3, 32, 32))
+    finished("evaluate", evaluation("1110", "0100"), model_run=trained.id)
+    run = run_step("compare", {})
+    assert "have no names in the Model Registry" in caplog.text
+    assert files(run, ".html")
+    assert MlflowClient().get_run(run).data.tags["rampart.arms"]
 
 
 @pytest.mark.slow

@@ -329,9 +329,13 @@ def test_values_are_in_the_same_order_whenever_they_are_collected(study: Study) 
     pd.testing.assert_frame_equal(one, two)
 
 
-def test_a_ledger_that_cannot_be_read_is_named() -> None:
+@pytest.mark.parametrize("damage", ["cut", "a page that does not unpack"])
+def test_a_ledger_that_cannot_be_read_is_named(damage: str) -> None:
     run = finished("evaluate", evaluation("1110"))
-    Path("ledger.parquet").write_bytes(b"PAR1, cut")
+    evaluation("1110" * 100).to_parquet("ledger.parquet")
+    whole = Path("ledger.parquet").read_bytes()
+    half = whole[: len(whole) // 2] if damage == "cut" else whole[:40] + bytes(200) + whole[240:]
+    Path("ledger.parquet").write_bytes(half)
     run.file(Path("ledger.parquet"))
     with pytest.raises(BrokenArtifact, match=f"ledger.parquet of run {run.id} cannot be read"):
         collected()

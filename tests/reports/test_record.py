@@ -71,6 +71,15 @@ def test_files_do_not_depend_on_the_order_in_which_the_server_gives_columns(tmp_
     assert one == other
 
 
+@pytest.mark.parametrize("name", ["null", "1"])
+def test_a_models_name_may_be_any_word(name: str, tmp_path: Path) -> None:
+    finished("evaluate", evaluation("1110", "0100"), arm=None, method=None, model=f"{name}.npz")
+    material = material_of(collect("0", CompareSettings()))
+    keep(material, tmp_path)
+    assert tables_of(read(tmp_path)).keys() == tables_of(material).keys()
+    assert set(read(tmp_path).evidence.values["arm"]) == {name}
+
+
 def test_evidence_that_cannot_be_written_or_read_is_named(tmp_path: Path) -> None:
     finished("evaluate", evaluation("1110", "0100"))
     material = material_of(collect("0", CompareSettings()))

@@ -119,6 +119,30 @@ def test_a_clear_difference_is_found_and_none_is_not() -> None:
     assert finding == {"SupCon": "lower", "augmentation": "no difference shown"}
 
 
+def test_a_finding_that_rests_on_an_attack_that_failed_a_check_is_marked() -> None:
+    rng = np.random.default_rng(0)
+    for arm, tags in (("normal", {}), ("certified", {"trust": "suspect: one_step"})):
+        finished("evaluate", ledger(rng, 0.8, 0.5), **ARMS[arm], **tags)
+    found = claims(collect("0", CompareSettings()), 0.1)
+    assert found.set_index("metric")["suspect"].to_dict() == {"accuracy": False, "robust accuracy": True}
+    table = claim_table(found, pd.DataFrame(columns=["step", "eps", "arm", "metric", "value"]))
+    assert [text.endswith("†") for text in table["finding"]] == [False, True]
+
+
+def test_the_first_common_seed_is_the_smallest_number() -> None:
+    rng = np.random.default_rng(0)
+    for seed in (10, 9):
+        for arm in ("normal", "supcon"):
+            finished("evaluate", ledger(rng, 0.8, 0.5), seed=seed, **ARMS[arm])
+    given = collect("0", CompareSettings())
+    assert given.first("evaluate")["seed"].tolist() == ["9", "9"]
+    found = claims(given, 0.1)
+    row = found[found["metric"] == "accuracy"].iloc[0]
+    runs = given.of("evaluate").set_index(["arm", "seed"])["run_id"]
+    ours, theirs = (given.ledgers[runs[arm, "9"]]["correct"].mean() for arm in ("normal+supcon-double", "normal"))
+    assert row["first"] == pytest.approx(ours - theirs)
+
+
 def test_certified_accuracy_is_compared_on_the_images_that_both_have() -> None:
     for arm, verdicts in (("normal", {0: "unknown", 1: "safe", 2: "safe"}), ("supcon", {1: "safe", 2: "unknown"})):
         finished("verify", verification(verdicts), **ARMS[arm])

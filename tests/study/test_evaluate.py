@@ -7,18 +7,22 @@ import itertools
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from mlflow import MlflowClient
+from torch import nn
 
-from rampart.data import Dataset
+from rampart.data import Dataset, Split
 from rampart.errors import ModelError
 from rampart.evaluation import attacked
+from rampart.ledger import mark_attacked
 from rampart.models import build_model, load_model, released, save_model
 from rampart.settings import ModelSettings, resolve
+from rampart.study.resuming import Paced
 from rampart.study.steps import run_step
-from rampart.study.subject import _require_its_classes
+from rampart.study.subject import _require_its_data
 from rampart.tracking.queries import find_runs, read_arrays, read_table
 from rampart.tracking.release import release
 from tests.nets import fitted
@@ -144,6 +148,47 @@ def test_an_interrupted_evaluation_whose_ledger_is_broken_begins_anew(
     assert len(read_table(run, "ledger.parquet")) == len(digits.test)
 
 
+def test_what_the_checks_have_found_outlives_an_interruption(
+    digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Branch and bound breaks just what a weak attack has missed: asked again, the checks would find nothing."""
+    model = weights(digits, tmp_path, 0)
+    weak = {"steps": "1", "rel_step": "0.01", "restarts": "1", "corruptions": "none"}
+
+    def interrupted(model: nn.Module, test: Split, ledger: pd.DataFrame, plan: object, keep: Paced) -> None:
+        for image in ledger["image"]:
+            mark_attacked(ledger, image, 1 / 255)
+        keep.write(ledger)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("rampart.study.evaluating.certify", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_step("evaluate", settings(model, **weak))
+    run_step("evaluate", settings(model, **weak))
+    killed, finished = (
+        find_runs("0", {"step": "evaluate"}, status=status).iloc[0] for status in ("KILLED", "FINISHED")
+    )
+    assert finished["tags.rampart.resumed_from"] == killed["run_id"]
+    assert finished["metrics.robust_accuracy/0.00392157"] == 0
+    assert "one_step" in killed["tags.rampart.trust"]
+    assert finished["tags.rampart.trust"] == killed["tags.rampart.trust"]
+    assert finished["metrics.trust/one_step"] == killed["metrics.trust/one_step"]
+    one, other = (read_arrays(run["run_id"], "adversarial.npz") for run in (killed, finished))
+    assert one is not None
+    assert other is not None
+    np.testing.assert_array_equal(one["adversarial"], other["adversarial"])
+    np.testing.assert_array_equal(one["prediction"], other["prediction"])
+
+
+def test_a_model_for_images_of_another_size_is_refused(digits: Dataset) -> None:
+    """Many networks would take them without a word."""
+    found = resolve("evaluate", settings("m.safetensors"))
+    assert isinstance(found, ModelSettings)
+    with pytest.raises(ModelError, match=r"takes images of 3x28x28; dataset=\S+ has such of 3x32x32"):
+        _require_its_data(build_model(in_shape=(3, 28, 28), width=0.125), None, digits, found)
+
+
 @pytest.mark.parametrize(
     ("named", "fits"), [('["a", "b"]', False), ('["a", "bb"]', True), ('["a", "b', True), (None, True)]
 )
@@ -152,4 +197,4 @@ def test_classes_have_the_same_names_as_far_as_these_are_known(named: str | None
     found = resolve("evaluate", settings("m.safetensors"))
     assert isinstance(found, ModelSettings)
     with contextlib.nullcontext() if fits else pytest.raises(ModelError, match=r"tells apart a,b; .* has a,bb"):
-        _require_its_classes(model, named, data, found)
+        _require_its_data(model, named, data, found)

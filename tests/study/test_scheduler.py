@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from mlflow.exceptions import MlflowException
 
 from rampart.arms import Arm
@@ -108,6 +109,18 @@ def test_what_fails_stops_only_what_needs_it() -> None:
     assert study.failures == {"certified s0": "the loss became NaN"}
     assert {(task.arm, task.seed) for task in study.done} == {(NORMAL, 0), (NORMAL, 1)}
     assert len(study.done) == 8
+
+
+def test_where_an_arms_tuning_fails_all_its_seeds_have_failed() -> None:
+    def work(task: Task, before: Mapping[str, Done]) -> Done:
+        if task.step == "tune" and task.arm == NORMAL:
+            raise ModelError("no trial has finished")
+        return Done()
+
+    study = Scheduler(graph(JOBS, True, 0, 1), work, Threads(3))
+    study.run()
+    assert study.failures == {f"normal s{seed}": "no trial has finished" for seed in (0, 1)}
+    assert {(task.arm, task.seed) for task in study.done} == {(CERTIFIED, 0)}
 
 
 @pytest.mark.parametrize(
@@ -238,11 +251,25 @@ if __name__ == "__main__":
         (2.0, [["a", "b"], ["a", "b"], ["a", "b"]]),
         (0.5, [["a"], ["a"], ["b"]]),
         (0.25, [["a"], ["a"], ["a"]]),
+        (0.4, [["a"], ["a"], ["b"]]),
     ],
 )
 def test_workers_share_gpus_out(gpus: float, expected: list[list[str]]) -> None:
     assert [gpus_of(slot, gpus, ["a", "b"]) for slot in range(3)] == expected
     assert gpus_of(0, gpus, []) == []
+
+
+@pytest.mark.parametrize(("gpus", "count"), [(1.0, 2), (2.0, 1), (0.5, 4), (0.4, 4), (0.3, 6), (0.1, 20)])
+def test_no_gpu_is_shared_by_more_than_it_has_shares_for(
+    gpus: float, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    workers = LocalWorkers(0, gpus)
+    workers.close()
+    assert workers.count == count
+    given = Counter(gpu for slot in range(count) for gpu in gpus_of(slot, gpus, workers.devices))
+    assert max(given.values()) * min(gpus, 1.0) <= 1
 
 
 def test_more_gpus_than_there_are() -> None:

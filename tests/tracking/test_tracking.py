@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 
 from rampart.data import Dataset
 from rampart.errors import ModelError, RampartError
@@ -189,6 +190,34 @@ def test_the_time_for_which_nobody_was_at_work_is_not_counted() -> None:
     with open_run("train") as run:
         run.go_on_in(stopped)
     assert seconds_at_work(find_runs("0", {}))[0] == pytest.approx(-50, abs=30)  # 300 less 200 and 150
+
+
+def test_who_may_not_delete_a_run_goes_on_nevertheless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As users with MLflow's permission EDIT, which does not include it."""
+    client = MlflowClient()
+    stopped = client.create_run("0").info.run_id
+    client.set_terminated(stopped, "KILLED")
+
+    def forbidden(self: MlflowClient, run_id: str) -> None:
+        raise MlflowException("API request to endpoint /api/2.0/mlflow/runs/delete failed with error code 403 != 200.")
+
+    monkeypatch.setattr(MlflowClient, "delete_run", forbidden)
+    with open_run("train") as run:
+        left = run.id
+        run.go_on_in(stopped)
+        assert run.id == stopped
+    runs = {found.info.run_id: found for found in client.search_runs(["0"])}
+    assert runs[stopped].info.status == "FINISHED"
+    assert runs[left].info.status == "KILLED"
+    assert runs[left].data.tags["rampart.goes_on_in"] == stopped
+    assert runs[left].data.tags["rampart.step"] == "resume"
+
+
+def test_what_a_user_may_not_do_is_said_in_one_line() -> None:
+    with pytest.raises(RampartError, match=r"does not let you .*MLFLOW_TRACKING_USERNAME") as error, open_run("train"):
+        raise MlflowException("API request to endpoint /api/2.0/mlflow/runs/log-inputs failed with error code 403")
+    assert "\n" not in str(error.value)
+    assert MlflowClient().search_runs(["0"])[0].info.status == "FAILED"
 
 
 def test_the_work_of_the_runs_that_one_goes_on_from_is_counted() -> None:

@@ -89,6 +89,7 @@ def test_a_setting_that_is_given_is_not_searched(tmp_path: Path) -> None:
         ("epochs: {low: 2.5, high: 8}", "needs finite whole numbers"),
         ("lr: {low: 0.1, high: 0.2, log: 'false'}", "log of lr is true or false"),
         ("lr: {low: 0.1, high: 0.2, step: 1}", "step of lr does not fit"),
+        ("epochs: {low: 5, high: 20, step: 1.5}", "step of epochs must be a whole number"),
         ("batch_size: {choices: [64, 64]}", "two choices or more"),
         ("lr: {low: 0.1}", "lr needs low and high, or choices"),
         ("lr: {low: 0.1, hihg: 1}", "did you mean 'high'"),

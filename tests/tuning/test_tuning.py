@@ -29,7 +29,7 @@ from rampart.tracking.queries import find_runs, read_text, run_tags
 from rampart.training import Recorder, State
 from rampart.tuning import tuned_texts
 from rampart.tuning.publish import tuned_profile
-from rampart.tuning.storage import RUN
+from rampart.tuning.storage import RUN, Seeded
 
 SMALL = {"width": "0.125", "threads": "1"}
 AT = State("train", 1, 0, 0, 1, 0.0, {})
@@ -179,6 +179,13 @@ def test_several_objectives_keep_their_front(store: Path, few_digits: Dataset, m
         [accuracy.item(), (~attack.success[0]).float().mean().item(), certified.item()], abs=1e-6
     )
     assert "plots/pareto_front.png" in {file.path for file in MlflowClient().list_artifacts(home, "plots")}
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "nsga-ii", "gp", "random"])
+def test_every_seed_that_a_setting_may_be_gives_a_sampler(sampler: str) -> None:
+    settings = resolve("tune", {"seed": str(2**31 - 1), "sampler": sampler})
+    assert isinstance(settings, TuneSettings)
+    assert Seeded(settings)
 
 
 def test_of_several_objectives_a_trial_worse_in_all_is_stopped() -> None:

@@ -57,12 +57,19 @@ def cifar10(root: str | None = None) -> Pools:
     """CIFAR-10 through torchvision, from `root` (default `data`); downloaded there if absent."""
     from torchvision.datasets import CIFAR10
 
-    place = root or "data"
+    place = str(Path(root or "data").expanduser())
+
+    def found(download: bool) -> list[CIFAR10]:
+        return [CIFAR10(place, train=train, download=download) for train in (True, False)]
+
     try:
-        Path(place).mkdir(parents=True, exist_ok=True)
-        # torchvision checks the archive's MD5 sum before it reads anything, but unpacks it where others may read.
-        with FileLock(Path(place) / ".cifar10.lock"):
-            parts = [CIFAR10(place, train=train, download=True) for train in (True, False)]
+        try:
+            parts = found(download=False)  # whole, by its MD5 sums; the folder need not be writable
+        except RuntimeError:
+            Path(place).mkdir(parents=True, exist_ok=True)
+            # torchvision checks the archive's MD5 sum before it reads anything, but unpacks it where others may read.
+            with FileLock(Path(place) / ".cifar10.lock"):
+                parts = found(download=True)
     except (OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(

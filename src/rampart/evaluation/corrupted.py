@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from rampart.data import Split, to_pixels
-from rampart.data.corruptions import CORRUPTIONS, STRENGTHS, corrupt
+from rampart.data.corruptions import CORRUPTIONS, STRENGTHS, Corruption, corrupt
 from rampart.errors import require_choices
 from rampart.evaluation.parts import in_parts
 from rampart.models import predict
@@ -43,12 +43,12 @@ def withstand(
         return ledger
     columns = {}
     for kind, strength in tqdm(CASES, desc="corrupt", disable=None, leave=False):
-        # Every strength meets the same noise, only more of it.
-        generator = torch.Generator(split.labels.device).manual_seed(seed)
-        images = corrupt(split.images, kind, strength, generator)
 
-        def right(part: slice, images: Tensor = images) -> Tensor:
-            return predict(model, to_pixels(images[part])) == split.labels[part]
+        def right(part: slice, kind: Corruption = kind, strength: int = strength) -> Tensor:
+            # Every strength meets the same noise, only more of it.
+            generator = torch.Generator(split.labels.device).manual_seed(seed + part.start)
+            images = corrupt(split.images[part], kind, strength, generator)
+            return predict(model, to_pixels(images)) == split.labels[part]
 
         found = torch.cat(list(in_parts(right, len(split), batch_size)))
         columns[f"withstood/{kind}/{strength}"] = found.cpu().numpy()

@@ -80,7 +80,9 @@ def weights_digest(model: nn.Module) -> str:
 def _digest(tensors: Mapping[str, Tensor], told: Mapping[str, str]) -> str:
     sha = hashlib.sha256(json.dumps(dict(told), sort_keys=True).encode() if told else b"")
     for name, value in sorted(tensors.items()):
-        sha.update(f"{name}{tuple(value.shape)}".encode() + value.detach().cpu().contiguous().numpy().tobytes())
+        # As bytes, because NumPy has no bfloat16.
+        content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        sha.update(f"{name}{tuple(value.shape)}".encode() + content)
     return sha.hexdigest()
 
 
@@ -97,7 +99,7 @@ def load_model(path: str | Path) -> Classifier:
         ModelError: the file is missing, of another kind, does not fit the architecture, or holds NaN.
     """
     name = str(path)
-    file = released(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else Path(path)
+    file = released(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else Path(path).expanduser()
     if name.startswith(PREFIX) and file.stem != name.removeprefix(PREFIX):
         log.info("'%s' stands for '%s%s', the arm with proofs that was released", name, PREFIX, file.stem)
     if not file.is_file():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import shutil
 import tempfile
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import jinja2
 import pandas as pd
 
+from rampart.errors import RampartError
 from rampart.reports import tables
 from rampart.reports.baseline import put_beside, read_baseline
 from rampart.reports.drawing import Panels, save, script
@@ -23,6 +25,8 @@ from rampart.settings import CompareSettings, load_profile
 from rampart.tracking import Run
 from rampart.tracking.queries import artifact_place, find_models, run_page
 from rampart.tracking.ui import MOST
+
+log = logging.getLogger(__name__)
 
 REPORT = "report.html"
 # Characters of a description; MLflow cuts what is longer than 8000.
@@ -69,12 +73,15 @@ def compare(run: Run, settings: CompareSettings) -> None:
                 shutil.copy(folder / f"{section.name}.png", settings.export)
     models = find_models(run.experiment).set_index("run_id")["model_id"]
     run.uses(models[models.index.isin(evidence.of("train")["run_id"])])
-    name_best(evidence, settings.profile, set(models.index))
     run.describe(_description(run, chosen))
     # What `make ui` leads to.
     arms = evidence.first("evaluate" if len(evidence.of("evaluate")) else "verify")
     run.tags({"arms": " ".join(arms["run_id"][:MOST])})
     print(f"\nreport: {artifact_place(run.id, REPORT)}")
+    try:
+        name_best(evidence, settings.profile, set(models.index))
+    except RampartError as error:  # the names are whoever's who compared first
+        log.warning("the report stands, but the models have no names in the Model Registry: %s", error)
 
 
 def page(chosen: list[Section], evidence: Evidence, settings: CompareSettings, run: Run, folder: Path) -> str:

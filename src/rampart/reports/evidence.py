@@ -302,6 +302,8 @@ def ordered(frame: pd.DataFrame) -> pd.DataFrame:
     """Rows in the order of the study's tables: augmentation, method, contrastive, seed."""
 
     def rank(column: pd.Series) -> pd.Series:
+        if column.name in ("seed", "eps"):
+            return pd.to_numeric(column, errors="coerce")
         order = {"method": METHOD_ORDER, "contrastive": CONTRASTIVE_ORDER}.get(str(column.name))
         return column.map(lambda v: order.index(v) if v in order else len(order)) if order else column.astype(str)
 

@@ -28,7 +28,7 @@ FOLDER = r"'dataset=folder:[^']*'|dataset=folder:\S*"
 LEFT_OUT = "withstood/"
 # To how many steps of 1 single-precision numbers, which are distances, are kept.
 STEPS = 2**12
-TEXTS = ("seed", "run", "run_id", "model_run", "weights", "command", "params.selection")
+TEXTS = ("arm", "engine", "seed", "run", "run_id", "model_run", "weights", "command", "params.selection")
 TYPES = dict.fromkeys(TEXTS, str) | {"augment": bool, "suspect": bool, "eps": float, "value": float}
 
 
@@ -85,7 +85,8 @@ def _small(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _table(path: Path) -> pd.DataFrame:
-    table = pd.read_csv(path, dtype=TYPES, float_precision="round_trip")
+    # A model's name may be any word, "null" too.
+    table = pd.read_csv(path, dtype=TYPES, float_precision="round_trip", keep_default_na=False, na_values=[""])
     return table.fillna({name: "" for name in TEXTS if name in table})
 
 

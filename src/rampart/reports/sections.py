@@ -152,7 +152,8 @@ def _claims(given: Material) -> Iterator[Section]:
         "Arms that differ in one thing: the difference in points of percent, its 95 % confidence interval over seeds "
         "(paired t-test), and over images (bootstrap of the mean over seeds; McNemar's exact test of the first "
         "common seed), on the images that both have. p-values are Holm's, corrected for all tests of a kind here. "
-        f"Fewer than {statistics.ENOUGH} common seeds say nothing of the way of training, only of these models.",
+        f"Fewer than {statistics.ENOUGH} common seeds say nothing of the way of training, only of these models."
+        + SUSPECT,
         statistics.claim_table(found, given.published),
         steps=("evaluate", "verify"),
     )

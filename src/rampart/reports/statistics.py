@@ -21,6 +21,7 @@ from statsmodels.stats.weightstats import DescrStatsW
 
 from rampart.ledger import PROVED, attacked_by, eps_key
 from rampart.reports.evidence import Evidence
+from rampart.reports.tables import marked
 from rampart.settings import eps_text
 
 LEVEL = 0.05
@@ -49,7 +50,8 @@ def claims(evidence: Evidence, eps: float | None) -> pd.DataFrame:
     """A row a claim and metric: the Claim's fields; metric, eps; difference (of shares of the images that both arms
     have: arm less other, the mean over common seeds, or of the first seeds where there is none in common); seeds,
     seed_low, seed_high, seed_p (NaN where it cannot be said); images, image_low, image_high, image_p; runs, the ids of
-    those compared; finding."""
+    those compared; finding; suspect, whether the attack behind it has failed a check."""
+    distrusted = set(evidence.values.loc[evidence.values["suspect"], "run"])
     outcomes = {name: _outcomes(evidence, name, eps) for name in METRICS}
     rows = []
     for claim, (metric, sources) in product(_pairs(evidence), outcomes.items()):
@@ -58,7 +60,8 @@ def claims(evidence: Evidence, eps: float | None) -> pd.DataFrame:
         found = _compared(both[0][claim.arm], both[0][claim.other]) if both else {}
         if found:
             radius = float("nan") if metric == "accuracy" or eps is None else eps
-            rows.append({**claim.__dict__, "metric": metric, "eps": radius, **found})
+            suspect = metric == "robust accuracy" and not distrusted.isdisjoint(found["runs"].split())
+            rows.append({**claim.__dict__, "metric": metric, "eps": radius, **found, "suspect": suspect})
     table = pd.DataFrame(rows)
     if table.empty:
         return table
@@ -136,7 +139,7 @@ def _outcome(ledger: pd.DataFrame, metric: str, eps: float | None) -> pd.Series 
 
 def _compared(ours: dict[str, pd.Series], theirs: dict[str, pd.Series]) -> dict[str, Any]:
     """On the images that all have; nothing where there is none."""
-    seeds = sorted(ours.keys() & theirs.keys())
+    seeds = sorted(ours.keys() & theirs.keys(), key=lambda seed: (len(seed), seed))  # numbers, as texts
     pairs = [(ours[seed], theirs[seed]) for seed in seeds] or [(next(iter(ours.values())), next(iter(theirs.values())))]
     images = pairs[0][0].index
     for pair in pairs:
@@ -213,7 +216,7 @@ def claim_table(found: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
                 "among": row["among"],
                 "metric": row["metric"] + at,
                 "difference": points(row["difference"]),
-                "finding": row["finding"],
+                "finding": marked(row["finding"], row["suspect"]),
                 "95 % over seeds": interval(row["seed_low"], row["seed_high"]),
                 "p (seeds)": "-" if pd.isna(row["seed_p"]) else f"{row['seed_p']:.2g}",
                 "95 % over images": interval(row["image_low"], row["image_high"]),

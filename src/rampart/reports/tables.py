@@ -63,7 +63,7 @@ def trust(summary: pd.DataFrame) -> pd.DataFrame:
 
     def text(row: pd.Series) -> str:
         allowed = ALLOWED[row["metric"].removeprefix("trust/")]
-        return _marked(f"{100 * row['mean']:.1f}", row["largest"] > allowed)  # in any seed
+        return marked(f"{100 * row['mean']:.1f}", row["largest"] > allowed)  # in any seed
 
     columns = [
         (f"{check.replace('_', ' ')} (≤ {100 * most:g})", rows["metric"] == f"trust/{check}")
@@ -164,7 +164,7 @@ def side_by_side(summaries: Mapping[str, pd.DataFrame], radii: Iterable[float]) 
     rows = rows.assign(name=rows["arm"].where(rows["method"] == "other", ""))
 
     def text(number: pd.Series) -> str:
-        return _marked(f"{100 * number['mean']:.1f}", number["suspect"])
+        return marked(f"{100 * number['mean']:.1f}", number["suspect"])
 
     return _pivoted(rows, columns, text, ["augment", "method", "contrastive", "name"]).drop(columns="runs")
 
@@ -256,10 +256,11 @@ def _arms(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _percent(row: pd.Series) -> str:
     spread = f" ± {100 * row['std']:.2f}" if row["seeds"] > 1 else ""
-    return _marked(f"{100 * row['mean']:.2f}{spread}", row["suspect"])
+    return marked(f"{100 * row['mean']:.2f}{spread}", row["suspect"])
 
 
-def _marked(text: str, failed: bool) -> str:
+def marked(text: str, failed: bool) -> str:
+    """The text, with a mark where what it says rests on an attack that has failed a check."""
     return f"{text} {MARK}" if failed else text
 
 

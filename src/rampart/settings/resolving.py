@@ -81,7 +81,8 @@ def as_text(settings: Settings, given: Mapping[str, str]) -> dict[str, str]:
 
 
 def _text(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    short = f"{value:g}" if isinstance(value, float) else ""
+    return short if short and float(short) == value else str(value)
 
 
 def _known(section: Mapping[str, Any], fields: set[str]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,10 +17,10 @@ from rampart.models import predict
 from rampart.reports import describing
 from rampart.settings import EvaluateSettings, Settings, eps_text
 from rampart.study.identity import identity
-from rampart.study.resuming import Paced, interrupted
+from rampart.study.resuming import Paced, interrupted, salvaged
 from rampart.study.subject import Subject, finish, open_subject
 from rampart.tracking import Run
-from rampart.tracking.queries import find_runs, read_arrays
+from rampart.tracking.queries import find_runs, read_arrays, read_text
 from rampart.tracking.runs import ADVERSARIAL, LEDGER
 
 log = logging.getLogger(__name__)
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 
 # Evaluations of other models whose adversarial examples are tried, and among how many they are looked for.
 SOURCES, SOUGHT = 3, 50
+CHECKS = "trust.csv"
 
 
 def run_evaluation(run: Run, settings: Settings, given: Mapping[str, str]) -> None:
@@ -44,7 +46,7 @@ def run_evaluation(run: Run, settings: Settings, given: Mapping[str, str]) -> No
         model, test, plan, settings.seed, finished, Paced(lambda parts: run.table(pd.concat(parts), LEDGER))
     )
     run.table(ledger, LEDGER)
-    found = _trust(run, settings, subject, ledger) if settings.trust_images else None
+    found = _trust(run, settings, subject, ledger, before[0] if before else "") if settings.trust_images else None
     ledger = withstand(model, test, ledger, settings, settings.seed, settings.batch_size)
     ledger = certify(model, test, ledger, settings, Paced(lambda so_far: run.table(so_far, LEDGER)))
     rates = attack_rates(ledger)
@@ -60,16 +62,24 @@ def run_evaluation(run: Run, settings: Settings, given: Mapping[str, str]) -> No
             bracket = 100 * rate, 100 * by_name["attacked_accuracy", eps], eps_text(float(eps)), settings.certify
             log.info("%s: verified accuracy %.2f to %.2f %% at %s (%s)", label, *bracket)
     if found is not None and found.suspect:
-        log.warning("%s: its attack rates are not to be trusted (%s): see trust.csv", label, ", ".join(found.suspect))
+        log.warning("%s: its attack rates are not to be trusted (%s): see %s", label, ", ".join(found.suspect), CHECKS)
 
 
-def _trust(run: Run, settings: EvaluateSettings, subject: Subject, ledger: pd.DataFrame) -> Trust:
-    """Checks the attack's rates, and leaves adversarial images with which other models' rates can be checked."""
+def _trust(run: Run, settings: EvaluateSettings, subject: Subject, ledger: pd.DataFrame, before: str) -> Trust:
+    """Checks the attack's rates, and leaves adversarial images with which other models' rates can be checked. What the
+    run `before`, from which this one goes on, has found stands: since then branch and bound may have entered into the
+    ledger just those images that the attack had missed."""
     model, test = subject.model, subject.test
     images, eps = sample(test, settings), trust_eps(settings)
-    others = _adversarial(run, images, eps, settings.norm, subject)
-    found = trust(model, test, ledger, settings, settings, others, settings.seed)
-    run.csv(found.checks, "trust.csv")
+    arrays = salvaged(read_arrays, before, ADVERSARIAL) if before else None
+    told = read_text(before, CHECKS) if arrays is not None else None
+    if arrays is not None and told is not None:
+        checks = pd.read_csv(io.StringIO(told), dtype={"value": "Float64", "passed": "boolean"})
+        found = Trust(checks, torch.from_numpy(arrays["adversarial"]))
+    else:
+        others = _adversarial(run, images, eps, settings.norm, subject)
+        found = trust(model, test, ledger, settings, settings, others, settings.seed)
+    run.csv(found.checks, CHECKS)
     values = found.checks.dropna(subset="value")
     run.metrics({f"trust/{check}": value for check, value in zip(values["check"], values["value"], strict=True)})
     run.tags({"trust": found.verdict})
@@ -77,7 +87,7 @@ def _trust(run: Run, settings: EvaluateSettings, subject: Subject, ledger: pd.Da
         "images": images.numpy(),
         "clean": test.images[images.to(test.images.device)].cpu().numpy(),
         "adversarial": found.adversarial.cpu().numpy(),
-        "prediction": predict(model, found.adversarial).cpu().numpy(),
+        "prediction": predict(model, found.adversarial.to(test.images.device)).cpu().numpy(),
         "eps": np.array(eps),
         "norm": np.array(settings.norm),
     }

@@ -112,7 +112,10 @@ class Scheduler:
             log.warning("%s of %s: %s; again in %g s", task.step, name, said, pause)
             self._put(task, pause)
         else:
-            self.failures.setdefault(name, said)
+            # With an arm's tuning all seeds of it fail.
+            others = [arm_of(other) for other in self.needs if other.arm == task.arm] if task.step == "tune" else [name]
+            for other in others:
+                self.failures.setdefault(other, said)
             log.error("%s failed: %s", name, said)
 
     def _put(self, task: Task, pause: float = 0.0) -> None:

@@ -51,16 +51,17 @@ def open_subject(run: Run, settings: ModelSettings) -> Subject:
     weights = weights_digest(model)
     run.tags({"model_run": source.run or "", "model": settings.model, "weights": weights})
     data = open_data(run, settings)
-    _require_its_classes(model, known.get("class_names"), data, settings)
+    _require_its_data(model, known.get("class_names"), data, settings)
     run.about(source.model_id, "test")
     if source.model_id:
         run.uses([source.model_id])
     return Subject(model, label, source.run, weights, data, data.test.to(prepare(settings)))
 
 
-def _require_its_classes(model: Classifier, named: str | None, data: Dataset, settings: ModelSettings) -> None:
-    """Raises ModelError where the model was not made for the dataset's classes; `named` are those that it was trained
-    on, where that is known. Its rates would mean nothing, and stand in the place of its arm's."""
+def _require_its_data(model: Classifier, named: str | None, data: Dataset, settings: ModelSettings) -> None:
+    """Raises ModelError where the model was not made for the dataset's classes or for images of their size, which many
+    networks do not notice; `named` are the classes that it was trained on, where that is known. Its rates would mean
+    nothing, and stand in the place of its arm's."""
     count, ours = model.architecture.classes, ",".join(data.classes)
     theirs = ",".join(class_names(named)) if named else ""
     # Servers cut long tags.
@@ -70,6 +71,12 @@ def _require_its_classes(model: Classifier, named: str | None, data: Dataset, se
         raise ModelError(
             f"the model tells apart {what}; dataset={settings.dataset} has {ours}: give the dataset that the model was "
             "trained on"
+        )
+    wanted, given = ("x".join(map(str, shape)) for shape in (model.architecture.in_shape, data.in_shape))
+    if wanted != given:
+        raise ModelError(
+            f"the model takes images of {wanted}; dataset={settings.dataset} has such of {given}: give the dataset "
+            "that the model was trained on"
         )
 
 

@@ -71,7 +71,7 @@ class LocalWorkers:
         self.gpus = gpus or 1.0
         # The study's networks are too small to share cores well.
         cores = 1 if device.startswith("cuda") else os.cpu_count() or 1
-        self.count = count or (int(len(self.devices) / self.gpus) if self.devices else cores)
+        self.count = count or (_together(self.gpus, len(self.devices)) if self.devices else cores)
         self.pools = [self._pool(slot) for slot in range(self.count)]
         self.tasks: list[Future[Any] | None] = [None] * self.count
 
@@ -113,7 +113,14 @@ def gpus_of(slot: int, gpus: float, devices: Sequence[str]) -> list[str]:
     """The GPUs of a worker: whole ones, or the one that it shares."""
     if not devices:
         return []
-    return [devices[(int(slot * gpus) + i) % len(devices)] for i in range(max(int(gpus), 1))]
+    if gpus < 1:
+        return [devices[slot // _together(gpus, 1) % len(devices)]]
+    return [devices[(int(slot * gpus) + i) % len(devices)] for i in range(int(gpus))]
+
+
+def _together(gpus: float, there: int) -> int:
+    """How many workers those GPUs take. No GPU is shared by more than it has shares for."""
+    return int(1 / gpus + 1e-9) * there if gpus < 1 else int(there / gpus)
 
 
 def _visible(there: int) -> list[str]:

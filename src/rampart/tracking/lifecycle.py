@@ -20,7 +20,7 @@ from mlflow.exceptions import MlflowException
 from rampart import __version__
 from rampart.errors import RampartError
 from rampart.tracking.runs import MEASURED, Run
-from rampart.tracking.store import asking, beating, experiment_id, initialise, process_tags, sweep, take_over
+from rampart.tracking.store import asking, beating, experiment_id, initialise, process_tags, refusal, sweep, take_over
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +79,9 @@ def open_run(step: str, parent: str | None = None, task: str | None = None) -> I
         said = f"{'' if isinstance(error, RampartError) else type(error).__name__ + ': '}{error}"[:4000]
         # Names of files need not be text.
         run.tags({"error": said.encode("utf-8", "backslashreplace").decode()})
+        refused = refusal(error) if isinstance(error, MlflowException) else None
+        if refused is not None:
+            raise refused from error
         raise
     finally:
         run.close()

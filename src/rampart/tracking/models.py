@@ -88,15 +88,20 @@ def registered_name(arm: Arm) -> str:
 
 def register(run_id: str, name: str, alias: str, reasons: Mapping[str, str] | None = None) -> None:
     """The run's model as a version of the registered model `name`, which `alias` then points to; the `reasons` become
-    the version's tags rampart.<alias>.<name>."""
+    the version's tags rampart.<alias>.<name>.
+
+    Raises:
+        RampartError: the registry does not answer, or does not let the user do this.
+    """
     client = MlflowClient()
     with contextlib.suppress(MlflowException):  # it is there already
         client.create_registered_model(name)
-    known = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
-    version = known[0] if known else client.create_model_version(name, f"runs:/{run_id}/model", run_id)
-    client.set_registered_model_alias(name, alias, str(version.version))
-    for key, text in (reasons or {}).items():
-        client.set_model_version_tag(name, str(version.version), f"rampart.{alias}.{key}", text)
+    with store.asking():
+        known = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
+        version = known[0] if known else client.create_model_version(name, f"runs:/{run_id}/model", run_id)
+        client.set_registered_model_alias(name, alias, str(version.version))
+        for key, text in (reasons or {}).items():
+            client.set_model_version_tag(name, str(version.version), f"rampart.{alias}.{key}", text)
 
 
 def fetch_model(uri: str | Path) -> Classifier:

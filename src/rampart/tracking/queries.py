@@ -201,7 +201,9 @@ def _read(run_id: str, name: str, read: Callable[[Path], T]) -> T | None:
 def _parsed(run_id: str, path: Path, read: Callable[[Path], T]) -> T:
     try:
         return read(path)
-    except (ValueError, EOFError, BadZipFile) as error:
+    except (ValueError, EOFError, BadZipFile, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the disk's; Parquet's damaged pages have none
+            raise
         said = " ".join(str(error).split())
         raise BrokenArtifact(f"{path.name} of run {run_id} cannot be read ({said}): delete the run") from error
 

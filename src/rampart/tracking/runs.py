@@ -111,19 +111,19 @@ class Run:
 
     def go_on_in(self, run_id: str) -> None:
         """From now on this is the run `run_id`, which had ended before its time. The run that was open until now is
-        taken away or, if `mlflow run` has started it and will ask for it, says where things go on, and ends alike."""
+        taken away or, if `mlflow run` has started it and will ask for it, says where things go on, and ends alike; it
+        says so, too, where the user may not delete it."""
         old = self.client.get_run(run_id)
         paused = float(old.data.tags.get(PAUSED, 0)) + time.time() - _ended(old)
         # Nobody else may find it in between: what the run that was open claims ends with that.
         take_over(run_id)
         self.client.update_run(run_id, "RUNNING")
-        if self.given:
+        if not self.given:
+            mlflow.end_run("KILLED")
+            self.open.clear()
+        if self.given or not self._deleted():
             self.name(f"{self.step}, goes on in {run_id[:8]}")
             self.tags({"step": "resume", "goes_on_in": run_id})
-        else:
-            mlflow.end_run("KILLED")
-            self.client.delete_run(self.id)
-            self.open.clear()
         self.open.append(run_id)
         self.id = run_id
         if self.parent:
@@ -133,6 +133,14 @@ class Run:
         self.client.set_tag(run_id, PAUSED, f"{paused:.3f}")
         with suppress(MlflowException):  # of the process that was stopped
             self.client.delete_tag(run_id, "rampart.error")
+
+    def _deleted(self) -> bool:
+        """Deletes the run; false where the user may not: a server's permission to edit does not include it."""
+        try:
+            self.client.delete_run(self.id)
+        except MlflowException:
+            return False
+        return True
 
     def check_place(self, place: str) -> None:
         """Raises RampartError where the run's artifacts cannot be written: before the work, not after it."""

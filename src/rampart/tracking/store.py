@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import socket
 import threading
 import time
@@ -72,11 +73,18 @@ def _make_ready(uri: str) -> None:
     raise _unanswered(uri, last) from last
 
 
+def refusal(error: Exception) -> RampartError | None:
+    """What to say of an error by which the server tells that this user may not do this; None of any other."""
+    if re.search("error code 40[13]", str(error)) is None:
+        return None
+    mend = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD to those of a user who may"
+    return RampartError(f"the tracking store {mlflow.get_tracking_uri()} does not let you do this: {mend}")
+
+
 def _unanswered(uri: str, error: Exception) -> RampartError:
     reason = " ".join(str(error).split())[:200]
-    if "error code 401" in reason or "error code 403" in reason:
-        mend = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD to those of a user who may"
-        return RampartError(f"the tracking store {uri} does not let you do this: {mend}")
+    if (refused := refusal(error)) is not None:
+        return refused
     if "readonly" in reason:
         return RampartError(f"the tracking store {uri} cannot be written ({reason}): make it writable")
     return StoreAway(f"the tracking store {uri} does not answer ({reason}): check MLFLOW_TRACKING_URI")

@@ -159,16 +159,6 @@ class Recipe:
             f"eps_warmup must lie between 0 and 1, not {self.eps_warmup}: it is a share of the training's steps, "
             "and ε cannot rise for longer than the training",
         )
-        for name in ("clean_weight", "ibp_weight"):
-            require(
-                self.eps_warmup > 0 or len(set(getattr(self, name))) == 1,
-                f"{name} goes from one value to the other while ε rises, which it does not: take eps_warmup above 0, "
-                "or one value",
-            )
-        require(
-            self.eps_warmup > 0 or not self.ibp_regularizer,
-            "ibp_regularizer works while ε rises, which it does not: take eps_warmup above 0, or ibp_regularizer=0",
-        )
         require(
             self.supcon_weight < 1 or self.contrastive != "single",
             "supcon_weight=1 leaves the head of contrastive=single untrained: take less, or contrastive=double",

@@ -133,6 +133,8 @@ def _distribution(name: str, range_: Any) -> BaseDistribution:
         step = range_.get("step")
         log = range_.get("log", False)
         require(isinstance(log, bool), f"log of {name} is true or false, not {log}")
+        whole = step is None or kind is float or float(step).is_integer()
+        require(whole, f"step of {name} must be a whole number, not {step}")
         require(step is None or 0 < float(step) <= high - low, f"step of {name} does not fit into its range: {step}")
         require(low < high, f"the range of {name} is {'empty' if low == high else 'reversed'}: {low:g} to {high:g}")
         if kind is int:

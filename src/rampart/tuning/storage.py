@@ -138,7 +138,7 @@ class Seeded(optuna.samplers.BaseSampler):
         self.inner = self._made(0)
 
     def _made(self, number: int) -> optuna.samplers.BaseSampler:
-        seed = self.settings.seed * 100_003 + number
+        seed = (self.settings.seed * 100_003 + number) % 2**32
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             if self.settings.sampler == "tpe":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
@@ -19,6 +21,8 @@ from rampart.training.methods.base import Attacker
 from rampart.training.recipe import Recipe
 from rampart.training.schedules import ramp
 
+log = logging.getLogger(__name__)
+
 # The regularisers compare the widths of intervals. Those of a smaller ball are mostly float32's rounding, whose
 # gradient is large and without meaning; Adam would remember it for a thousand steps.
 SMALLEST_EPS = 1e-6
@@ -31,6 +35,12 @@ class Bounded:
 
     def __init__(self, model: Classifier, recipe: Recipe) -> None:
         self.model, self.recipe = model, recipe
+        pairs = any(len(set(weights)) > 1 for weights in (recipe.clean_weight, recipe.ibp_weight))
+        if not recipe.eps_warmup and (recipe.ibp_regularizer or pairs):
+            log.warning(
+                "ε does not rise: ibp_regularizer does nothing, and of two values of clean_weight or ibp_weight the "
+                "second counts; take eps_warmup above 0"
+            )
         # The head is one linear map, so that the encoder's chain and the head make the network's.
         if not isinstance(model.head, nn.Linear):
             raise ModelError(f"{recipe.method} training needs a head that is one linear map, not {type(model.head)}")

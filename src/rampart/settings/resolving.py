@@ -81,8 +81,9 @@ def as_text(settings: Settings, given: Mapping[str, str]) -> dict[str, str]:
 
 
 def _text(value: Any) -> str:
-    short = f"{value:g}" if isinstance(value, float) else ""
-    return short if short and float(short) == value else str(value)
+    if isinstance(value, float) and float(short := f"{value:g}") == value:
+        return short
+    return str(value)
 
 
 def _known(section: Mapping[str, Any], fields: set[str]) -> dict[str, Any]:

@@ -96,7 +96,7 @@ def test_a_loss_that_becomes_nan_names_the_last_good_checkpoint_which_loads(
 def test_images_of_a_size_that_a_model_does_not_take(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_model(build_model(in_shape=(3, 8, 8), width=0.125), store / "small.safetensors")
     assert main(["evaluate", "--model", str(store / "small.safetensors")]) == 2
-    assert "wrong dataset or model" in capsys.readouterr().err
+    assert "takes images of 3x8x8; dataset=digits has such of 3x32x32" in capsys.readouterr().err
 
 
 def test_help_lists_settings_with_their_meaning(capsys: pytest.CaptureFixture[str]) -> None:

@@ -151,6 +151,14 @@ def test_labels_beyond_the_models_classes_are_named(split: Split) -> None:
     assert "\n" not in str(raised.value)
 
 
+def test_a_model_that_gives_nan_is_named(split: Split) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)).eval()
+    nn.init.constant_(model[1].bias, float("nan"))
+    with pytest.raises(ModelError, match="NaN for test images") as raised:
+        evaluate(model, split, PLAN)
+    assert "\n" not in str(raised.value)
+
+
 @pytest.mark.parametrize("shape", [(1, 32, 32), (3, 28, 28)], ids=["channels", "size"])
 def test_images_of_another_shape_are_named(network: nn.Module, shape: tuple[int, int, int]) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.Flatten(), nn.Linear(1024, 10)).eval()

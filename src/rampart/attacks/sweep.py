@@ -64,8 +64,8 @@ def sweep(
     """One start after the other, from the smallest radius to the largest.
 
     The balls are nested, so an image broken at one ε is broken at the larger ones: it leaves the batch, and its
-    example stands for them all. An image that the model gets wrong is broken by itself. A model that gives
-    NaN for an image of the ball errs on it.
+    example stands for them all. An image that the model gets wrong is broken by itself. Where a model gives
+    NaN it errs.
 
     Args:
         model: pixels -> logits, in eval mode.
@@ -78,7 +78,7 @@ def sweep(
 
     Raises:
         SettingsError: a bad ε, or images outside of [0, 1]. ModelError: the model is in training mode, does not take
-            the images, gives NaN for them, or overwrites them.
+            the images, or overwrites them.
     """
     radii = radii_of(eps)
     require(norm in get_args(Norm), unknown("norm", norm, get_args(Norm)))

@@ -20,7 +20,7 @@ from rampart.data import Split, to_pixels
 from rampart.errors import ModelError, UnsupportedLayer, require, require_choices
 from rampart.evaluation.parts import in_parts
 from rampart.ledger import evaluation_ledger
-from rampart.models import Folded, Layout, checked_logits, logits_of
+from rampart.models import NO_CLASS, Folded, Layout, classes_of, logits_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,11 +163,14 @@ def _attacked_batch(attack: Attack, batch: Split, generator: torch.Generator) ->
     model, plan = attack.model, attack.plan
     x, y = to_pixels(batch.images), batch.labels
     with torch.no_grad():
-        logits = checked_logits(model, x)
+        logits = logits_of(model, x)
+    predictions = classes_of(logits)
+    if bool((predictions == NO_CLASS).any()):
+        raise ModelError("the model gives NaN for test images: train or export it anew")
     if int(y.max()) >= logits.shape[1]:
         raise ModelError(f"the data have label {int(y.max())}, the model {logits.shape[1]} classes: wrong dataset?")
     result = attack(x, y, plan.radii, generator)
-    ledger = evaluation_ledger(y, logits.argmax(1), result.success, plan.radii)
+    ledger = evaluation_ledger(y, predictions, result.success, plan.radii)
     broken = result.start >= 0
     starts = result.start[broken].tolist()
     members = plan.members()

@@ -1,6 +1,7 @@
 from rampart.models.chain import Chain, Layout
 from rampart.models.checkpoints import load_model, read_beside, save_model, weights_digest
 from rampart.models.classifier import (
+    NO_CLASS,
     Classifier,
     Normalize,
     build_model,
@@ -14,6 +15,7 @@ from rampart.models.classifier import (
 from rampart.models.folded import Folded
 
 __all__ = [
+    "NO_CLASS",
     "Chain",
     "Classifier",
     "Folded",

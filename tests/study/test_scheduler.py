@@ -98,27 +98,28 @@ def test_the_slowest_method_comes_first_and_trainings_before_what_looks_at_them(
     assert [task.step for task in workers.given[:3]] == ["train"] * 3
 
 
-def test_what_fails_stops_only_what_needs_it() -> None:
+def failing(step: str, arm: Arm, said: str, tuned: bool) -> Scheduler:
+    """A study that has run, whose arm fails at that step."""
+
     def work(task: Task, before: Mapping[str, Done]) -> Done:
-        if task.step == "train" and task.arm == CERTIFIED:
-            raise ModelError("the loss became\nNaN")
+        if (task.step, task.arm) == (step, arm):
+            raise ModelError(said)
         return Done()
 
-    study = Scheduler(graph(JOBS, False, 0, 1), work, Threads(3))
+    study = Scheduler(graph(JOBS, tuned, 0, 1), work, Threads(3))
     study.run()
+    return study
+
+
+def test_what_fails_stops_only_what_needs_it() -> None:
+    study = failing("train", CERTIFIED, "the loss became\nNaN", tuned=False)
     assert study.failures == {"certified s0": "the loss became NaN"}
     assert {(task.arm, task.seed) for task in study.done} == {(NORMAL, 0), (NORMAL, 1)}
     assert len(study.done) == 8
 
 
 def test_where_an_arms_tuning_fails_all_its_seeds_have_failed() -> None:
-    def work(task: Task, before: Mapping[str, Done]) -> Done:
-        if task.step == "tune" and task.arm == NORMAL:
-            raise ModelError("no trial has finished")
-        return Done()
-
-    study = Scheduler(graph(JOBS, True, 0, 1), work, Threads(3))
-    study.run()
+    study = failing("tune", NORMAL, "no trial has finished", tuned=True)
     assert study.failures == {f"normal s{seed}": "no trial has finished" for seed in (0, 1)}
     assert {(task.arm, task.seed) for task in study.done} == {(CERTIFIED, 0)}
 

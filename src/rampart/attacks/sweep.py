@@ -64,8 +64,7 @@ def sweep(
     """One start after the other, from the smallest radius to the largest.
 
     The balls are nested, so an image broken at one ε is broken at the larger ones: it leaves the batch, and its
-    example stands for them all. An image that the model gets wrong is broken by itself. Where a model gives
-    NaN it errs.
+    example stands for them all. An image that the model gets wrong is broken by itself; NaN is wrong, too.
 
     Args:
         model: pixels -> logits, in eval mode.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rampart.data import Split, batches
 from rampart.errors import require
-from rampart.models import Classifier
+from rampart.models import Classifier, classes_of
 
 # Images that UMAP can place.
 FEWEST = 4
@@ -50,7 +50,7 @@ def embed(model: Classifier, split: Split, chosen: list[int], plan: EmbeddingPla
         warnings.simplefilter("ignore")
         reducer = UMAP(n_neighbors=min(plan.neighbors, len(part) - 1), min_dist=plan.min_dist, random_state=seed)
         points = reducer.fit_transform(embeddings.cpu().numpy())
-    known = {"image": chosen, "label": part.labels.cpu(), "prediction": logits.argmax(1).cpu()}
+    known = {"image": chosen, "label": part.labels.cpu(), "prediction": classes_of(logits).cpu()}
     return pd.DataFrame({**known, "x": points[:, 0], "y": points[:, 1]})
 
 
@@ -75,7 +75,7 @@ def geometry(model: Classifier, split: Split) -> pd.DataFrame:
     between = (sums / members.sum(0)).masked_fill(~others, torch.inf).amin(1)
     margin = logits[own] - logits.masked_fill(own, -torch.inf).amax(1)
     found = {"within": within, "between": between.masked_fill(between.isinf(), torch.nan), "margin": margin}
-    known = {"image": range(len(split)), "label": labels.cpu(), "prediction": logits.argmax(1).cpu()}
+    known = {"image": range(len(split)), "label": labels.cpu(), "prediction": classes_of(logits).cpu()}
     return pd.DataFrame({**known, **{name: value.cpu() for name, value in found.items()}})
 
 

@@ -139,7 +139,7 @@ def _outcome(ledger: pd.DataFrame, metric: str, eps: float | None) -> pd.Series 
 
 def _compared(ours: dict[str, pd.Series], theirs: dict[str, pd.Series]) -> dict[str, Any]:
     """On the images that all have; nothing where there is none."""
-    seeds = sorted(ours.keys() & theirs.keys(), key=lambda seed: (len(seed), seed))  # numbers, as texts
+    seeds = [seed for seed in ours if seed in theirs]  # in the order of the tables
     pairs = [(ours[seed], theirs[seed]) for seed in seeds] or [(next(iter(ours.values())), next(iter(theirs.values())))]
     images = pairs[0][0].index
     for pair in pairs:

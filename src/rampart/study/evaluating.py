@@ -69,28 +69,27 @@ def _trust(run: Run, settings: EvaluateSettings, subject: Subject, ledger: pd.Da
     """Checks the attack's rates, and leaves adversarial images with which other models' rates can be checked. What the
     run `before`, from which this one goes on, has found stands: since then branch and bound may have entered into the
     ledger just those images that the attack had missed."""
-    model, test = subject.model, subject.test
-    images, eps = sample(test, settings), trust_eps(settings)
-    arrays = salvaged(read_arrays, before, ADVERSARIAL) if before else None
-    told = read_text(before, CHECKS) if arrays is not None else None
-    if arrays is not None and told is not None:
+    kept = salvaged(read_arrays, before, ADVERSARIAL) if before else None
+    told = read_text(before, CHECKS) if kept is not None else None
+    if kept is not None and told is not None:
         checks = pd.read_csv(io.StringIO(told), dtype={"value": "Float64", "passed": "boolean"})
-        found = Trust(checks, torch.from_numpy(arrays["adversarial"]))
+        found = Trust(checks, torch.from_numpy(kept["adversarial"]))
     else:
+        model, test, images, eps = subject.model, subject.test, sample(subject.test, settings), trust_eps(settings)
         others = _adversarial(run, images, eps, settings.norm, subject)
         found = trust(model, test, ledger, settings, settings, others, settings.seed)
+        kept = {
+            "images": images.numpy(),
+            "clean": test.images[images.to(test.images.device)].cpu().numpy(),
+            "adversarial": found.adversarial.cpu().numpy(),
+            "prediction": predict(model, found.adversarial).cpu().numpy(),
+            "eps": np.array(eps),
+            "norm": np.array(settings.norm),
+        }
     run.csv(found.checks, CHECKS)
     values = found.checks.dropna(subset="value")
     run.metrics({f"trust/{check}": value for check, value in zip(values["check"], values["value"], strict=True)})
     run.tags({"trust": found.verdict})
-    kept = {
-        "images": images.numpy(),
-        "clean": test.images[images.to(test.images.device)].cpu().numpy(),
-        "adversarial": found.adversarial.cpu().numpy(),
-        "prediction": predict(model, found.adversarial.to(test.images.device)).cpu().numpy(),
-        "eps": np.array(eps),
-        "norm": np.array(settings.norm),
-    }
     run.arrays(kept, ADVERSARIAL)
     return found
 

@@ -112,10 +112,9 @@ class Scheduler:
             log.warning("%s of %s: %s; again in %g s", task.step, name, said, pause)
             self._put(task, pause)
         else:
-            # With an arm's tuning all seeds of it fail.
-            others = [arm_of(other) for other in self.needs if other.arm == task.arm] if task.step == "tune" else [name]
-            for other in others:
-                self.failures.setdefault(other, said)
+            # With an arm's tuning all its seeds fail, which need it.
+            for arm in (name, *(arm_of(other) for other, needs in self.needs.items() if task in needs)):
+                self.failures.setdefault(arm, said)
             log.error("%s failed: %s", name, said)
 
     def _put(self, task: Task, pause: float = 0.0) -> None:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from rampart.data import Augmentation, Dataset, batches
 from rampart.errors import BoundError, TrainingDiverged
-from rampart.models import Classifier
+from rampart.models import Classifier, classes_of
 from rampart.training.criterion import Criterion
 from rampart.training.methods import Method
 from rampart.training.recipe import Recipe
@@ -212,7 +212,7 @@ def validate(
                 add("val/supcon_loss", stage.criterion(found, y) * len(y))
                 continue
             parts.append(model(x))
-            add("val/accuracy", (parts[-1].argmax(1) == y).sum())
+            add("val/accuracy", (classes_of(parts[-1]) == y).sum())
         if stage.method.score_name != "accuracy":
             try:
                 add(f"val/{stage.method.score_name}", stage.method.survives(x, y, recipe.eps, generator).sum())

@@ -137,6 +137,7 @@ def _sharpest(trained: nn.Module, radius: float) -> Iterator[None]:
     pairs = [(weight, weight.grad) for weight in trained.parameters() if weight.grad is not None]
     weights, gradients = ([*side] for side in zip(*pairs, strict=True))
     with torch.no_grad():
+        # Where the statistics stood still, as under `standing`, the pass would be compiled a second time.
         moved = [*weights, *trained.buffers()]
         kept = [value.clone() for value in moved]
         length = torch.stack(torch._foreach_norm(gradients)).norm()

@@ -127,6 +127,7 @@ def test_identity_follows_settings_data_model_but_not_the_machine() -> None:
     base = resolve("train", {})
     known = identity("train", base, "digest")
     assert identity("train", resolve("train", {"threads": "1", "device": "cpu"}), "digest") == known
+    assert identity("train", resolve("train", {"dataset": "folder:elsewhere"}), "digest") == known
     assert identity("train", resolve("train", {"lr": "0.1"}), "digest") != known
     assert identity("train", resolve("train", {"seed": "1"}), "digest") != known
     assert identity("train", base, "other") != known

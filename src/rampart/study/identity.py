@@ -10,8 +10,8 @@ from pathlib import Path
 
 from rampart.settings import Settings
 
-# They change where or how fast a step runs, not what it computes.
-IRRELEVANT = {"device", "threads", "data_root", "eps_space", "images_at_once", "export", "part"}
+# They change where or how fast a step runs, not what it computes. Images may lie anywhere: their digest tells them.
+IRRELEVANT = {"device", "threads", "dataset", "data_root", "eps_space", "images_at_once", "export", "part"}
 _CORE = ("data", "models", "attacks", "bounds", "kernels.py")
 CODE = {
     "train": (*_CORE, "losses", "training"),

@@ -51,6 +51,15 @@ def test_an_evaluation_on_other_data_hides_none_on_the_newest_ones() -> None:
     assert set(collected().values["run"]) == {kept.id, newest.id}
 
 
+def test_a_look_at_other_images_or_a_released_model_hides_no_study() -> None:
+    kept = finished("evaluate", evaluation("1110"), model_run="trained")
+    finished("evaluate", evaluation("1100"), dataset_digest="other", dataset="folder", arm="released")
+    finished("embed", None, dataset_digest="other", dataset="folder", model_run="trained")
+    evidence = collected()
+    assert set(evidence.values["run"]) == {kept.id}
+    assert "2 run(s) on another dataset than made (digest d) left out" in said(evidence)
+
+
 def test_classes_may_have_any_name_and_more_than_a_tag_holds() -> None:
     names = ("big, black", 'a "dog"', "ship")
     for cut, known in ((None, names), (-3, (*names[:2], "2"))):

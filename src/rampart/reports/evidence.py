@@ -248,14 +248,17 @@ _TAGS = ("arm", "seed", "method", "augment", "contrastive", "model", "model_run"
 
 
 def _one_dataset(runs: pd.DataFrame, notes: list[Note]) -> pd.DataFrame:
-    """Rates on different images do not belong into one table: the newest run's dataset is kept."""
+    """Rates on different images do not belong into one table: kept is the dataset of the newest run with rates, of a model
+    that was trained here where there is one, lest a look at other images or at a released model hides a study."""
     if runs.empty:
         return runs
-    digest = runs.sort_values("start_time", ascending=False)["digest"].iloc[0]
-    others = runs[runs["digest"] != digest]
-    if len(others):
-        notes.append(Note("", f"{len(others)} run(s) on another dataset than {digest} left out"))
-    return runs[runs["digest"] == digest]
+    order = runs.assign(rates=runs["step"] != "embed", ours=runs["model_run"] != "")
+    newest = order.sort_values(["rates", "ours", "start_time"], ascending=False).iloc[0]
+    same = runs["digest"] == newest["digest"]
+    if not same.all():
+        kept = f"{newest['tags.rampart.dataset']} (digest {newest['digest']})"
+        notes.append(Note("", f"{int((~same).sum())} run(s) on another dataset than {kept} left out"))
+    return runs[same]
 
 
 def _numbers(run: pd.Series) -> pd.DataFrame:

@@ -248,8 +248,8 @@ _TAGS = ("arm", "seed", "method", "augment", "contrastive", "model", "model_run"
 
 
 def _one_dataset(runs: pd.DataFrame, notes: list[Note]) -> pd.DataFrame:
-    """Rates on different images do not belong into one table: kept is the dataset of the newest run with rates, of a model
-    that was trained here where there is one, lest a look at other images or at a released model hides a study."""
+    """Rates on different images do not belong into one table: kept is the dataset of the newest run with rates, of a
+    model that was trained here where there is one, lest a look at other images or at a released model hides a study."""
     if runs.empty:
         return runs
     order = runs.assign(rates=runs["step"] != "embed", ours=runs["model_run"] != "")

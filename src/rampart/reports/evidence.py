@@ -110,7 +110,7 @@ def collect(experiment: str, settings: CompareSettings) -> Evidence:
         examples=_read(evaluated, lambda run: read_arrays(run["run_id"], ADVERSARIAL)),
         curves=_curves(trained),
         classes=_classes(str(first["tags.rampart.class_names"]), tables),
-        dataset=f"{first['tags.rampart.dataset']} (digest {first['digest']})",
+        dataset=_data(first),
         notes=notes,
     )
 
@@ -256,9 +256,13 @@ def _one_dataset(runs: pd.DataFrame, notes: list[Note]) -> pd.DataFrame:
     newest = order.sort_values(["rates", "ours", "start_time"], ascending=False).iloc[0]
     same = runs["digest"] == newest["digest"]
     if not same.all():
-        kept = f"{newest['tags.rampart.dataset']} (digest {newest['digest']})"
-        notes.append(Note("", f"{int((~same).sum())} run(s) on another dataset than {kept} left out"))
+        notes.append(Note("", f"{int((~same).sum())} run(s) on another dataset than {_data(newest)} left out"))
     return runs[same]
+
+
+def _data(run: pd.Series) -> str:
+    """The run's dataset, by name and digest."""
+    return f"{run['tags.rampart.dataset']} (digest {run['digest']})"
 
 
 def _numbers(run: pd.Series) -> pd.DataFrame:

@@ -116,6 +116,8 @@ def test_other_answers_of_another_verifier_are_another_verification(weights: str
         answers.write_text(text)
         keys.append(identity("verify", resolve("verify", settings(weights, engine=str(answers))), "d", "w"))
     assert keys[0] == keys[2] != keys[1]
+    (tmp_path / "m_image_3_eps_0.1.counterexample").write_text("sat")
+    assert identity("verify", resolve("verify", settings(weights, engine=str(answers))), "d", "w") not in keys
 
 
 def test_parts_are_gathered(weights: str) -> None:

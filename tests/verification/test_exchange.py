@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import re
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from rampart.data import Split, to_pixels
 from rampart.errors import Contradiction, ModelError, RampartError
 from rampart.models import Classifier, predict, weights_digest
 from rampart.verification import VerificationPlan, choose, verify_split
-from rampart.verification.exchange import export, read_results
+from rampart.verification.answers import read_results
+from rampart.verification.exchange import export
 from rampart.verification.verdict import is_counterexample
 from tests.nets import points_in_ball, undecided_classifier
 
@@ -109,28 +111,66 @@ def test_there_is_a_question_for_each_image_that_is_classified_correctly(
 
 
 def test_answers_of_another_verifier_become_a_ledger(
-    model: Classifier, split: Split, folder: Path, tmp_path: Path
+    model: Classifier, split: Split, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Images without a line are unknown; the others keep their answer, seconds and the tool's name."""
-    answers = ["unsat", "timeout", "sat"]
+    answers = ["unsat", "timeout", "no_result_in_file"]
     instances = list(csv.reader((folder / "instances.csv").open()))
     file = tmp_path / "results.csv"
     with file.open("w", newline="") as out:
         for (onnx, place, _), answer in zip(instances, answers, strict=False):
             csv.writer(out).writerow(["some-tool", f"./{onnx}", f"./{place}.gz", 0.5, answer, 1.25])
     # The points that the tool has proved are robust for us, too: a radius of next to nothing.
-    results = read_results(file, model, choose(model, split, COUNT, "common"), EPS)
-    assert sorted(found.status for found in results.values()) == sorted(
-        ["safe", "timeout", "unsafe"] + ["unknown"] * (COUNT - 3)
-    )
-    told = [found for found in results.values() if found.status != "unknown"]
-    assert {(found.stage, found.seconds) for found in told} == {("some-tool", 1.25)}
+    results = read_results(file, model, split, choose(model, split, COUNT, "common"), EPS)
+    assert sorted(found.status for found in results.values()) == ["safe", "timeout"] + ["unknown"] * (COUNT - 2)
+    told = [found for found in results.values() if found.stage != "none"]
+    assert [(found.stage, found.seconds) for found in told] == [("some-tool", 1.25)] * 3
+    assert "taken as unknown: ['no_result_in_file']" in caplog.text
     ledger, examples = verify_split(
         model, split, VerificationPlan(eps=EPS, images=COUNT, engine=str(_without_proofs(file)))
     )
     assert not examples
     assert ledger["verdict"].isna().equals(~ledger["correct"])
-    assert set(ledger["verdict"].dropna()) <= {"timeout", "unsafe", "unknown"}
+    assert set(ledger["verdict"].dropna()) <= {"timeout", "unknown"}
+
+
+def test_what_another_verifier_calls_unsafe_counts_with_a_counterexample_that_the_model_confirms(
+    model: Classifier, split: Split, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    digest, file = weights_digest(model), tmp_path / "results.csv"
+    broken = pgd(model, to_pixels(split.images), split.labels, EPS, restarts=3)
+    correct = predict(model, to_pixels(split.images)) == split.labels
+    chosen = (correct & broken.success[0]).nonzero().flatten().tolist()
+    assert len(chosen) >= 5
+    good, packed, missing, harmless, short = chosen[:5]
+    points = {index: broken.adversarial[0][index].flatten().tolist() for index in (good, packed)}
+    points |= {harmless: to_pixels(split.images[harmless]).flatten().tolist(), short: [0.5] * 7}
+    names = {index: f"{digest}_image_{index}_eps_0.1.counterexample" for index in chosen}
+    for index, values in points.items():
+        lines = "\n".join(f"(X_{i} {value!r})" for i, value in enumerate(values))
+        text = f"sat\n({lines}\n(Y_0 -1.5))\n".encode()
+        if index == packed:
+            (tmp_path / f"{names[index]}.gz").write_bytes(gzip.compress(text))
+        else:
+            (tmp_path / names[index]).write_bytes(text)
+    file.write_text(
+        "".join(f"tool,onnx/{digest}.onnx,vnnlib/image_{index}_eps_0.1.vnnlib,0,sat,1\n" for index in chosen[:5])
+    )
+    results = read_results(file, model, split, chosen[:5], EPS)
+    assert [results[i].status for i in (good, packed)] == ["unsafe"] * 2
+    for index in (good, packed):
+        example = results[index].counterexample
+        assert example is not None
+        assert is_counterexample(model, example, to_pixels(split.images[index]), int(split.labels[index]), EPS)
+    assert [results[i].status for i in (missing, harmless, short)] == ["unknown"] * 3
+    assert (
+        f"image {missing} is called unsafe, but taken as unknown: {tmp_path}/{names[missing]} cannot be" in caplog.text
+    )
+    assert f"the model does not confirm {tmp_path}/{names[harmless]}" in caplog.text
+    assert "it gives 7 of the inputs X_0 to X_191" in caplog.text
+    # The ledger keeps the points.
+    ledger, examples = verify_split(model, split, VerificationPlan(eps=EPS, images=len(split.labels), engine=str(file)))
+    assert set(examples) == {good, packed} == set(ledger.loc[ledger["verdict"] == "unsafe", "image"])
 
 
 def _without_proofs(file: Path) -> Path:
@@ -152,23 +192,25 @@ def _without_proofs(file: Path) -> Path:
     ],
 )
 def test_results_that_cannot_be_used_are_refused(
-    text: str | None, says: str, model: Classifier, tmp_path: Path
+    text: str | None, says: str, model: Classifier, split: Split, tmp_path: Path
 ) -> None:
     file = tmp_path / "results.csv"
     if text is not None:
         file.write_text(text.replace("MODEL", weights_digest(model)))
     with pytest.raises(RampartError, match=re.escape(says)):
-        read_results(file, model, [1, 2], EPS)
+        read_results(file, model, split, [1, 2], EPS)
 
 
-def test_blank_lines_are_passed_over_and_two_answers_are_one_too_many(model: Classifier, tmp_path: Path) -> None:
+def test_blank_lines_are_passed_over_and_two_answers_are_one_too_many(
+    model: Classifier, split: Split, tmp_path: Path
+) -> None:
     file = tmp_path / "results.csv"
     line = f"tool,onnx/{weights_digest(model)}.onnx,vnnlib/image_1_eps_0.1.vnnlib,0,ANSWER,1\n"
     file.write_text("\n" + line.replace("ANSWER", "unsat") + "\n" + line.replace("ANSWER", "holds"))
-    assert read_results(file, model, [1], EPS)[1].status == "safe"
+    assert read_results(file, model, split, [1], EPS)[1].status == "safe"
     file.write_text(line.replace("ANSWER", "unsat") + line.replace("ANSWER", "sat"))
     with pytest.raises(Contradiction, match="image 1 both safe and unsafe"):
-        read_results(file, model, [1], EPS)
+        read_results(file, model, split, [1], EPS)
 
 
 def test_questions_of_several_models_share_a_folder(split: Split, tmp_path: Path) -> None:

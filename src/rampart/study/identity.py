@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from rampart.settings import Settings
+from rampart.verification.answers import EXAMPLE
 
 # They change where or how fast a step runs, not what it computes. Images may lie anywhere: their digest tells them.
 IRRELEVANT = {"device", "threads", "dataset", "data_root", "eps_space", "images_at_once", "export", "part"}
@@ -26,8 +27,9 @@ def identity(step: str, settings: Settings, digest: str, model: str = "") -> str
     of the code behind it; before both, which part of it that is."""
     relevant = {k: v for k, v in asdict(settings).items() if k not in IRRELEVANT | {"model"}}
     answers = Path(getattr(settings, "engine", ""))
-    if answers.is_file():  # of another tool
-        relevant["engine"] = [relevant["engine"], hashlib.sha256(answers.read_bytes()).hexdigest()]
+    if answers.is_file():  # of another tool, and its counterexamples
+        files = [answers, *sorted(answers.parent.glob(f"*{EXAMPLE}*"))]
+        relevant["engine"] = [relevant["engine"], *(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)]
     parts = "\n".join([step, json.dumps(relevant, sort_keys=True), digest, model])
     part = getattr(settings, "part", "")
     return f"{part} {hashlib.sha256(parts.encode()).hexdigest()[:32]}.{code_version(step)}".lstrip()

@@ -2,7 +2,7 @@
 
 A folder holds onnx/<digest of the weights>.onnx, vnnlib/image_<i>_eps_<ε>.vnnlib for each image, and instances.csv,
 whose lines are onnx, vnnlib and a time limit. A verifier answers with results.csv, whose lines are category, onnx,
-vnnlib, seconds of preparation, answer (unsat, sat, timeout, unknown…) and seconds.
+vnnlib, seconds of preparation, answer (unsat, sat, timeout, unknown…) and seconds (`rampart.verification.answers`).
 """
 
 from __future__ import annotations
@@ -21,18 +21,16 @@ from torch import Tensor, nn
 
 from rampart.bounds.box import pixel_box
 from rampart.data import Split, to_pixels
-from rampart.errors import Contradiction, ModelError, RampartError
+from rampart.errors import ModelError, RampartError
 from rampart.files import replacing
 from rampart.ledger import eps_key
 from rampart.models import predict, weights_digest
-from rampart.verification.verdict import Verdict
 
 log = logging.getLogger(__name__)
 
 INSTANCES = "instances.csv"
 # Largest difference to the model that the exported graph may show, as a share of the largest logit.
 TOLERANCE = 1e-5
-ANSWERS = {"unsat": "safe", "holds": "safe", "sat": "unsafe", "violated": "unsafe", "timeout": "timeout"}
 
 
 def export(model: nn.Module, split: Split, images: list[int], eps: float, timeout: float, folder: Path) -> None:
@@ -62,7 +60,7 @@ def export(model: nn.Module, split: Split, images: list[int], eps: float, timeou
         label = int(split.labels[index])
         if int(predict(model, image[None])) != label:
             continue
-        place = f"vnnlib/{_name(index, eps)}.vnnlib"
+        place = f"vnnlib/{question(index, eps)}.vnnlib"
         with torch.no_grad():
             classes = model(image[None]).shape[1]
         (folder / place).write_text(_property(index, image, label, classes, eps), encoding="utf-8")
@@ -80,12 +78,9 @@ def _add(lines: list[tuple[str, str, str]], path: Path) -> None:
             csv.writer(file).writerows(known.values())
 
 
-def _name(index: int, eps: float) -> str:
+def question(index: int, eps: float) -> str:
+    """What the file about an image is called, less its ending."""
     return f"image_{index}_eps_{eps_key(eps)}"
-
-
-def _stem(place: str, ending: str) -> str:
-    return Path(place.strip()).name.removesuffix(".gz").removesuffix(ending)
 
 
 def _export_model(model: nn.Module, x: Tensor, path: Path) -> None:
@@ -131,39 +126,3 @@ def _property(index: int, image: Tensor, label: int, classes: int, eps: float) -
         ]
     others = " ".join(f"(and (>= Y_{j} Y_{label}))" for j in range(classes) if j != label)
     return "\n".join([*text, f"(assert (or {others}))"]) + "\n"
-
-
-def read_results(path: Path, model: nn.Module, images: list[int], eps: float) -> dict[int, Verdict]:
-    """What another verifier answered on each of the images for these weights; `stage` is its category.
-
-    An image without a line, as those that the model misclassifies, is `unknown`.
-
-    Raises:
-        RampartError: the file cannot be read, or speaks of none of these images at this ε for this model.
-        Contradiction: it has two answers on one image.
-    """
-    digest = weights_digest(model)
-    wanted = {_name(index, eps): index for index in images}
-    found: dict[int, Verdict] = {}
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            for line in filter(None, csv.reader(file)):
-                category, graph, place, _, said, seconds = line[:6]
-                index = wanted.get(_stem(place, ".vnnlib"))
-                if index is not None and _stem(graph, ".onnx") == digest:
-                    status = ANSWERS.get(said.strip().lower(), "unknown")
-                    answer = Verdict(status, float("nan"), None, 0, float(seconds), category.strip())
-                    if found.setdefault(index, answer).status != status:
-                        raise Contradiction(f"{path} says of image {index} both {found[index].status} and {status}")
-    except (OSError, ValueError, csv.Error) as error:
-        raise RampartError(
-            f"{path} cannot be read as a results.csv ({error}): its lines are category, onnx, vnnlib, seconds, "
-            "answer, seconds"
-        ) from error
-    if not found:
-        raise RampartError(
-            f"{path} has no answer for this model ({digest}) on these images at ε {eps_key(eps)}: "
-            "give model, images, selection and eps of the export"
-        )
-    nothing = Verdict("unknown", float("nan"), None, 0, 0.0, "none")
-    return {index: found.get(index, nothing) for index in images}

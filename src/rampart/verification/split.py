@@ -24,6 +24,7 @@ from rampart.errors import Contradiction, require, require_choices, unknown
 from rampart.ledger import PROVED
 from rampart.models import Layout, predict
 from rampart.verification import exchange
+from rampart.verification.answers import read_results
 from rampart.verification.cascade import ENGINES, STAGES, attack, verify
 from rampart.verification.selection import Selection, choose
 from rampart.verification.splitting import Branching
@@ -58,7 +59,7 @@ class VerificationPlan:
         branching: which neuron it splits: `kfsb`, `babsr` or `gap` (`branch_and_bound`).
         max_domains: that it bounds at most, for one image.
         engine: `native`; `abcrown` (α,β-CROWN, where it is installed); or the path of a results.csv in which any other
-            verifier has written down what it made of the exported instances.
+            verifier has written down what it made of the exported instances, its counterexamples beside it.
         radius: 0, or the radius in pixels up to which the largest ε that can be proved is looked for in every image,
             by bisection within `timeout` more seconds.
         images_at_once: in work side by side, each on its share of the threads (engine=native alone).
@@ -138,7 +139,7 @@ def verify_split(
     left = [image for image in chosen if image not in done]
     known: dict[int, Verdict] = {}
     if plan.engine.endswith(".csv"):
-        known = exchange.read_results(Path(plan.engine), model, chosen, plan.eps)
+        known = read_results(Path(plan.engine), model, split, chosen, plan.eps)
     elif plan.attack_first:
         known = _attacked(model, split, left, plan)
 

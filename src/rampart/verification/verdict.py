@@ -18,7 +18,7 @@ class Verdict:
     Args:
         status: `safe-incomplete`, `safe`, `unsafe`, `timeout`, `unknown` or `error`.
         lower_bound: the best proven lower bound of min over j of z_y - z_j; NaN where another verifier does not tell.
-        counterexample: [C, H, W] for `unsafe`, checked in float64; another verifier may give none.
+        counterexample: [C, H, W] for `unsafe`, checked in float64.
         domains: bounded by branch and bound; 0 where bounds or an attack settled it.
         seconds: spent on the image.
         stage: what settled it, of STAGES, or another verifier's name; the last one tried where none did.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import re
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -10,8 +12,8 @@ import pytest
 from mlflow import MlflowClient
 
 from rampart.errors import Contradiction, SettingsError
-from rampart.reports.evidence import Evidence, collect
-from rampart.reports.joining import with_folder
+from rampart.reports.evidence import Evidence, NothingToCompare, collect
+from rampart.reports.joining import gathered
 from rampart.reports.record import keep, read
 from rampart.reports.sections import material_of, sections
 from rampart.settings import CompareSettings, resolve
@@ -25,6 +27,11 @@ SPLIT = "3/1/4 by 0.2, 42"
 
 def collected() -> Evidence:
     return collect("0", CompareSettings())
+
+
+def beside(*folders: str) -> Evidence:
+    """The store's evidence and that of the folders."""
+    return gathered("0", CompareSettings(evidence=folders))
 
 
 def moved(run: Run, folder: Path) -> str:
@@ -45,12 +52,12 @@ def test_runs_are_compared_wherever_they_are(tmp_path: Path) -> None:
     together = tables(collected())
     folder = moved(elsewhere, tmp_path / "kept")
     MlflowClient().delete_run(proved.id)
-    joined = with_folder(collected(), folder)
+    joined = beside(folder)
     for name, table in together.items():
         pd.testing.assert_frame_equal(tables(joined)[name], table, check_dtype=False, obj=name)
     assert "± " in tables(joined)["accuracy"]["accuracy %"].iloc[0]
     # Once more it changes nothing.
-    again = with_folder(joined, folder)
+    again = beside(folder, shutil.copytree(folder, str(tmp_path / "again")))
     pd.testing.assert_frame_equal(tables(again)["accuracy"], tables(joined)["accuracy"])
 
 
@@ -69,12 +76,12 @@ def test_the_newest_run_counts_and_the_others_are_told_of(tmp_path: Path) -> Non
     old = finished("evaluate", evaluation("1000"))
     folder = moved(old, tmp_path / "kept")
     new = finished("evaluate", evaluation("1110", "0100"))
-    joined = with_folder(collected(), folder)
+    joined = beside(folder)
     assert set(joined.values["run"]) == set(joined.ledgers) == {new.id}
     assert "1 older run(s) of the same arm and seed left out" in [note.text for note in joined.notes]
     later = moved(new, tmp_path / "later")
     finished("evaluate", evaluation("1111"), seed=1)
-    assert set(with_folder(with_folder(collected(), later), folder).values["value"]) >= {0.75, 1.0}
+    assert set(beside(later, folder).values["value"]) >= {0.75, 1.0}
 
 
 def test_curves_of_a_training_that_another_store_has_replaced_are_left_out(tmp_path: Path) -> None:
@@ -95,7 +102,7 @@ def test_curves_of_a_training_that_another_store_has_replaced_are_left_out(tmp_p
         tmp_path / "kept" / "runs.csv", index=False
     )
     assert len(collected().curves) == 1
-    joined = with_folder(collected(), str(tmp_path / "kept"))
+    joined = beside(str(tmp_path / "kept"))
     assert set(joined.of("train")["run_id"]) == {newest[0]}
     assert len(joined.curves) == 0
 
@@ -107,7 +114,7 @@ def test_trainings_in_two_stores_that_differ_are_told_of(tmp_path: Path) -> None
         last = finished("evaluate", evaluation("1110"), seed=seed, model_run=run.id)
         if seed == 0:
             folder = moved(last, tmp_path / "kept")
-    joined = with_folder(collected(), folder)
+    joined = beside(folder)
     assert [note.text for note in joined.notes if "trained differently" in note.text] == [
         f"seeds of one arm were trained differently: train normal s1 (run {run.id}) with lr=0.2 instead of lr=0.1"
     ]
@@ -120,10 +127,24 @@ def test_runs_on_another_model_than_the_newest_are_left_out(tmp_path: Path) -> N
     MlflowClient().delete_run(embedded.id)
     pd.DataFrame({"image": [0]}).to_parquet(tmp_path / "kept" / "places" / "normal.parquet")
     finished("evaluate", evaluation("1110", "0100"))
-    joined = with_folder(collected(), folder)
+    joined = beside(folder)
     assert "verify" not in set(joined.values["step"])
     assert joined.places == {}
     assert any("other models than the newest evaluation" in note.text for note in joined.notes)
+
+
+def test_folders_are_compared_by_themselves_where_the_store_has_nothing(tmp_path: Path) -> None:
+    folder = moved(finished("evaluate", evaluation("1110", "0100")), tmp_path / "kept")
+    found = beside(folder)
+    told = f"all this is from {folder}: nothing of profile 'quick' was evaluated in this store"
+    assert found.notes[-1].text == told
+    run = run_step("compare", {"evidence": folder, "export": str(tmp_path / "again")})
+    page = Path(MlflowClient().download_artifacts(run, "report.html")).read_text()
+    assert told in html.unescape(page)
+    kept, again = (tables(read(tmp_path / name).evidence) for name in ("kept", "again"))
+    pd.testing.assert_frame_equal(again["accuracy"], kept["accuracy"])
+    with pytest.raises(NothingToCompare, match="experiment 0 has no finished evaluation of profile 'quick'"):
+        beside()
 
 
 def test_other_images_and_contradictions_are_refused(tmp_path: Path) -> None:
@@ -131,19 +152,19 @@ def test_other_images_and_contradictions_are_refused(tmp_path: Path) -> None:
     folder = moved(proved, tmp_path / "kept")
     finished("evaluate", evaluation("1110", "0100"))
     with pytest.raises(Contradiction, match=r"was proved robust at .* and broken"):
-        with_folder(collected(), folder)
+        beside(folder)
     finished("evaluate", evaluation("1110"), dataset_digest="other")
     with pytest.raises(SettingsError, match=r"is of .*\(digest d\), not of .*\(digest other\)"):
-        with_folder(collected(), folder)
+        beside(folder)
     with pytest.raises(SettingsError, match="no evidence in"):
-        with_folder(collected(), str(tmp_path / "nowhere"))
+        beside(str(tmp_path / "nowhere"))
 
 
 def test_arms_may_split_the_same_images_differently(tmp_path: Path) -> None:
     more, fewer = "49500/500/4 by 0.01, 42", "47500/2500/4 by 0.05, 42"
     folder = moved(finished("evaluate", evaluation("1100"), split=fewer), tmp_path / "kept")
     finished("evaluate", evaluation("1110"), method="adversarial", arm="adversarial", split=more)
-    joined = with_folder(collected(), folder)
+    joined = beside(folder)
     assert set(joined.values["arm"]) == {"normal", "adversarial"}
     assert set(joined.splits) == {more, fewer}
     run = run_step("compare", {"evidence": folder})

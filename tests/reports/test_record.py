@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from rampart.errors import RampartError, SettingsError
+from rampart.errors import Contradiction, RampartError, SettingsError
 from rampart.reports import document
 from rampart.reports.baseline import read_baseline
 from rampart.reports.evidence import collect
@@ -19,7 +19,7 @@ from rampart.reports.repeating import command
 from rampart.reports.sections import Material, material_of, sections
 from rampart.settings import CompareSettings, as_text, names, resolve
 from tests.conftest import Study
-from tests.reports.made import evaluation, finished
+from tests.reports.made import evaluation, finished, verification
 
 
 def tables_of(material: Material) -> dict[str, pd.DataFrame]:
@@ -39,6 +39,43 @@ def test_evidence_in_files_gives_the_same_tables(published: bool, study: Study, 
     assert set(again) == set(tables)
     for name, table in tables.items():
         pd.testing.assert_frame_equal(again[name], table, check_dtype=False, obj=name)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("accuracy,,0.75", "accuracy,,0.99", r"metric accuracy is 0.99, but its ledger says 0.75"),
+        ("robust_accuracy,0.1,0.5", "robust_accuracy,0.1,0.6", r"metric robust_accuracy/0.1 is 0.6, but"),
+        (
+            "robust_accuracy,0.1,",
+            "robust_accuracy,0.2,",
+            r"metric robust_accuracy/0.2 is 0.5, but its ledger knows no",
+        ),
+        ("unsafe,0.1,1.0", "unsafe,0.1,0.0", r"metric verdicts/unsafe is 0, but its ledger says 1"),
+        ("RUN", "0123", "values.csv has numbers of run 0123, of which there is no ledger"),
+    ],
+)
+def test_numbers_that_their_ledgers_do_not_give_are_refused(old: str, new: str, says: str, tmp_path: Path) -> None:
+    run = finished("evaluate", evaluation("1110", "0100"))
+    finished("verify", verification({0: "safe", 1: "unsafe"}))
+    keep(material_of(collect("0", CompareSettings())), tmp_path)
+    values = tmp_path / "values.csv"
+    text = values.read_text().replace(run.id, "RUN")
+    assert old in text
+    values.write_text(text.replace(old, new).replace("RUN", run.id))
+    with pytest.raises(Contradiction, match=f"evidence in '{tmp_path}': .*{says}"):
+        read(tmp_path)
+
+
+def test_ledgers_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
+    run = finished("evaluate", evaluation("1110", "0100"))
+    finished("verify", verification({0: "safe", 1: "unsafe"}))
+    keep(material_of(collect("0", CompareSettings())), tmp_path)
+    ledger = tmp_path / "ledgers" / f"{run.id}.parquet"
+    # The rates stay as they are: another image is broken.
+    evaluation("1110", "1000").to_parquet(ledger)
+    with pytest.raises(Contradiction, match=r"image 0 was proved robust at .* and broken"):
+        read(tmp_path)
 
 
 @pytest.mark.parametrize("place", ["/home/ann/images", "/home/ann/my images"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -136,24 +136,25 @@ def _incomplete(run: pd.Series, ledger: pd.DataFrame) -> str:
 
 
 def _agree(run: pd.Series, ledger: pd.DataFrame, digest: str) -> None:
-    name = named(run.to_dict())
     logged = run.get("tags.rampart.ledger_digest")
     if isinstance(logged, str) and logged != digest:
+        name = named(run.to_dict())
         raise Contradiction(f"{name}: {LEDGER} is not the ledger that the run has logged: it was changed or swapped")
+    known = run[[str(name).startswith("metrics.") for name in run.index]].dropna()
+    metrics = [(str(name).removeprefix("metrics."), float(value)) for name, value in known.items()]
+    metrics_agree(run.to_dict(), metrics, ledger)
+
+
+def metrics_agree(run: Mapping[Any, Any], metrics: Iterable[tuple[str, float]], ledger: pd.DataFrame) -> None:
+    """Raises Contradiction where one of the run's metrics (name, value) is not what its ledger gives."""
     verified = run["step"] == "verify"
     said = verdict_counts(ledger) if verified else {**attack_rates(ledger), **corruption_rates(ledger)}
-    for column, value in run.items():
-        metric = str(column).removeprefix("metrics.")
-        if metric == column or pd.isna(value) or not _of_ledger(metric, verified):
+    for metric, value in metrics:
+        if metric.partition("/")[0] not in ({"verdicts"} if verified else _RATES):
             continue
-        if metric not in said or not math.isclose(float(value), said[metric], rel_tol=1e-9, abs_tol=1e-9):
+        if metric not in said or not math.isclose(value, said[metric], rel_tol=1e-9, abs_tol=1e-9):
             truth = f"its ledger says {said[metric]:.6g}" if metric in said else "its ledger knows nothing of that"
-            raise Contradiction(f"{name}: metric {metric} is {float(value):.6g}, but {truth}: one of them was changed")
-
-
-def _of_ledger(metric: str, verified: bool) -> bool:
-    kind = metric.partition("/")[0]
-    return kind == "verdicts" if verified else kind in _RATES
+            raise Contradiction(f"{named(run)}: metric {metric} is {value:.6g}, but {truth}: one of them was changed")
 
 
 _RATES = {

@@ -16,8 +16,8 @@ from rampart.errors import RampartError
 from rampart.reports import tables
 from rampart.reports.baseline import put_beside, read_baseline
 from rampart.reports.drawing import Panels, save, script
-from rampart.reports.evidence import Evidence, collect
-from rampart.reports.joining import with_folder
+from rampart.reports.evidence import Evidence
+from rampart.reports.joining import gathered
 from rampart.reports.record import keep
 from rampart.reports.registry import name_best
 from rampart.reports.sections import Section, material_of, sections
@@ -41,9 +41,7 @@ def compare(run: Run, settings: CompareSettings) -> None:
         RampartError: there is nothing to compare, or it contradicts itself, or the baseline cannot be read.
     """
     published, said = read_baseline(settings.baseline) if settings.baseline else (None, [])
-    evidence = collect(run.experiment, settings)
-    for place in settings.evidence:
-        evidence = with_folder(evidence, place)
+    evidence = gathered(run.experiment, settings)
     if published is not None:
         published, more = put_beside(published, set(evidence.values["method"]))
         said += more

@@ -27,6 +27,10 @@ METHOD_ORDER = get_args(MethodName)
 CONTRASTIVE_ORDER = ["none", "single", "double"]
 
 
+class NothingToCompare(RampartError):
+    """The tracking server has no finished evaluation or verification of the kind that was asked for."""
+
+
 @dataclass(frozen=True)
 class Evidence:
     """What a comparison rests on; a row's `engine` is that of a verification, `native` for all else.
@@ -75,8 +79,8 @@ def collect(experiment: str, settings: CompareSettings) -> Evidence:
     """The newest finished run of each step for every arm and seed, or the members of one study.
 
     Raises:
-        RampartError: there is no finished evaluation or verification to compare. Contradiction: an image of a model was
-            proved and broken, or a run's metrics are not those of its ledger.
+        NothingToCompare: there is no finished evaluation or verification. Contradiction: an image of a model was proved
+            and broken, or a run's metrics are not those of its ledger.
     """
     notes: list[Note] = []
     members = _members(settings.study) if settings.study else None
@@ -135,10 +139,10 @@ def _points(run: dict[Any, Any]) -> pd.DataFrame | None:
     return read_table(run["model_run"], POINTS) if found is None and run["model_run"] else found
 
 
-def _nothing(experiment: str, settings: CompareSettings, notes: list[Note]) -> RampartError:
+def _nothing(experiment: str, settings: CompareSettings, notes: list[Note]) -> NothingToCompare:
     where = f"study {settings.study}" if settings.study else f"experiment {experiment}"
     known = f" ({notes[0].text})" if notes else ""
-    return RampartError(
+    return NothingToCompare(
         f"nothing to compare: {where} has no finished evaluation of profile '{settings.profile}'{known}; "
         "run main, or train and evaluate, first"
     )
@@ -289,6 +293,13 @@ def _numbers(run: pd.Series) -> pd.DataFrame:
         for row in rows:
             row["eps"] = _verified_eps(run)
     return pd.DataFrame(rows)
+
+
+def logged_name(row: Mapping[Any, Any]) -> str:
+    """What the run calls the metric of a row of `Evidence.values`."""
+    if row["step"] == "verify":
+        return f"verdicts/{row['metric']}"
+    return row["metric"] if pd.isna(row["eps"]) else f"{row['metric']}/{eps_key(row['eps'])}"
 
 
 # Metrics that an attack has a part in, those with a name behind the stroke instead of ε, and all that are compared.

@@ -9,23 +9,38 @@ from typing import TypeVar
 import pandas as pd
 
 from rampart.errors import require
-from rampart.reports.checks import consistent, trained_otherwise
-from rampart.reports.evidence import Evidence, newest_runs, ordered
+from rampart.reports.checks import Note, consistent, trained_otherwise
+from rampart.reports.evidence import Evidence, NothingToCompare, collect, newest_runs, ordered
 from rampart.reports.record import read
-from rampart.settings import ARM_STEPS
+from rampart.settings import ARM_STEPS, CompareSettings
 
 T = TypeVar("T")
 
 
-def with_folder(evidence: Evidence, folder: str) -> Evidence:
-    """The evidence together with what `export` has kept in a folder; of runs of one step, arm and seed the newest
-    counts, as within one store.
+def gathered(experiment: str, settings: CompareSettings) -> Evidence:
+    """What the tracking server has, together with what `export` has kept in folders (or those alone, where it has
+    nothing of the profile); of runs of one step, arm and seed the newest counts, as within one store.
 
     Raises:
-        SettingsError: there is no evidence in the folder, or it is of other images. Contradiction: an image of a model
-            was proved in one place and broken in the other.
+        NothingToCompare: there is nothing anywhere, or not of the study that was asked for. SettingsError: there is no
+            evidence in a folder, or it is of other images. Contradiction: a number is not what its ledger gives, or an
+            image of a model was proved and broken.
     """
-    other = read(Path(folder)).evidence
+    kept = {folder: read(Path(folder)).evidence for folder in settings.evidence}
+    try:
+        evidence = collect(experiment, settings)
+    except NothingToCompare:
+        if settings.study or not kept:
+            raise
+        evidence = kept.pop(next(iter(kept)))
+        where = f"all this is from {', '.join(settings.evidence)}"
+        evidence.notes.append(Note("", f"{where}: nothing of profile '{settings.profile}' was evaluated in this store"))
+    for folder, other in kept.items():
+        evidence = _joined(evidence, other, folder)
+    return evidence
+
+
+def _joined(evidence: Evidence, other: Evidence, folder: str) -> Evidence:
     require(
         other.dataset == evidence.dataset,
         f"the evidence in '{folder}' is of {other.dataset}, not of {evidence.dataset}: compare them by themselves",

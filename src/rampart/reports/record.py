@@ -9,8 +9,9 @@ from typing import Any
 
 import pandas as pd
 
-from rampart.errors import RampartError, SettingsError
-from rampart.reports.evidence import CURVES, KEYS, Evidence
+from rampart.errors import Contradiction, RampartError, SettingsError
+from rampart.reports.checks import consistent, metrics_agree
+from rampart.reports.evidence import CURVES, KEYS, Evidence, logged_name
 from rampart.reports.sections import Material, material_of
 
 RUNS, VALUES, PUBLISHED, ABOUT = "runs.csv", "values.csv", "published.csv", "about.json"
@@ -94,13 +95,15 @@ def read(folder: Path) -> Material:
     """What `keep` has written; without pictures of embeddings, adversarial examples and training curves.
 
     Raises:
-        SettingsError: there is no such folder, or it lacks a file.
+        SettingsError: there is no such folder, or it lacks a file. Contradiction: a number is not what the ledger of
+            its run gives, or an image of a model was proved and broken.
     """
     try:
         runs, values, published = (_table(folder / name) for name in (RUNS, VALUES, PUBLISHED))
         about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
         for name in ("start_time", "end_time"):
             runs[name] = pd.to_datetime(runs[name])
+        runs["experiment_id"] = None  # they have no pages here
         tried = runs.loc[runs["step"].isin(["evaluate", "verify"]), "run_id"]
         ledgers = {run: pd.read_parquet(folder / LEDGERS / f"{run}.parquet") for run in tried}
         # Of those arms that were embedded: there need be none.
@@ -108,6 +111,10 @@ def read(folder: Path) -> Material:
     except (OSError, ValueError, KeyError) as error:
         said = " ".join(str(error).split())
         raise SettingsError(f"no evidence in '{folder}' ({said}): let compare export it there") from error
+    try:
+        _agree(runs, values, ledgers)
+    except Contradiction as error:
+        raise Contradiction(f"evidence in '{folder}': {error}") from None
     evidence = Evidence(
         runs=runs,
         ledgers=ledgers,
@@ -121,3 +128,14 @@ def read(folder: Path) -> Material:
         notes=[],
     )
     return material_of(evidence, published)
+
+
+def _agree(runs: pd.DataFrame, values: pd.DataFrame, ledgers: Mapping[str, pd.DataFrame]) -> None:
+    """What images have withstood of corruptions is not kept: those numbers alone are taken as they are."""
+    known = {run["run_id"]: run for run in runs.to_dict("records")}
+    for run, said in values[~values["metric"].str.startswith("corrupted")].groupby("run"):
+        if run not in ledgers:
+            raise Contradiction(f"{VALUES} has numbers of run {run}, of which there is no ledger")
+        metrics = [(logged_name(row), float(row["value"])) for row in said.to_dict("records")]
+        metrics_agree(known[run], metrics, ledgers[str(run)])
+    consistent(runs, ledgers)

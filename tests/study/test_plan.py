@@ -15,9 +15,10 @@ from rampart.arms import Arm, grid
 from rampart.errors import RampartError
 from rampart.settings import ARM_STEPS
 from rampart.study import run_step
-from rampart.study.graph import Shared
+from rampart.study.graph import Shared, Task
 from rampart.study.identity import what
 from rampart.study.plan import DONE, MISSING, OUTDATED, STALE, plan, said, table
+from rampart.tracking import open_run
 from rampart.tracking.queries import find_runs
 from tests.conftest import TINY_STUDY, Study, run_rampart
 
@@ -87,6 +88,30 @@ def test_code_that_has_changed_since_is_asked_about(
     assert kept.returncode == 0, kept.stderr
     assert kept.stderr.count("was there already") == 4
     assert len(find_runs("0", {"step": "train"})) == 4
+
+
+def test_an_arm_that_was_tuned_is_not_tuned_again(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its trials are two of one epoch; what follows is known from what they have found."""
+    given = {"width": "0.125", "epochs": "1", "threads": "1", "tune.trials": "2"}
+    arm = Arm("normal", False, "none")
+
+    def planned(study: Shared) -> pd.Series:
+        return plan(study, [(arm, 0), (arm, 1)], tuned=True).set_index(["seed", "step"])["state"]
+
+    with open_run("main") as home:
+        mine = Shared.here(given, "quick", 1, home.id, "0", False)
+        assert set(planned(mine)) == {MISSING}
+        tuned = mine.do(Task(arm, 0, "tune"), {})
+        mine.do(Task(arm, 0, "train"), {"tune": tuned})
+    states = planned(mine)
+    assert states.loc[0, "tune"] == states.loc[0, "train"] == DONE
+    assert set(states.drop([(0, "tune"), (0, "train")])) == {MISSING}
+    assert mine.do(Task(arm, 0, "tune"), {}) == tuned._replace(reused=True)
+    # Other trials may find something else: the training waits for them.
+    other = planned(replace(mine, given={**given, "tune.trials": "3"}))
+    assert other.loc[0, "tune"] == other.loc[0, "train"] == STALE
+    run_step("main", {**given, "methods": "normal", "augment": "False", "tuned": "true", "dry_run": "true"})
+    assert "| tune " in capsys.readouterr().out
 
 
 def test_a_worker_with_other_code_or_without_the_store_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from rampart.study.steps import run_step
 from rampart.tracking.claims import bury, claimed
 from rampart.tracking.queries import find_runs
 from rampart.tracking.store import connect, location, this_process
-from rampart.tuning import tuned_texts
+from rampart.tuning import finished_before, tuned_texts
 
 
 class Task(NamedTuple):
@@ -124,7 +124,9 @@ class Shared:
         """
         self.settle()
         if task.step == "tune":  # several may tune: they share the trials
-            return Done(texts=tuned_texts(run_step("tune", self.texts(task), self.study)))
+            done = finished_before(self.texts(task), self.experiment)
+            run = done or run_step("tune", self.texts(task), self.study)
+            return Done(run, done is not None, tuned_texts(run))
         model = f"runs:/{before['train'].run}/model" if "train" in before else ""
         more = before["tune"].texts if "tune" in before else {}
         key = self.identity(task, model, more)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
@@ -11,6 +11,7 @@ from rampart.settings import ARM_STEPS
 from rampart.study.graph import Shared, Task
 from rampart.study.identity import what
 from rampart.tracking.queries import find_runs, seconds_at_work
+from rampart.tuning import finished_before, tuned_texts
 
 DONE, OUTDATED, STALE, MISSING = "done", "outdated", "stale", "to do"
 
@@ -18,33 +19,42 @@ DONE, OUTDATED, STALE, MISSING = "done", "outdated", "stale", "to do"
 def plan(shared: Shared, jobs: Sequence[tuple[Arm, int]], tuned: bool = False) -> pd.DataFrame:
     """A row a step: arm, seed, step; state: `done`, `outdated` (done, but its code has changed since), `stale` (done
     with other settings or data) or `to do`; seconds that it will take, as long as it took before, for this arm or for
-    one of its method; NaN where that is not known, 0 where it is done."""
-    earlier = {step: _earlier(shared.experiment, step) for step in ARM_STEPS}
+    one of its method; NaN where that is not known, 0 where it is done.
+
+    Args:
+        tuned: whether each arm is tuned, with its first seed, before it is trained.
+    """
+    earlier = {step: _earlier(shared.experiment, step) for step in ("tune", *ARM_STEPS)}
     rows = []
+
+    def add(task: Task, known: pd.DataFrame, alike: pd.DataFrame) -> None:
+        before = earlier[task.step]
+        own = before[before["arm"] == task.arm.name]
+        old = (own["seed"] == str(task.seed)).any()
+        state = DONE if len(known) else OUTDATED if len(alike) else STALE if old else MISSING
+        timed = own if len(own) else before[before["method"] == task.arm.method]
+        seconds = 0.0 if len(known) else timed["seconds"].median()
+        rows.append({"arm": task.arm.name, "seed": task.seed, "step": task.step, "state": state, "seconds": seconds})
+
+    found: dict[Arm, Mapping[str, str] | None] = {}
     for arm, seed in jobs:
-        # The identities of what comes after a training that is missing are not known before it is done.
-        model: str | None = ""
+        if tuned and arm not in found:
+            task = Task(arm, seed, "tune")
+            run = finished_before(shared.texts(task), shared.experiment)
+            found[arm] = tuned_texts(run) if run else None
+            known = earlier["tune"][earlier["tune"]["run_id"] == run]
+            add(task, known, known)
+        # The identities of what comes after something that is missing are not known before that is done.
+        texts = found[arm] if tuned else {}
+        model: str | None = None if texts is None else ""
         for step in ARM_STEPS:
-            before = earlier[step]
-            unknown = model is None or (step == "train" and tuned)
-            key = "" if unknown else shared.identity(Task(arm, seed, step), model or "")
-            own = before[before["arm"] == arm.name]
+            task, before = Task(arm, seed, step), earlier[step]
+            key = "" if model is None else shared.identity(task, model, texts if step == "train" else None)
             alike = before[before["identity"].map(what) == what(key)] if key else before[:0]
-            done = alike if shared.keep else alike[alike["identity"] == key]
-            state = (
-                DONE
-                if len(done)
-                else OUTDATED
-                if len(alike)
-                else STALE
-                if (own["seed"] == str(seed)).any()
-                else MISSING
-            )
-            timed = own if len(own) else before[before["method"] == arm.method]
-            seconds = 0.0 if len(done) else timed["seconds"].median()
-            rows.append({"arm": arm.name, "seed": seed, "step": step, "state": state, "seconds": seconds})
+            known = alike if shared.keep else alike[alike["identity"] == key]
+            add(task, known, alike)
             if step == "train":
-                model = f"runs:/{done['run_id'].iloc[0]}/model" if len(done) else None
+                model = f"runs:/{known['run_id'].iloc[0]}/model" if len(known) else None
     return pd.DataFrame(rows)
 
 
@@ -66,8 +76,10 @@ def said(steps: pd.DataFrame, workers: int) -> str:
     known = left["seconds"].dropna()
     minutes = f"about {known.sum() / workers / 60:.0f} min" if len(known) else "nobody knows how long"
     others = f", {len(left) - len(known)} of them not timed so far" if 0 < len(known) < len(left) else ""
-    stale = int(left["state"].isin([STALE, OUTDATED]).sum())
-    return f"{len(left)} of {len(steps)} steps to do ({stale} of them stale): {minutes} with {workers} workers{others}"
+    counts = left["state"].value_counts()
+    again = ", ".join(f"{counts[state]} of them {state}" for state in (STALE, OUTDATED) if state in counts)
+    what = f"{len(left)} of {len(steps)} steps to do{f' ({again})' if again else ''}"
+    return f"{what}: {minutes} with {workers} workers{others}"
 
 
 def table(steps: pd.DataFrame) -> pd.DataFrame:
@@ -79,4 +91,5 @@ def table(steps: pd.DataFrame) -> pd.DataFrame:
         ]
     )
     wide = cells.pivot(index=["arm", "seed"], columns="step", values="text")
-    return wide.reindex(columns=list(ARM_STEPS)).reset_index()
+    # An arm is tuned with its first seed.
+    return wide[[step for step in ("tune", *ARM_STEPS) if step in wide]].fillna("").reset_index()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -29,6 +30,7 @@ from rampart.settings import TrainSettings, TuneSettings, names, resolve
 from rampart.study.opening import data_of, prepare
 from rampart.tracking import Run
 from rampart.tracking.lifecycle import exists, fail_run, reopened
+from rampart.tracking.queries import find_runs
 from rampart.tracking.store import alive
 from rampart.training.methods import METHODS
 from rampart.tuning.publish import DATA, publish
@@ -66,8 +68,18 @@ def tune(run: Run, settings: TuneSettings, given: Mapping[str, str]) -> None:
     with nullcontext() if home is run else reopened(home), _helpers(worker, home.id, settings.workers - 1):
         worker.work(study, data, home.id)
         publish(home, study, settings, worker.said, worker.objective)
+    run.tags({"identity": worker.identity(data)})
     if home is not run:
         home.close()
+
+
+def finished_before(given: Mapping[str, str], experiment: str) -> str | None:
+    """The run of a finished tuning of the very same thing, given these texts; None where there is none."""
+    settings = resolve("tune", given)
+    assert isinstance(settings, TuneSettings)
+    worker = Worker(settings, dict(given), experiment)
+    found = find_runs(experiment, {"step": "tune", "identity": worker.identity(worker.data())}, max_results=1)
+    return str(found["run_id"].iloc[0]) if len(found) else None
 
 
 def check(given: Mapping[str, str]) -> None:
@@ -137,18 +149,25 @@ class Worker:
         both = training.encoder_epochs + training.head_epochs
         return both if training.contrastive == "double" else training.epochs
 
-    def study(self, data: Dataset, home: str) -> Study:
-        """The Optuna study, which must be about the very same thing as before."""
-        settings, training = self.settings, self.training
-        fixed = {k: v for k, v in asdict(training).items() if k not in {*self.space, *_WHEREABOUTS}}
-        what = {
+    def about(self, data: Dataset) -> dict[str, Any]:
+        """What is tuned."""
+        return {
             "space": {name: json.loads(distribution_to_json(d)) for name, d in self.space.items()},
             "objective": self.objective,
             "objective_eps": self.eps,
-            "settings": fixed,
+            "settings": {k: v for k, v in asdict(self.training).items() if k not in {*self.space, *_WHEREABOUTS}},
             "dataset": data.digest,
             "epochs": self.epochs,
         }
+
+    def identity(self, data: Dataset) -> str:
+        """A hash of what is tuned, and how, and in which Optuna study."""
+        how = {k: v for k, v in asdict(self.settings).items() if k not in {*_WHEREABOUTS, "dataset", "workers"}}
+        return hashlib.sha256(json.dumps([self.about(data), how], sort_keys=True).encode()).hexdigest()[:32]
+
+    def study(self, data: Dataset, home: str) -> Study:
+        """The Optuna study, which must be about the very same thing as before."""
+        settings, what = self.settings, self.about(data)
         if self.start is None:
             log.info("the settings as they are lie outside of the search space: no trial begins with them")
         name = settings.study_name or f"{settings.profile} {settings.dataset} {self.arm.name} s{settings.seed}"

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from rampart.console import configure_logging
-from rampart.errors import RampartError, is_out_of_memory
+from rampart.errors import RampartError, is_out_of_memory, require
 from rampart.settings import STEPS, names, resolve
 
 ABOUT = {
@@ -97,6 +97,7 @@ def _reject(words: list[str], name: str) -> int:
     step, _ = ENTRIES.get(entry, (entry, {}))
     try:
         with open_run(step):
+            require(name != "P", "-P name=value is for `mlflow run`: here it is --name value")
             resolve(step, {name: ""})
     except RampartError as error:
         click.echo(f"error: {error}", err=True)

@@ -413,6 +413,7 @@ def test_frozen_parameters_can_be_attacked(network, images, labels) -> None:
         (0.1, {"loss": "hinge"}, "loss"),
         (0.1, {"norm": "Linf"}, "did you mean 'linf'"),
         (0.1, {"schedule": "linear"}, "schedule"),
+        (8.0, {}, "8/255, say, instead of 8"),
     ],
 )
 def test_bad_arguments_are_named(network, images, labels, eps, change, mentions: str) -> None:
@@ -462,6 +463,23 @@ def test_perturb_draws_its_start_from_the_generator(network, images, labels) -> 
     expected = (images - 0.05).clamp(0, 1)
     expected += ((images + 0.05).clamp(0, 1) - expected) * torch.rand(images.shape, generator=generator())
     assert torch.allclose(ascend(network, images, labels, 0.05, steps=0), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda y: y[:-1], "give one for each"),
+        (lambda y: y[:, None], "give one for each"),
+        (lambda y: y + 1000, "from 0 to"),
+        (lambda y: y - 1000, "from 0 to"),
+        (lambda y: y.int(), "whole numbers"),
+        (lambda y: y.float(), "whole numbers"),
+    ],
+)
+def test_labels_that_are_none_are_refused(network, images, labels, change, says: str) -> None:
+    for attack in (pgd, apgd):
+        with pytest.raises(SettingsError, match=says):
+            attack(network, images, change(labels), 0.05)
 
 
 def test_images_that_are_no_pixels_or_are_overwritten_are_refused(network, images, labels) -> None:

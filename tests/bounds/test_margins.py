@@ -238,14 +238,17 @@ def test_numbers_too_coarse_for_a_proof_are_refused(dtype: torch.dtype) -> None:
         margin_bounds(model.to(dtype), x.to(dtype), y, EPS, "ibp")
 
 
-def test_each_image_needs_a_label() -> None:
+@pytest.mark.parametrize("engine", ["native", "auto_lirpa"])
+def test_each_image_needs_a_label(engine: str) -> None:
     model, x, y = small_net("dense", count=3)
-    with pytest.raises(SettingsError, match="3 images have 1 labels"):
-        margin_bounds(model, x, y[:1], EPS, "ibp")
+    with pytest.raises(SettingsError, match=r"3 images have labels of shape \(1,\)"):
+        margin_bounds(model, x, y[:1], EPS, "ibp", engine)
+    with pytest.raises(SettingsError, match=r"3 images have labels of shape \(3, 1\)"):
+        margin_bounds(model, x, y[:, None], EPS, "ibp", engine)
 
 
 @pytest.mark.parametrize("engine", ["native", "auto_lirpa"])
-@pytest.mark.parametrize("y", [[0, CLASSES], [0, -1], [[0], [1]]])
+@pytest.mark.parametrize("y", [[0, CLASSES], [0, -1], [0.0, 1.0]])
 def test_a_label_is_one_of_the_models_classes(y: list[int], engine: str) -> None:
     model, x, _ = small_net("dense", count=2)
     with pytest.raises(SettingsError, match=f"from 0 to {CLASSES - 1}"):
@@ -257,6 +260,13 @@ def test_radii_fit_the_images(shape: tuple[int, ...]) -> None:
     model, x, y = small_net("strided", count=1)
     with pytest.raises(SettingsError, match="does not broadcast"):
         margin_bounds(model, x, y, torch.full(shape, EPS), "crown")
+
+
+@pytest.mark.parametrize("eps", [8.0, torch.tensor([8.0])])
+def test_a_radius_is_in_pixels(eps: float | Tensor) -> None:
+    model, x, y = small_net("strided", count=1)
+    with pytest.raises(SettingsError, match="8/255, say, instead of 8"):
+        margin_bounds(model, x, y, eps, "crown")
 
 
 def test_logits_are_a_row_an_image() -> None:

@@ -141,6 +141,7 @@ def test_folders_are_compared_by_themselves_where_the_store_has_nothing(tmp_path
     run = run_step("compare", {"evidence": folder, "export": str(tmp_path / "again")})
     page = Path(MlflowClient().download_artifacts(run, "report.html")).read_text()
     assert told in html.unescape(page)
+    assert "rampart.arms" not in MlflowClient().get_run(run).data.tags
     kept, again = (tables(read(tmp_path / name).evidence) for name in ("kept", "again"))
     pd.testing.assert_frame_equal(again["accuracy"], kept["accuracy"])
     with pytest.raises(NothingToCompare, match="experiment 0 has no finished evaluation of profile 'quick'"):

@@ -196,6 +196,13 @@ def test_a_command_repeats_a_run(step: str, profile: str) -> None:
     assert len(parsed) <= len(given) + 1  # what the profile says already is not said again
 
 
+def test_a_command_names_the_data_where_the_profile_has_others() -> None:
+    given = {"profile": "quick", "method": "normal"}
+    assert "dataset" not in command("train", as_text(resolve("train", given), given))
+    given |= {"dataset": "cifar10"}
+    assert "-P dataset=cifar10" in command("train", as_text(resolve("train", given), given))
+
+
 def test_a_command_whose_profile_is_gone_is_not_told(store: Path) -> None:
     assert (
         command("train", {"profile": "runs:/0123456789abcdef0123456789abcdef/profile.yaml", "method": "normal"}) == "-"

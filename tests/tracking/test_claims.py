@@ -29,7 +29,7 @@ counter, rounds = sys.argv[1], int(sys.argv[2])
 client = MlflowClient()
 with open_run("main") as run:
     for _ in range(rounds):
-        with claimed(run.id, run.experiment, "key"):
+        with claimed(run.id, run.experiment, "key", "work"):
             # Two that did this side by side would lose a count.
             seen = int(client.get_run(counter).data.tags["count"])
             time.sleep(0.02)
@@ -57,7 +57,7 @@ def test_a_claim_falls_with_its_process() -> None:
 import time
 from rampart.tracking import open_run
 from rampart.tracking.claims import claimed
-with open_run("main") as run, claimed(run.id, run.experiment, "key"):
+with open_run("main") as run, claimed(run.id, run.experiment, "key", "work"):
     print("held", flush=True)
     time.sleep(600)
 """
@@ -65,11 +65,11 @@ with open_run("main") as run, claimed(run.id, run.experiment, "key"):
         holder = process(hold)
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
-        with claimed(run.id, run.experiment, "another key"):
+        with claimed(run.id, run.experiment, "another key", "work"):
             pass
         os.kill(holder.pid, signal.SIGKILL)
         holder.wait()
-        with claimed(run.id, run.experiment, "key"):
+        with claimed(run.id, run.experiment, "key", "work"):
             assert set(find_runs(run.experiment, {}, status="RUNNING")["run_id"]) == {run.id}
 
 

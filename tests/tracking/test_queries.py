@@ -88,6 +88,8 @@ def test_addresses_lead_to_the_ui(monkeypatch: pytest.MonkeyPatch) -> None:
     assert address() == "http://127.0.0.1:5050"
     with open_run("compare") as run:
         run.tags({"arms": "a b"})
+    with open_run("compare"):  # of other stores' runs alone
+        pass
     assert address() == compare_page(run.experiment, ["a", "b"])
     monkeypatch.setattr("mlflow.get_tracking_uri", lambda: "https://tracking.example/")
     assert run_page("3", "abc") == "https://tracking.example/#/experiments/3/runs/abc"

@@ -24,10 +24,11 @@ def written(tmp_path: Path, yaml: str) -> str:
 @pytest.mark.parametrize("method", get_args(MethodName))
 def test_every_method_has_a_space_of_learning_rate_and_batch_size(method: str) -> None:
     space = read_space(method, "", {"method": method})
-    assert set(space) == {"lr", "batch_size"}
+    assert set(space) >= {"lr", "batch_size"}
     assert isinstance(space["lr"], FloatDistribution)
     assert space["lr"].log
-    assert starting_point(space, {"method": method}) == {"lr": 0.005, "batch_size": 64}
+    settings = resolve("train", {"method": method})
+    assert starting_point(space, {"method": method}) == {name: getattr(settings, name) for name in space}
 
 
 def test_any_setting_of_the_training_can_be_searched(tmp_path: Path) -> None:

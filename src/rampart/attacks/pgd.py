@@ -51,9 +51,9 @@ def pgd(
         surrogate: a network of nearly the same outputs whose gradient is followed instead (`sweep`).
 
     Raises:
-        SettingsError: a bad ε, step size, or count. ModelError: the model is in training mode.
+        SettingsError: a bad ε, step size or count, or what `sweep` refuses. ModelError: as `sweep`.
     """
-    radii = radii_of(eps)
+    radii = radii_of(eps, norm)
     sizes = step_size if isinstance(step_size, Sequence) else [step_size] * len(radii)
     require_budget(steps, restarts, loss)
     require(len(sizes) == len(radii), f"{len(sizes)} step sizes for {len(radii)} eps: give one for each")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rampart.attacks.ball import Ball, Norm, with_gradients
 from rampart.attacks.objectives import OBJECTIVES, Loss, margin
 from rampart.errors import require, unknown
-from rampart.models import checked_logits, classes_of, require_fixed
+from rampart.models import checked_logits, classes_of, require_fixed, require_labels
 
 
 @dataclass(frozen=True)
@@ -76,17 +76,18 @@ def sweep(
             one. What it finds counts where the model confirms it.
 
     Raises:
-        SettingsError: a bad ε, or images outside of [0, 1]. ModelError: the model is in training mode, does not take
-            the images, or overwrites them.
+        SettingsError: a bad ε, bad labels, or images outside of [0, 1]. ModelError: the model is in training mode, does
+            not take the images, or overwrites them.
     """
-    radii = radii_of(eps)
     require(norm in get_args(Norm), unknown("norm", norm, get_args(Norm)))
+    radii = radii_of(eps, norm)
     require_fixed(model, "an attack is on")
     x, y = with_gradients(x), with_gradients(y)
     adversarial = x.expand(len(radii), *x.shape).clone()
     success = torch.zeros(len(radii), len(x), dtype=torch.bool, device=x.device)
     with torch.no_grad():
         logits = checked_logits(model, x)
+    require_labels(y, len(x), logits.shape[1])
     broken, best = classes_of(logits) != y, margin(logits, y)
     broken_eps = torch.where(broken, 0.0, float("inf")).double()
     start_of = torch.full_like(y, -1)
@@ -128,8 +129,10 @@ def require_budget(steps: int, restarts: int, loss: Loss) -> None:
     require(loss in OBJECTIVES, unknown("loss", loss, OBJECTIVES))
 
 
-def radii_of(eps: float | Sequence[float] | Tensor) -> tuple[float, ...]:
+def radii_of(eps: float | Sequence[float] | Tensor, norm: Norm) -> tuple[float, ...]:
     """As a tuple; raises SettingsError where one is none."""
     radii = tuple(torch.as_tensor(eps, dtype=torch.float64).flatten().tolist())
     require(len(radii) > 0 and all(e >= 0 for e in radii), f"eps must be 0 or more, not {eps}")
+    whole = norm != "linf" or max(radii) <= 1
+    require(whole, f"eps must be 1 or less, in pixels of [0, 1], not {max(radii):g}: 8/255, say, instead of 8")
     return radii

@@ -94,8 +94,9 @@ def _ends_backward(of_lower: Tensor, of_upper: Tensor) -> tuple[Tensor, Tensor]:
 
 def pixel_box(x: Tensor, eps: float | Tensor) -> Box:
     """The L∞ ball of radius `eps` (pixels; one for all, or per pixel, broadcastable to x) around x, cut to [0, 1]."""
-    smallest = eps.min().item() if isinstance(eps, Tensor) else eps
+    smallest, largest = map(float, eps.aminmax()) if isinstance(eps, Tensor) else (eps, eps)
     require(smallest >= 0, f"eps must be 0 or more, not {smallest:g}")
+    require(largest <= 1, f"eps must be 1 or less, in pixels of [0, 1], not {largest:g}: 8/255, say, instead of 8")
     if isinstance(eps, Tensor):
         eps = eps.to(x)
         try:

@@ -14,7 +14,7 @@ from rampart.bounds.box import pixel_box
 from rampart.bounds.compat import import_auto_lirpa, is_old
 from rampart.errors import UnsupportedLayer, is_out_of_memory
 from rampart.models.chain import Layout
-from rampart.models.classifier import checked_logits
+from rampart.models.classifier import checked_logits, require_labels
 from rampart.models.geometry import pair
 from rampart.models.tracing import normalization
 
@@ -24,14 +24,14 @@ NAMES = {"ibp": "IBP", "crown-ibp": "CROWN-IBP", "crown": "CROWN", "alpha-crown"
 def lirpa_bounds(model: nn.Module, x: Tensor, eps: float | Tensor, method: str, y: Tensor) -> Tensor:
     """Lower bounds [B, K] of z_y - z_j over the ball cut to [0, 1]; arguments as in margin_bounds."""
     library = import_auto_lirpa()
-    from rampart.bounds.margins import alike, margin_spec, noise, require_labels
+    from rampart.bounds.margins import alike, margin_spec, noise
 
     box = pixel_box(x, eps)
     _check_pooling(model)
     norm = library.PerturbationLpNorm(norm=float("inf"), x_L=box.lower, x_U=box.upper)
     with torch.no_grad():
         logits = checked_logits(model, x)
-        require_labels(y, logits.shape[1])
+        require_labels(y, len(x), logits.shape[1])
         spec = margin_spec(y, logits.shape[1]).to(x.dtype)
 
     def bounds(conv_mode: str) -> Tensor:

@@ -12,7 +12,14 @@ from rampart.bounds import alpha, crown, ibp
 from rampart.bounds.box import Box, pixel_box
 from rampart.errors import BoundError, UnsupportedLayer, require, unknown
 from rampart.models.chain import Chain, Layout
-from rampart.models.classifier import checked_logits, double_logits, logits_of, require_fixed, require_pixels
+from rampart.models.classifier import (
+    checked_logits,
+    double_logits,
+    logits_of,
+    require_fixed,
+    require_labels,
+    require_pixels,
+)
 
 Method = Literal["ibp", "crown-ibp", "crown", "alpha-crown"]
 Engine = Literal["native", "auto_lirpa"]
@@ -141,15 +148,14 @@ def margin_bounds(
         layout: the model's (`find_layout`), where it is known already.
 
     Raises:
-        UnsupportedLayer: neither engine can bound the model. SettingsError: bad method, engine, ε or images, or not as
-            many labels. ModelError: the model does not take the images, or overwrites them. BoundError: a bound is NaN,
+        UnsupportedLayer: neither engine can bound the model. SettingsError: bad method, engine, ε, images or
+            labels. ModelError: the model does not take the images, or overwrites them. BoundError: a bound is NaN,
             or the bounds of a neuron cross.
     """
     require(method in METHODS, unknown("bound method", method, METHODS))
     require(engine in ENGINES, unknown("engine", engine, ENGINES))
     require_fixed(model, "bounds hold for")
     require_exact(x)
-    require(len(x) == len(y), f"{len(x)} images have {len(y)} labels: give one for each")
     if not len(x):  # nothing to bound, nothing to cut into parts
         return x.new_zeros(0, logits_of(model, x.new_zeros(1, *x.shape[1:])).shape[1])
     require_pixels(x)
@@ -163,18 +169,12 @@ def margin_bounds(
     else:
         with torch.no_grad():
             chain = layout.resolve(x)
-            require_labels(y, chain.output.shape[1])
+            require_labels(y, len(x), chain.output.shape[1])
             spec = margin_spec(y, chain.output.shape[1]).to(x.dtype)
             bounds = chain_bounds(chain, pixel_box(x, eps), spec, method, memory)
     if bool(bounds.isnan().any()):
         raise BoundError(f"{method} gave NaN: the network's weights or activations overflow")
     return bounds.scatter(1, y[:, None], torch.inf)
-
-
-def require_labels(y: Tensor, classes: int) -> None:
-    """Raises SettingsError where labels are none of the model's classes."""
-    known = y.dim() == 1 and bool(((y >= 0) & (y < classes)).all())
-    require(known, f"labels must be one whole number from 0 to {classes - 1} an image: the model's classes")
 
 
 def require_exact(x: Tensor) -> None:

@@ -11,6 +11,7 @@ from rampart.models.classifier import (
     logits_of,
     predict,
     require_fixed,
+    require_labels,
 )
 from rampart.models.folded import Folded
 
@@ -30,6 +31,7 @@ __all__ = [
     "predict",
     "read_beside",
     "require_fixed",
+    "require_labels",
     "save_model",
     "weights_digest",
 ]

@@ -91,6 +91,13 @@ def require_pixels(x: Tensor) -> None:
     require(inside, "images must lie between 0 and 1: divide bytes by 255, and leave normalisation to the model")
 
 
+def require_labels(y: Tensor, images: int, classes: int) -> None:
+    """Raises SettingsError where y is not one of the model's classes for each image."""
+    require(y.shape == (images,), f"{images} images have labels of shape {tuple(y.shape)}: give one for each")
+    known = y.dtype == torch.int64 and bool(((y >= 0) & (y < classes)).all())
+    require(known, f"labels must be whole numbers (torch.int64) from 0 to {classes - 1}: the model's classes")
+
+
 def checked_logits(model: nn.Module, x: Tensor) -> Tensor:
     """`logits_of` a copy of the images; errors as `require_pixels`, and ModelError where the model overwrites them,
     which would move the balls around them."""

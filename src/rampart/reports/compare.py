@@ -72,9 +72,10 @@ def compare(run: Run, settings: CompareSettings) -> None:
     models = find_models(run.experiment).set_index("run_id")["model_id"]
     run.uses(models[models.index.isin(evidence.of("train")["run_id"])])
     run.describe(_description(run, chosen))
-    # What `make ui` leads to.
-    arms = evidence.first("evaluate" if len(evidence.of("evaluate")) else "verify")
-    run.tags({"arms": " ".join(arms["run_id"][:MOST])})
+    # What `make ui` leads to: runs of this store.
+    arms = evidence.first("evaluate" if len(evidence.of("evaluate")) else "verify").dropna(subset="experiment_id")
+    if len(arms):
+        run.tags({"arms": " ".join(arms["run_id"][:MOST])})
     print(f"\nreport: {artifact_place(run.id, REPORT)}")
     try:
         name_best(evidence, settings.profile, set(models.index))

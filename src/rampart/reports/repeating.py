@@ -12,7 +12,7 @@ from rampart.errors import RampartError
 from rampart.settings import as_text, names, resolve
 
 # What a command names although the profile may say the same, and what is the machine's business alone.
-ALWAYS = ("profile", "method", "augment", "contrastive", "seed", "model", "dataset")
+ALWAYS = ("profile", "method", "augment", "contrastive", "seed", "model")
 MACHINE = ("device", "threads", "data_root", "images_at_once", "export", "part")
 # Stands for the model that the training of an arm gave.
 MODEL = "runs:/<run id>/model"

@@ -299,7 +299,7 @@ def _trainings(given: Material) -> Iterator[Section]:
             "commands",
             "How to repeat it",
             "The first seed's runs, and those of seeds with which something else was done; -P seed=N gives the others. "
-            "What a profile says already is left out.",
+            "What a profile says already is left out; --env-manager local runs them in the environment at hand.",
             commands,
         )
     costs = derived.costs(given.evidence)

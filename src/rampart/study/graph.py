@@ -133,7 +133,7 @@ class Shared:
         known = self.find(key)
         if known:
             return Done(known, reused=True)
-        with claimed(self.study, self.experiment, key):
+        with claimed(self.study, self.experiment, key, f"{task.step} {task.arm.name} s{task.seed}"):
             known = self.find(key)
             if known:
                 return Done(known, reused=True)

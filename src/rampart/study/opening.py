@@ -52,6 +52,6 @@ def open_data(run: Run, settings: Common) -> Dataset:
         len(data.train),
         len(data.val),
         len(data.test),
-        "; for CIFAR-10: -P profile=paper" if settings.dataset == "digits" else "",
+        "; for CIFAR-10: profile=paper" if settings.dataset == "digits" else "",
     )
     return data

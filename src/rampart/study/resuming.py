@@ -40,7 +40,7 @@ def interrupted(run: Run, key: str) -> tuple[str, pd.DataFrame] | None:
 def interrupted_training(run: Run, key: str) -> State | None:
     """Where a training stood that ended before its time and was the same by `key`; `run` is that training's, then.
     Of several processes that ask at once one goes on with it."""
-    with claimed(run.id, run.experiment, key):
+    with claimed(run.id, run.experiment, key, "an interrupted training"):
         for old in _unfinished(run, key):
             states = [state for name in CHECKPOINTS if (state := salvaged(read_checkpoint, old, name)) is not None]
             if states:

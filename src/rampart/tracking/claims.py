@@ -21,8 +21,9 @@ FAREWELL = 60
 
 
 @contextmanager
-def claimed(run_id: str, experiment: str, key: str) -> Iterator[None]:
-    """Waits until no other run of the experiment claims `key`, and claims it for `run_id` meanwhile.
+def claimed(run_id: str, experiment: str, key: str, name: str) -> Iterator[None]:
+    """Waits until no other run of the experiment claims `key`, and claims it for `run_id` meanwhile; whoever waits is
+    told of it by `name`.
 
     Lamport's bakery (1974), whose registers are tags of running runs: it needs no more of the server than that a tag
     that is written can be read. The claim of a run whose process is gone falls with the run.
@@ -36,8 +37,11 @@ def claimed(run_id: str, experiment: str, key: str) -> Iterator[None]:
         client.set_tag(run_id, tag, str(number))
     try:
         pause, longest = PAUSES
+        told = None
         while ahead := _ahead(experiment, tag, number, run_id):
-            log.info("run %s does this already: waiting for it", ahead)
+            if ahead != told:
+                log.info("%s is waited for: run %s does it already", name, ahead)
+                told = ahead
             time.sleep(pause)
             pause = min(2 * pause, longest)
             sweep(experiment, everywhere=True)

@@ -13,16 +13,14 @@ MOST = 60
 
 
 def address() -> str:
-    """The UI's compare view of the arms of the newest comparison; its front page where there is none yet."""
-    found = find_runs(None, {"step": "compare"}, max_results=1)
-    if found.get("tags.rampart.arms") is None:
-        return ui()
-    return compare_page(found["experiment_id"][0], found["tags.rampart.arms"][0].split())
+    """The UI's compare view of the newest comparison's arms; its front page where no run of this store was compared."""
+    found = find_runs(None, {"step": "compare", "arms": "%"}, max_results=1)
+    return ui() if found.empty else compare_page(found["experiment_id"][0], found["tags.rampart.arms"][0].split())
 
 
 def main() -> None:
     configure_logging()
-    logging.getLogger("rampart").info("the newest study's arms side by side: %s", address())
+    logging.getLogger("rampart").info("to open in a browser: %s", address())
     print(location())
 
 

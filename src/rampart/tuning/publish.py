@@ -22,7 +22,7 @@ from rampart.tracking.lifecycle import exists
 from rampart.tracking.models import register, registered_name
 from rampart.tracking.queries import run_tags
 from rampart.tuning.space import said, texts
-from rampart.tuning.storage import RUN
+from rampart.tuning.storage import RUN, finished
 
 log = logging.getLogger(__name__)
 
@@ -56,10 +56,10 @@ def publish(
     name = registered_name(arm)
     _plots(home, study, objective, len(complete))
     scores = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
-    log.info("best of %d trials: %s (trial %d: %s)", len(study.trials), scores, best.number, said(best.params))
+    log.info("best of %d trials: %s (trial %d: %s)", len(finished(study)), scores, best.number, said(best.params))
     if len(front) > 1:
         log.info("Pareto front: trials %s", ", ".join(str(trial.number) for trial in front))
-    log.info("tuned profile: -P profile=runs:/%s/%s", home.id, PROFILE)
+    log.info("tuned: profile=runs:/%s/%s", home.id, PROFILE)
     if not exists(best.user_attrs[RUN]):  # the storage has outlived the tracking server
         log.warning("run %s of the best trial is gone, and its model with it", best.user_attrs[RUN])
         return

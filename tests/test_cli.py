@@ -115,6 +115,13 @@ def test_contrastive_is_train_with_supcon(store: Path, words: list[str], expecte
     assert main(["contrastive", "--encoder_epoch", "1"]) == 2
 
 
+def test_options_of_mlflow_run_are_told_from_ours(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "-P", "method=normal"]) == 2
+    assert capsys.readouterr().err == "error: -P name=value is for `mlflow run`: here it is --name value\n"
+    (run,) = MlflowClient().search_runs(["0"])
+    assert run.info.status == "FAILED"
+
+
 def test_a_run_that_mlflow_started_is_gone_on_with(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`mlflow run` logs what was given and passes the run's id; all other settings are added, none twice."""
     client = MlflowClient()

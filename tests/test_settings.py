@@ -258,6 +258,24 @@ def test_own_profile_file(tmp_path: Path) -> None:
     assert settings.jitter == (0, 0, 0, 0)
 
 
+def test_one_file_is_one_profile_however_it_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("own.yaml").write_text("train: {epochs: 7}")
+    for name in ("own.yaml", "./own.yaml", ".//own.yaml"):
+        assert train_settings(profile=name).profile == "own.yaml"
+    with pytest.raises(SettingsError, match=r"profile 'other.yaml' cannot be read"):
+        train_settings(profile="./other.yaml")
+
+
+def test_a_bad_radius_of_a_profile_is_told_from_a_users(tmp_path: Path) -> None:
+    file = tmp_path / "own.yaml"
+    file.write_text("train: {eps: 8}")
+    with pytest.raises(SettingsError, match=f"^profile '{file}': eps"):
+        train_settings(profile=str(file))
+    with pytest.raises(SettingsError, match=r"^eps"):
+        train_settings(profile="quick", eps="8")
+
+
 def test_a_study_hands_bare_names_to_every_step_and_dotted_ones_to_one() -> None:
     given = {"eps": "8/255", "verify.eps": "2/255", "epochs": "3", "seed": "5", "methods": "normal"}
     assert isinstance(resolve("main", given), StudySettings)

@@ -21,12 +21,12 @@ def configure_logging(quiet: bool = False) -> None:
 
 
 def said_if_it_fails(work: Callable[[], None]) -> int:
-    """The exit status of a small command: 0, or 1 where it failed, after one line that says why."""
+    """The exit status of a small command: 0, or 2 where it failed, after one line that says why."""
     try:
         work()
     except (RampartError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2
     return 0
 
 

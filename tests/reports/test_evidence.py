@@ -13,6 +13,7 @@ from rampart.reports import derived
 from rampart.reports.evidence import Evidence, collect
 from rampart.reports.registry import name_best
 from rampart.settings import CompareSettings
+from rampart.tracking import open_run
 from rampart.tracking.queries import find_runs
 from rampart.tracking.runs import class_text
 from tests.conftest import Study
@@ -39,9 +40,15 @@ def test_the_newest_finished_run_of_an_arm_and_seed_counts() -> None:
 def test_runs_on_another_dataset_or_in_another_norm_are_left_out_and_said() -> None:
     finished("evaluate", evaluation("1100"), dataset_digest="old")
     kept = finished("evaluate", evaluation("1110"), seed=1)
+    finished("evaluate", evaluation("1111"), seed=2).params({"norm": "l2"})
     evidence = collected()
     assert set(evidence.values["run"]) == {kept.id}
     assert "another dataset" in said(evidence)
+    assert "1 run(s) in another norm than L∞ left out" in said(evidence)
+    # What is not of the study asked for is not told of.
+    with open_run("main") as study:
+        study.table(pd.DataFrame({"run": [kept.id]}), "members.parquet")
+    assert said(collected(study=study.id)) == ""
 
 
 def test_an_evaluation_on_other_data_hides_none_on_the_newest_ones() -> None:

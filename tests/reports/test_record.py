@@ -173,7 +173,7 @@ def test_a_table_that_is_not_there_is_named(
     path = kept / "OURS.md"
     path.write_text(f"<!-- table: {place} -->\n")
     monkeypatch.setattr("sys.argv", ["document", str(path)])
-    assert document.main() == 1
+    assert document.main() == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ")
     assert message in said

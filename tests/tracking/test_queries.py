@@ -34,6 +34,8 @@ def test_runs_are_found_by_tags_status_and_id() -> None:
     assert find_runs("0", {"arm": "normal"}, status=None)["run_id"].tolist() == [ids[2], ids[0]]
     assert runs_by_id("0", [ids[1], ids[0], ids[1]])["run_id"].tolist() == [ids[1], ids[0]]
     assert runs_by_id("0", []).empty
+    with pytest.raises(RampartError, match="no experiment has the id 'quick'"):
+        find_runs("quick", {})
 
 
 def test_many_ids_are_asked_for_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:

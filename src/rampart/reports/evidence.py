@@ -85,10 +85,11 @@ def collect(experiment: str, settings: CompareSettings) -> Evidence:
     notes: list[Note] = []
     members = _members(settings.study) if settings.study else None
     found = {
-        step: _of_linf(find_runs(experiment, {"step": step, "profile": settings.profile}), step, notes)
+        step: find_runs(experiment, {"step": step, "profile": settings.profile})
         for step in ("evaluate", "verify", "embed")
     }
-    runs = newest_runs(_one_dataset(_keyed(found, members), notes), notes, said=members is None)
+    runs = _one_dataset(_of_linf(_keyed(found, members), notes), notes)
+    runs = newest_runs(runs, notes, said=members is None)
     of_study = {"study": settings.study} if settings.study else {}
     broken_off = find_runs(experiment, {"profile": settings.profile, **of_study}, status="!FINISHED")
     notes += unfinished(runs, broken_off)
@@ -148,12 +149,12 @@ def _nothing(experiment: str, settings: CompareSettings, notes: list[Note]) -> N
     )
 
 
-def _of_linf(found: pd.DataFrame, step: str, notes: list[Note]) -> pd.DataFrame:
+def _of_linf(runs: pd.DataFrame, notes: list[Note]) -> pd.DataFrame:
     """Rates at radii of two norms do not belong into one table either: those of L∞ are kept."""
-    other = found.get("params.norm", pd.Series("linf", index=found.index)).fillna("linf") != "linf"
-    if other.any():
-        notes.append(Note(step, f"{int(other.sum())} run(s) in another norm than L∞ left out"))
-    return found[~other]
+    other = runs.get("params.norm", pd.Series("linf", index=runs.index)).fillna("linf") != "linf"
+    for step, count in runs.loc[other, "step"].value_counts().items():
+        notes.append(Note(str(step), f"{count} run(s) in another norm than L∞ left out"))
+    return runs[~other]
 
 
 def _trained(experiment: str, runs: pd.DataFrame) -> pd.DataFrame:

@@ -77,12 +77,21 @@ def _require_choice(what: str, key: str, value: object) -> None:
         raise SettingsError(f"{what} cannot be '{value}': take a value that the setting takes") from None
 
 
+def profile_name(given: str) -> str:
+    """What runs are tagged with: ./mine.yaml is mine.yaml."""
+    return str(Path(given)) if _is_file(given) else given
+
+
+def _is_file(name: str) -> bool:
+    return name.endswith((".yaml", ".yml")) and not name.startswith(tuple(PROFILE_READERS))
+
+
 def _profile_text(name: str) -> str:
     for prefix, reader in PROFILE_READERS.items():
         if name.startswith(prefix):
             return reader(name)
     file = Path(name)
-    if file.suffix not in (".yaml", ".yml"):
+    if not _is_file(name):
         known = {path.stem: path for path in PROFILES.glob("*.yaml")}
         require(name in known, unknown("profile", name, known))
         file = known[name]

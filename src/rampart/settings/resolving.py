@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from rampart.errors import SettingsError, require, unknown, without_password
 from rampart.settings.kinds import DECIDED, DEFAULT_PROFILE, STEPS, Settings, TrainSettings, kind_of, names, own_names
-from rampart.settings.profiles import load_profile
+from rampart.settings.profiles import load_profile, profile_name
 from rampart.settings.scale import EPS_NAMES, PIXELS, eps_text, parse_eps
 
 
@@ -30,7 +30,8 @@ def resolve(step: str, given: Mapping[str, str]) -> Settings:
     """
     for name in given:
         require(name in names(step), unknown("setting", name, names(step)))
-    profile = load_profile(given.get("profile", DEFAULT_PROFILE))
+    called = profile_name(given.get("profile", DEFAULT_PROFILE))
+    profile = load_profile(called)
     for name in profile[step]:
         where = f"setting '{name}' in section {step} of the profile belongs to the steps that {step} runs"
         require(name in own_names(step), f"{where}: put it into their sections, or into common")
@@ -39,7 +40,7 @@ def resolve(step: str, given: Mapping[str, str]) -> Settings:
     # Each speaks of ε on its own scale, or on that of the one below it.
     below = _scale(common, "pixel")
     scale = _scale(profile[step], below)
-    layers = [(common, below), (profile[step], scale)]
+    layers = [(common, below), (profile[step], scale)]  # of the profile
     section = {**common, **profile[step]}
     if step == "train":
         arm = {f.name: f.default for f in dataclasses.fields(TrainSettings)} | section | dict(given)
@@ -48,13 +49,16 @@ def resolve(step: str, given: Mapping[str, str]) -> Settings:
                 layers.append((rule["set"], _scale(rule["set"], scale)))
                 section |= rule["set"]
     own = {name: text for name, text in given.items() if name in fields}
-    layers.append((own, _scale(own, section.get("eps_space", "pixel"))))
     # An L2 ball of radius 1 changes few pixels much: no radius is too large there.
     largest = math.inf if own.get("norm", section.get("norm")) == "l2" else 1.0
     values: dict[str, Any] = {}
     for layer, space in layers:
-        values |= _parsed(layer, space, largest)
-    return _validated(step, {**values, "profile": given.get("profile", DEFAULT_PROFILE)})
+        try:
+            values |= _parsed(layer, space, largest)
+        except SettingsError as error:
+            raise SettingsError(f"profile '{called}': {error}") from None
+    values |= _parsed(own, _scale(own, section.get("eps_space", "pixel")), largest)
+    return _validated(step, {**values, "profile": called})
 
 
 def nested(given: Mapping[str, str], step: str) -> dict[str, str]:

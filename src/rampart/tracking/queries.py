@@ -30,7 +30,7 @@ from mlflow import MlflowClient
 from mlflow.utils.file_utils import local_file_uri_to_path
 from mlflow.utils.uri import is_local_uri
 
-from rampart.errors import BrokenArtifact, SettingsError
+from rampart.errors import BrokenArtifact, RampartError, SettingsError
 from rampart.models import read_beside
 from rampart.settings import PROFILE_READERS
 from rampart.tracking import store
@@ -89,6 +89,8 @@ AT_ONCE = 200
 
 def _search(experiment: str | None, filtered: str, max_results: int) -> pd.DataFrame:
     store.initialise()
+    if experiment is not None and not experiment.isdigit():
+        raise RampartError(f"no experiment has the id '{experiment}': an id is a number, such as 0, the default's")
     with store.asking():
         found = mlflow.search_runs(
             None if experiment is None else [experiment],

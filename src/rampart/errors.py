@@ -91,6 +91,12 @@ def require_choices(settings: object) -> None:
             require(getattr(settings, name) in get_args(kind), unknown(name, getattr(settings, name), get_args(kind)))
 
 
+def require_radii(smallest: float, largest: float) -> None:
+    """Raises SettingsError where radii of L∞ balls do not lie between 0 and 1, in pixels of [0, 1]."""
+    require(smallest >= 0, f"eps must be 0 or more, not {smallest}")
+    require(largest <= 1, f"eps must be 1 or less, in pixels of [0, 1], not {largest}: 8/255, say, instead of 8")
+
+
 def require(condition: bool, message: str) -> None:
     """Raises SettingsError with `message` unless `condition` holds."""
     if not condition:

@@ -245,6 +245,8 @@ def test_each_image_needs_a_label(engine: str) -> None:
         margin_bounds(model, x, y[:1], EPS, "ibp", engine)
     with pytest.raises(SettingsError, match=r"3 images have labels of shape \(3, 1\)"):
         margin_bounds(model, x, y[:, None], EPS, "ibp", engine)
+    with pytest.raises(SettingsError, match=r"0 images have labels of shape \(3,\)"):
+        margin_bounds(model, x[:0], y, EPS, "ibp", engine)
 
 
 @pytest.mark.parametrize("engine", ["native", "auto_lirpa"])
@@ -267,6 +269,12 @@ def test_a_radius_is_in_pixels(eps: float | Tensor) -> None:
     model, x, y = small_net("strided", count=1)
     with pytest.raises(SettingsError, match="8/255, say, instead of 8"):
         margin_bounds(model, x, y, eps, "crown")
+
+
+def test_there_is_a_radius() -> None:
+    model, x, y = small_net("strided", count=1)
+    with pytest.raises(SettingsError, match="eps is empty"):
+        margin_bounds(model, x, y, torch.zeros(0), "crown")
 
 
 def test_logits_are_a_row_an_image() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import io
 import re
 import shutil
 from pathlib import Path
@@ -31,7 +32,7 @@ def collected() -> Evidence:
 
 def beside(*folders: str) -> Evidence:
     """The store's evidence and that of the folders."""
-    return gathered("0", CompareSettings(evidence=folders))
+    return gathered("0", CompareSettings(evidence=folders))[0]
 
 
 def moved(run: Run, folder: Path) -> str:
@@ -134,18 +135,36 @@ def test_runs_on_another_model_than_the_newest_are_left_out(tmp_path: Path) -> N
 
 
 def test_folders_are_compared_by_themselves_where_the_store_has_nothing(tmp_path: Path) -> None:
-    folder = moved(finished("evaluate", evaluation("1110", "0100")), tmp_path / "kept")
-    found = beside(folder)
-    told = f"all this is from {folder}: nothing of profile 'quick' was evaluated in this store"
-    assert found.notes[-1].text == told
-    run = run_step("compare", {"evidence": folder, "export": str(tmp_path / "again")})
+    done = finished("evaluate", evaluation("1110", "0100"))
+    published = pd.read_csv(io.StringIO(PUBLISHED)).assign(suspect=False)
+    keep(material_of(collected(), published), tmp_path / "kept")
+    MlflowClient().delete_run(done.id)
+    folder = str(tmp_path / "kept")
+    finished("evaluate", evaluation("1111")).params({"norm": "l2"})
+    notes = [note.text for note in beside(folder).notes]
+    told = f"all this is from {folder}: this store has nothing of profile 'quick' to compare"
+    assert notes == [told, "1 run(s) in another norm than L∞ left out"]
+    again = tmp_path / "again"
+    run = run_step("compare", {"evidence": folder, "export": str(again)})
     page = Path(MlflowClient().download_artifacts(run, "report.html")).read_text()
     assert told in html.unescape(page)
     assert "rampart.arms" not in MlflowClient().get_run(run).data.tags
-    kept, again = (tables(read(tmp_path / name).evidence) for name in ("kept", "again"))
-    pd.testing.assert_frame_equal(again["accuracy"], kept["accuracy"])
+    for name in ("values.csv", "published.csv", "about.json"):
+        assert (again / name).read_bytes() == (tmp_path / "kept" / name).read_bytes()
     with pytest.raises(NothingToCompare, match="experiment 0 has no finished evaluation of profile 'quick'"):
         beside()
+
+
+PUBLISHED = """\
+augment,method,contrastive,arm,engine,seed,step,metric,eps,value,run
+False,normal,none,normal,published,-,published,accuracy,,0.5,published
+"""
+
+
+def test_folders_of_another_profile_are_refused(tmp_path: Path) -> None:
+    folder = moved(finished("evaluate", evaluation("1110", "0100")), tmp_path / "kept")
+    with pytest.raises(SettingsError, match="is of profile 'quick', not of 'best': give profile=quick"):
+        gathered("0", CompareSettings(profile="best", evidence=(folder,)))
 
 
 def test_other_images_and_contradictions_are_refused(tmp_path: Path) -> None:

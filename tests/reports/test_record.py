@@ -46,13 +46,15 @@ def test_evidence_in_files_gives_the_same_tables(published: bool, study: Study, 
     [
         ("accuracy,,0.75", "accuracy,,0.99", r"metric accuracy is 0.99, but its ledger says 0.75"),
         ("robust_accuracy,0.1,0.5", "robust_accuracy,0.1,0.6", r"metric robust_accuracy/0.1 is 0.6, but"),
-        (
-            "robust_accuracy,0.1,",
-            "robust_accuracy,0.2,",
-            r"metric robust_accuracy/0.2 is 0.5, but its ledger knows no",
-        ),
+        ("robust_accuracy,0.1,", "robust_accuracy,0.2,", "lack robust_accuracy/0.1, which its ledger gives"),
         ("unsafe,0.1,1.0", "unsafe,0.1,0.0", r"metric verdicts/unsafe is 0, but its ledger says 1"),
-        ("RUN", "0123", "values.csv has numbers of run 0123, of which there is no ledger"),
+        ("RUN", "0123", "values.csv has numbers of run 0123, which runs.csv does not have"),
+        ("False,normal,none,normal,native,0", "False,sabr,none,normal,native,0", "of another arm, seed or step"),
+        (",native,0,verify", ",native,1,verify", "of another arm, seed or step"),
+        (",evaluate,accuracy", ",verify,accuracy", "of another arm, seed or step"),
+        ("timeout,0.1", "timeout,0.2", "at another ε than its ledger says"),
+        ("accuracy,,0.75", "images,,0.75", "lack accuracy, which its ledger gives"),
+        ("asr,0.1", "afr,0.1", "stand there twice"),
     ],
 )
 def test_numbers_that_their_ledgers_do_not_give_are_refused(old: str, new: str, says: str, tmp_path: Path) -> None:
@@ -65,6 +67,38 @@ def test_numbers_that_their_ledgers_do_not_give_are_refused(old: str, new: str, 
     values.write_text(text.replace(old, new).replace("RUN", run.id))
     with pytest.raises(Contradiction, match=f"evidence in '{tmp_path}': .*{says}"):
         read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        ("values.csv", "metric", "metrics"),
+        ("values.csv", "accuracy,,0.75", ",,0.75"),
+        ("runs.csv", "weights", "weight"),
+        ("runs.csv", "arm", "arms"),
+        ("about.json", "classes", "class"),
+    ],
+)
+def test_evidence_that_lacks_something_is_refused_in_one_line(file: str, old: str, new: str, tmp_path: Path) -> None:
+    finished("evaluate", evaluation("1110", "0100"))
+    keep(material_of(collect("0", CompareSettings())), tmp_path)
+    text = (tmp_path / file).read_text()
+    assert old in text
+    (tmp_path / file).write_text(text.replace(old, new, 1))
+    with pytest.raises(RampartError, match=str(tmp_path)) as raised:
+        read(tmp_path)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_ledger_without_images_is_refused(tmp_path: Path) -> None:
+    run = finished("evaluate", evaluation("1110", "0100"))
+    keep(material_of(collect("0", CompareSettings())), tmp_path)
+    ledger = tmp_path / "ledgers" / f"{run.id}.parquet"
+    whole = pd.read_parquet(ledger)
+    for broken in (whole.head(0), whole.drop(columns="correct"), pd.concat([whole, whole])):
+        broken.to_parquet(ledger)
+        with pytest.raises(RampartError, match=str(tmp_path)):
+            read(tmp_path)
 
 
 def test_ledgers_that_contradict_each_other_are_refused(tmp_path: Path) -> None:

@@ -116,8 +116,13 @@ def test_other_answers_of_another_verifier_are_another_verification(weights: str
         answers.write_text(text)
         keys.append(identity("verify", resolve("verify", settings(weights, engine=str(answers))), "d", "w"))
     assert keys[0] == keys[2] != keys[1]
-    (tmp_path / "m_image_3_eps_0.1.counterexample").write_text("sat")
-    assert identity("verify", resolve("verify", settings(weights, engine=str(answers))), "d", "w") not in keys
+    example = tmp_path / "m_image_3_eps_0.1.counterexample"
+    (tmp_path / "kept.counterexamples").mkdir()
+    for _ in range(2):  # under another name it is that of another image
+        example.write_text("sat")
+        keys.append(identity("verify", resolve("verify", settings(weights, engine=str(answers))), "d", "w"))
+        example = example.rename(tmp_path / "m_image_4_eps_0.1.counterexample")
+    assert len(set(keys)) == 4
 
 
 def test_parts_are_gathered(weights: str) -> None:

@@ -177,7 +177,7 @@ SEEN: dict[str, Callable[[Classifier, Batch], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("method", SEEN)
+@pytest.mark.parametrize("method", METHODS)
 def test_running_statistics_follow_what_a_forward_pass_on_the_batch_says(
     method: str, model: Classifier, batch: Batch
 ) -> None:

@@ -167,7 +167,7 @@ def test_what_another_verifier_calls_unsafe_counts_with_a_counterexample_that_th
         f"image {missing} is called unsafe, but taken as unknown: {tmp_path}/{names[missing]} cannot be" in caplog.text
     )
     assert f"the model does not confirm {tmp_path}/{names[harmless]}" in caplog.text
-    assert "it gives 7 of the inputs X_0 to X_191" in caplog.text
+    assert "it gives 7 values, not one of each of the inputs X_0 to X_191" in caplog.text
     # The ledger keeps the points.
     ledger, examples = verify_split(model, split, VerificationPlan(eps=EPS, images=len(split.labels), engine=str(file)))
     assert set(examples) == {good, packed} == set(ledger.loc[ledger["verdict"] == "unsafe", "image"])
@@ -186,6 +186,7 @@ def _without_proofs(file: Path) -> Path:
         ("tool,onnx/MODEL.onnx,vnnlib/image_1_eps_0.01.vnnlib,0,unsat,1\n", "give model, images, selection and eps"),
         ("tool,onnx/other.onnx,vnnlib/image_1_eps_0.1.vnnlib,0,unsat,1\n", "give model, images, selection and eps"),
         ("tool,onnx/MODEL.onnx\n", "cannot be read as a results.csv"),
+        ("tool,onnx/MODEL.onnx,vnnlib/image_1_eps_0.1.vnnlib,0,unsat,-1\n", "cannot be read as a results.csv (no time"),
         ("tool,onnx/MODEL.onnx,vnnlib/image_1_eps_0.1.vnnlib,0,unsat,soon\n", "cannot be read as a results.csv"),
         (f"tool,{'x' * 200_000}\n", "cannot be read as a results.csv"),
         (None, "cannot be read as a results.csv"),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rampart.attacks.ball import Ball, Norm, with_gradients
 from rampart.attacks.objectives import OBJECTIVES, Loss, margin
-from rampart.errors import require, unknown
+from rampart.errors import require, require_radii, unknown
 from rampart.models import checked_logits, classes_of, require_fixed, require_labels
 
 
@@ -133,6 +133,6 @@ def radii_of(eps: float | Sequence[float] | Tensor, norm: Norm) -> tuple[float, 
     """As a tuple; raises SettingsError where one is none."""
     radii = tuple(torch.as_tensor(eps, dtype=torch.float64).flatten().tolist())
     require(len(radii) > 0 and all(e >= 0 for e in radii), f"eps must be 0 or more, not {eps}")
-    whole = norm != "linf" or max(radii) <= 1
-    require(whole, f"eps must be 1 or less, in pixels of [0, 1], not {max(radii):g}: 8/255, say, instead of 8")
+    if norm == "linf":
+        require_radii(min(radii), max(radii))
     return radii

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rampart.errors import SettingsError, require
+from rampart.errors import SettingsError, require, require_radii
 from rampart.kernels import Kernel
 
 
@@ -94,16 +94,17 @@ def _ends_backward(of_lower: Tensor, of_upper: Tensor) -> tuple[Tensor, Tensor]:
 
 def pixel_box(x: Tensor, eps: float | Tensor) -> Box:
     """The L∞ ball of radius `eps` (pixels; one for all, or per pixel, broadcastable to x) around x, cut to [0, 1]."""
-    smallest, largest = map(float, eps.aminmax()) if isinstance(eps, Tensor) else (eps, eps)
-    require(smallest >= 0, f"eps must be 0 or more, not {smallest:g}")
-    require(largest <= 1, f"eps must be 1 or less, in pixels of [0, 1], not {largest:g}: 8/255, say, instead of 8")
     if isinstance(eps, Tensor):
+        require(eps.numel() > 0, "eps is empty: give one radius, or one for each pixel")
+        require_radii(*(end.item() for end in eps.detach().aminmax()))
         eps = eps.to(x)
         try:
             eps.expand_as(x)
         except RuntimeError:
             shapes = f"shape {tuple(eps.shape)} does not broadcast to images of shape {tuple(x.shape)}"
             raise SettingsError(f"eps of {shapes}") from None
+    else:
+        require_radii(eps, eps)
     return Box((x - eps).clamp(0, 1), (x + eps).clamp(0, 1))
 
 

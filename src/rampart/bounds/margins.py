@@ -157,7 +157,9 @@ def margin_bounds(
     require_fixed(model, "bounds hold for")
     require_exact(x)
     if not len(x):  # nothing to bound, nothing to cut into parts
-        return x.new_zeros(0, logits_of(model, x.new_zeros(1, *x.shape[1:])).shape[1])
+        classes = logits_of(model, x.new_zeros(1, *x.shape[1:])).shape[1]
+        require_labels(y, 0, classes)
+        return x.new_zeros(0, classes)
     require_pixels(x)
     if engine == "native":
         layout = layout or find_layout(model, x)

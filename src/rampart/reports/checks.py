@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -141,20 +141,25 @@ def _agree(run: pd.Series, ledger: pd.DataFrame, digest: str) -> None:
         name = named(run.to_dict())
         raise Contradiction(f"{name}: {LEDGER} is not the ledger that the run has logged: it was changed or swapped")
     known = run[[str(name).startswith("metrics.") for name in run.index]].dropna()
-    metrics = [(str(name).removeprefix("metrics."), float(value)) for name, value in known.items()]
+    metrics = {str(name).removeprefix("metrics."): float(value) for name, value in known.items()}
     metrics_agree(run.to_dict(), metrics, ledger)
 
 
-def metrics_agree(run: Mapping[Any, Any], metrics: Iterable[tuple[str, float]], ledger: pd.DataFrame) -> None:
-    """Raises Contradiction where one of the run's metrics (name, value) is not what its ledger gives."""
-    verified = run["step"] == "verify"
-    said = verdict_counts(ledger) if verified else {**attack_rates(ledger), **corruption_rates(ledger)}
-    for metric, value in metrics:
-        if metric.partition("/")[0] not in ({"verdicts"} if verified else _RATES):
+def metrics_agree(run: Mapping[Any, Any], metrics: Mapping[str, float], ledger: pd.DataFrame) -> None:
+    """Raises Contradiction where one of the run's metrics is not what its ledger gives."""
+    said = given_by(ledger, run["step"])
+    kinds = {"verdicts"} if run["step"] == "verify" else _RATES
+    for metric, value in metrics.items():
+        if metric.partition("/")[0] not in kinds:
             continue
         if metric not in said or not math.isclose(value, said[metric], rel_tol=1e-9, abs_tol=1e-9):
             truth = f"its ledger says {said[metric]:.6g}" if metric in said else "its ledger knows nothing of that"
             raise Contradiction(f"{named(run)}: metric {metric} is {value:.6g}, but {truth}: one of them was changed")
+
+
+def given_by(ledger: pd.DataFrame, step: str) -> dict[str, float]:
+    """The metrics that a run of that step has logged of its ledger."""
+    return verdict_counts(ledger) if step == "verify" else {**attack_rates(ledger), **corruption_rates(ledger)}
 
 
 _RATES = {

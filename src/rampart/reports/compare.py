@@ -40,10 +40,10 @@ def compare(run: Run, settings: CompareSettings) -> None:
     Raises:
         RampartError: there is nothing to compare, or it contradicts itself, or the baseline cannot be read.
     """
-    published, said = read_baseline(settings.baseline) if settings.baseline else (None, [])
-    evidence = gathered(run.experiment, settings)
-    if published is not None:
-        published, more = put_beside(published, set(evidence.values["method"]))
+    baseline, said = read_baseline(settings.baseline) if settings.baseline else (None, [])
+    evidence, published = gathered(run.experiment, settings)
+    if baseline is not None:
+        published, more = put_beside(baseline, set(evidence.values["method"]))
         said += more
     evidence.notes.extend(said)
     material = material_of(evidence, published)
@@ -73,7 +73,8 @@ def compare(run: Run, settings: CompareSettings) -> None:
     run.uses(models[models.index.isin(evidence.of("train")["run_id"])])
     run.describe(_description(run, chosen))
     # What `make ui` leads to: runs of this store.
-    arms = evidence.first("evaluate" if len(evidence.of("evaluate")) else "verify").dropna(subset="experiment_id")
+    ours = evidence.of("evaluate", "verify").dropna(subset="experiment_id")
+    arms = ours[ours["step"] == ours["step"].min()].drop_duplicates(["arm", "engine"])
     if len(arms):
         run.tags({"arms": " ".join(arms["run_id"][:MOST])})
     print(f"\nreport: {artifact_place(run.id, REPORT)}")

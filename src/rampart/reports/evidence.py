@@ -28,7 +28,12 @@ CONTRASTIVE_ORDER = ["none", "single", "double"]
 
 
 class NothingToCompare(RampartError):
-    """The tracking server has no finished evaluation or verification of the kind that was asked for."""
+    """The tracking server has no finished evaluation or verification of the kind that was asked for; `notes` say what
+    was left out."""
+
+    def __init__(self, message: str, notes: list[Note]) -> None:
+        super().__init__(message)
+        self.notes = notes
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,7 @@ class Evidence:
         places: distances of the embeddings by arm.
         examples: adversarial examples by arm, as evaluations keep them.
         curves: of trainings (KEYS, seed, run, stage, metric, epoch, value).
+        profile: whose runs they are.
         dataset: name and digest of all its images, however an arm splits those of training.
         notes: what was left out, and how runs differ.
     """
@@ -57,6 +63,7 @@ class Evidence:
     examples: dict[str, dict[str, np.ndarray]]
     curves: pd.DataFrame
     classes: tuple[str, ...]
+    profile: str
     dataset: str
     notes: list[Note]
 
@@ -115,6 +122,7 @@ def collect(experiment: str, settings: CompareSettings) -> Evidence:
         examples=_read(evaluated, lambda run: read_arrays(run["run_id"], ADVERSARIAL)),
         curves=_curves(trained),
         classes=_classes(str(first["tags.rampart.class_names"]), tables),
+        profile=settings.profile,
         dataset=_data(first),
         notes=notes,
     )
@@ -145,7 +153,8 @@ def _nothing(experiment: str, settings: CompareSettings, notes: list[Note]) -> N
     known = f" ({notes[0].text})" if notes else ""
     return NothingToCompare(
         f"nothing to compare: {where} has no finished evaluation of profile '{settings.profile}'{known}; "
-        "run main, or train and evaluate, first"
+        "run main, or train and evaluate, first",
+        notes,
     )
 
 

@@ -17,27 +17,35 @@ from rampart.settings import ARM_STEPS, CompareSettings
 T = TypeVar("T")
 
 
-def gathered(experiment: str, settings: CompareSettings) -> Evidence:
+def gathered(experiment: str, settings: CompareSettings) -> tuple[Evidence, pd.DataFrame]:
     """What the tracking server has, together with what `export` has kept in folders (or those alone, where it has
-    nothing of the profile); of runs of one step, arm and seed the newest counts, as within one store.
+    nothing of the profile), and the published numbers that were kept there; of runs of one step, arm and seed the
+    newest counts, as within one store.
 
     Raises:
         NothingToCompare: there is nothing anywhere, or not of the study that was asked for. SettingsError: there is no
-            evidence in a folder, or it is of other images. Contradiction: a number is not what its ledger gives, or an
-            image of a model was proved and broken.
+            evidence in a folder, or it is of another profile or of other images. Contradiction: a number is not what
+            its ledger gives, or an image of a model was proved and broken.
     """
-    kept = {folder: read(Path(folder)).evidence for folder in settings.evidence}
+    kept = {folder: read(Path(folder)) for folder in settings.evidence}
+    for folder, material in kept.items():
+        theirs = material.evidence.profile
+        whose = f"the evidence in '{folder}' is of profile '{theirs}', not of '{settings.profile}'"
+        require(theirs == settings.profile, f"{whose}: give profile={theirs}")
+    others = {folder: material.evidence for folder, material in kept.items()}
     try:
         evidence = collect(experiment, settings)
-    except NothingToCompare:
-        if settings.study or not kept:
+    except NothingToCompare as error:
+        if settings.study or not others:
             raise
-        evidence = kept.pop(next(iter(kept)))
+        evidence = others.pop(next(iter(others)))
         where = f"all this is from {', '.join(settings.evidence)}"
-        evidence.notes.append(Note("", f"{where}: nothing of profile '{settings.profile}' was evaluated in this store"))
-    for folder, other in kept.items():
+        whole = Note("", f"{where}: this store has nothing of profile '{settings.profile}' to compare")
+        evidence.notes.extend([whole, *error.notes, *trained_otherwise(evidence.runs)])
+    for folder, other in others.items():
         evidence = _joined(evidence, other, folder)
-    return evidence
+    published = [material.published for material in kept.values() if len(material.published)]
+    return evidence, pd.concat(published).drop_duplicates() if published else evidence.values.head(0)
 
 
 def _joined(evidence: Evidence, other: Evidence, folder: str) -> Evidence:

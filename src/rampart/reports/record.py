@@ -10,7 +10,8 @@ from typing import Any
 import pandas as pd
 
 from rampart.errors import Contradiction, RampartError, SettingsError
-from rampart.reports.checks import consistent, metrics_agree
+from rampart.ledger import eps_key
+from rampart.reports.checks import consistent, given_by, metrics_agree, named
 from rampart.reports.evidence import CURVES, KEYS, Evidence, logged_name
 from rampart.reports.sections import Material, material_of
 
@@ -27,6 +28,8 @@ SPEED = "/images_per_second"
 FOLDER = r"'dataset=folder:[^']*'|dataset=folder:\S*"
 # Of a ledger, what is computed here already and takes most of its room.
 LEFT_OUT = "withstood/"
+# What a ledger gives, and tables do not.
+SECONDS = "verdicts/seconds"
 # To how many steps of 1 single-precision numbers, which are distances, are kept.
 STEPS = 2**12
 TEXTS = ("arm", "engine", "seed", "run", "run_id", "model_run", "weights", "command", "params.selection")
@@ -34,9 +37,9 @@ TYPES = dict.fromkeys(TEXTS, str) | {"augment": bool, "suspect": bool, "eps": fl
 
 
 def keep(material: Material, folder: Path) -> None:
-    """Writes runs.csv, values.csv, published.csv, about.json (the dataset and its classes), ledgers/<run>.parquet (less
-    what images have withstood of corruptions) and places/<arm>.parquet (the distances of embeddings) into `folder`,
-    instead of what an earlier `keep` has left there. Where the images lay on this machine is not told.
+    """Writes runs.csv, values.csv, published.csv, about.json (profile, dataset and classes), ledgers/<run>.parquet
+    (less what images have withstood of corruptions) and places/<arm>.parquet (the distances of embeddings) into
+    `folder`, instead of what an earlier `keep` has left there. Where the images lay on this machine is not told.
 
     Raises:
         RampartError: it cannot be written there.
@@ -47,7 +50,7 @@ def keep(material: Material, folder: Path) -> None:
     speeds = sorted(name for name in map(str, runs.columns) if name.endswith(SPEED))
     runs = runs[[*(name for name in COLUMNS if name in runs.columns), *speeds]].dropna(axis=1, how="all")
     hidden = runs["command"].str.replace(FOLDER, "dataset=folder:PATH", regex=True)
-    about = {"dataset": evidence.dataset, "classes": evidence.classes}
+    about = {"profile": evidence.profile, "dataset": evidence.dataset, "classes": evidence.classes}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         runs.assign(command=hidden).to_csv(folder / RUNS, index=False)
@@ -95,8 +98,8 @@ def read(folder: Path) -> Material:
     """What `keep` has written; without pictures of embeddings, adversarial examples and training curves.
 
     Raises:
-        SettingsError: there is no such folder, or it lacks a file. Contradiction: a number is not what the ledger of
-            its run gives, or an image of a model was proved and broken.
+        SettingsError: there is no such folder, or it lacks something. Contradiction: a number is not what the ledger of
+            its run gives, or not of the arm, seed or ε of its run, or an image of a model was proved and broken.
     """
     try:
         runs, values, published = (_table(folder / name) for name in (RUNS, VALUES, PUBLISHED))
@@ -106,36 +109,49 @@ def read(folder: Path) -> Material:
         runs["experiment_id"] = None  # they have no pages here
         tried = runs.loc[runs["step"].isin(["evaluate", "verify"]), "run_id"]
         ledgers = {run: pd.read_parquet(folder / LEDGERS / f"{run}.parquet") for run in tried}
-        # Of those arms that were embedded: there need be none.
-        places = {file.stem: pd.read_parquet(file) for file in (folder / PLACES).glob("*.parquet")}
-    except (OSError, ValueError, KeyError) as error:
-        said = " ".join(str(error).split())
-        raise SettingsError(f"no evidence in '{folder}' ({said}): let compare export it there") from error
-    try:
-        _agree(runs, values, ledgers)
+        evidence = Evidence(
+            runs=runs,
+            ledgers=ledgers,
+            values=values,
+            points={},
+            # Of those arms that were embedded: there need be none.
+            places={file.stem: pd.read_parquet(file) for file in (folder / PLACES).glob("*.parquet")},
+            examples={},
+            curves=pd.DataFrame(columns=CURVES),
+            classes=tuple(about["classes"]),
+            profile=about["profile"],
+            dataset=about["dataset"],
+            notes=[],
+        )
+        _check(evidence)
     except Contradiction as error:
         raise Contradiction(f"evidence in '{folder}': {error}") from None
-    evidence = Evidence(
-        runs=runs,
-        ledgers=ledgers,
-        values=values,
-        points={},
-        places=places,
-        examples={},
-        curves=pd.DataFrame(columns=CURVES),
-        classes=tuple(about["classes"]),
-        dataset=about["dataset"],
-        notes=[],
-    )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        said = " ".join(str(error).split())
+        raise SettingsError(f"no evidence in '{folder}' ({said}): let compare export it there") from error
     return material_of(evidence, published)
 
 
-def _agree(runs: pd.DataFrame, values: pd.DataFrame, ledgers: Mapping[str, pd.DataFrame]) -> None:
-    """What images have withstood of corruptions is not kept: those numbers alone are taken as they are."""
-    known = {run["run_id"]: run for run in runs.to_dict("records")}
-    for run, said in values[~values["metric"].str.startswith("corrupted")].groupby("run"):
-        if run not in ledgers:
-            raise Contradiction(f"{VALUES} has numbers of run {run}, of which there is no ledger")
-        metrics = [(logged_name(row), float(row["value"])) for row in said.to_dict("records")]
-        metrics_agree(known[run], metrics, ledgers[str(run)])
-    consistent(runs, ledgers)
+def _check(evidence: Evidence) -> None:
+    """What images have withstood of corruptions is not kept, nor what checks of attacks have counted: those numbers
+    alone, and marks of suspicion, are taken as they are."""
+    known = {run["run_id"]: run for run in evidence.runs.to_dict("records")}
+    strangers = set(evidence.values["run"]) - set(evidence.ledgers)
+    if strangers:
+        raise Contradiction(f"{VALUES} has numbers of run {min(strangers)}, which {RUNS} does not have")
+    for run_id, ledger in evidence.ledgers.items():
+        run, said = known[run_id], evidence.values[evidence.values["run"] == run_id]
+        name = f"{VALUES}: the numbers of {named(run)}"
+        if not ledger["image"].is_unique or said.duplicated(["metric", "eps"]).any():
+            raise Contradiction(f"{name}, or its ledger's images, stand there twice")
+        if any((said[key] != run[key]).any() for key in (*KEYS, "seed", "step")):
+            raise Contradiction(f"{name} are said to be of another arm, seed or step than {RUNS} says")
+        if run["step"] == "verify" and set(said["eps"]) != {float(eps_key(eps)) for eps in ledger["eps"]}:
+            raise Contradiction(f"{name} are said to be at another ε than its ledger says")
+        rates = said[~said["metric"].str.startswith("corrupted")].to_dict("records")
+        metrics = {logged_name(row): float(row["value"]) for row in rates}
+        missing = given_by(ledger, run["step"]).keys() - metrics.keys() - {SECONDS}
+        if missing:
+            raise Contradiction(f"{name} lack {min(missing)}, which its ledger gives")
+        metrics_agree(run, metrics, ledger)
+    consistent(evidence.runs, evidence.ledgers)

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from rampart.errors import RampartError
-from rampart.settings import as_text, names, resolve
+from rampart.settings import as_text, names, profile_name, resolve
 
 # What a command names although the profile may say the same, and what is the machine's business alone.
 ALWAYS = ("profile", "method", "augment", "contrastive", "seed", "model")
@@ -28,6 +28,8 @@ def command(step: str, params: Mapping[str, Any]) -> str:
     where they are none of this version's, or their profile is gone."""
     known = {name: str(params[name]) for name in names(step) if pd.notna(params.get(name))}
     given = {name: known[name] for name in ALWAYS if name in known}
+    if "profile" in given:
+        given["profile"] = known["profile"] = profile_name(given["profile"])
     try:
         usual = as_text(resolve(step, given), given)
     except RampartError:

@@ -15,7 +15,7 @@ from rampart.settings.kinds import (
     VerifySettings,
     names,
 )
-from rampart.settings.profiles import PROFILE_READERS, SECTIONS, load_profile
+from rampart.settings.profiles import PROFILE_READERS, SECTIONS, load_profile, profile_name
 from rampart.settings.resolving import as_text, nested, resolve
 from rampart.settings.scale import EPS_NAMES, PIXELS, eps_text, parse_eps
 
@@ -42,5 +42,6 @@ __all__ = [
     "names",
     "nested",
     "parse_eps",
+    "profile_name",
     "resolve",
 ]

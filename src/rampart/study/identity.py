@@ -28,8 +28,9 @@ def identity(step: str, settings: Settings, digest: str, model: str = "") -> str
     relevant = {k: v for k, v in asdict(settings).items() if k not in IRRELEVANT | {"model"}}
     answers = Path(getattr(settings, "engine", ""))
     if answers.is_file():  # of another tool, and its counterexamples
-        files = [answers, *sorted(answers.parent.glob(f"*{EXAMPLE}*"))]
-        relevant["engine"] = [relevant["engine"], *(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)]
+        examples = sorted(file for file in answers.parent.glob(f"*{EXAMPLE}*") if file.is_file())
+        found = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in (answers, *examples)}
+        relevant["engine"] = [relevant["engine"], found]
     parts = "\n".join([step, json.dumps(relevant, sort_keys=True), digest, model])
     part = getattr(settings, "part", "")
     return f"{part} {hashlib.sha256(parts.encode()).hexdigest()[:32]}.{code_version(step)}".lstrip()

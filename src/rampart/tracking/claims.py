@@ -40,7 +40,7 @@ def claimed(run_id: str, experiment: str, key: str, name: str) -> Iterator[None]
         told = None
         while ahead := _ahead(experiment, tag, number, run_id):
             if ahead != told:
-                log.info("%s is waited for: run %s does it already", name, ahead)
+                log.info("%s: waiting for run %s, which is at it", name, ahead)
                 told = ahead
             time.sleep(pause)
             pause = min(2 * pause, longest)

@@ -14,6 +14,7 @@ from rampart.console import said_if_it_fails
 from rampart.errors import ModelError, RampartError
 from rampart.models import Classifier, load_model, save_model, weights_digest
 from rampart.models.released import CLASSES, FOLDER, SEED, SUFFIX, enter
+from rampart.settings import profile_name
 from rampart.tracking.models import fetch_model
 from rampart.tracking.queries import find_runs
 from rampart.tracking.runs import class_names
@@ -55,7 +56,8 @@ def release_all(profile: str, folder: Path) -> None:
         RampartError: no arm has been trained, or one on other classes than CIFAR-10's, which do not belong beside those
             that came with the checkout.
     """
-    runs = find_runs(experiment_id(create=False), {"step": "train", "profile": profile, "seed": SEED})
+    known = {"step": "train", "profile": profile_name(profile), "seed": SEED}
+    runs = find_runs(experiment_id(create=False), known)
     if runs.empty:
         raise RampartError(f"no finished training of profile '{profile}' with seed {SEED}: train its arms first")
     runs = runs.drop_duplicates("tags.rampart.arm")

@@ -33,7 +33,7 @@ from rampart.tracking.lifecycle import exists, fail_run, reopened
 from rampart.tracking.queries import find_runs
 from rampart.tracking.store import alive
 from rampart.training.methods import METHODS
-from rampart.tuning.publish import DATA, publish
+from rampart.tuning.publish import DATA, FOUND, publish
 from rampart.tuning.space import Space, read_space, starting_point
 from rampart.tuning.storage import HOME, RUN, check_failures, finished, grace, keep_start, missing, open_study, retire
 from rampart.tuning.trials import Surplus, Task, run_trial
@@ -67,14 +67,16 @@ def tune(run: Run, settings: TuneSettings, given: Mapping[str, str]) -> None:
         log.info("study '%s' goes on in run %s: %d trials are done", study.study_name, home.id, len(finished(study)))
     with nullcontext() if home is run else reopened(home), _helpers(worker, home.id, settings.workers - 1):
         worker.work(study, data, home.id)
-        publish(home, study, settings, worker.said, worker.objective)
-    run.tags({"identity": worker.identity(data)})
+        found = publish(home, study, settings, worker.said, worker.objective)
+    if found:  # the home's tags change with each command that goes on there
+        run.tags({"identity": worker.identity(data), **{FOUND + name: text for name, text in found.items()}})
     if home is not run:
         home.close()
 
 
 def finished_before(given: Mapping[str, str], experiment: str) -> str | None:
-    """The run of a finished tuning of the very same thing, given these texts; None where there is none."""
+    """The run of a tuning of the very same thing that has found something, given these texts; None where there is
+    none."""
     settings = resolve("tune", given)
     assert isinstance(settings, TuneSettings)
     worker = Worker(settings, dict(given), experiment)

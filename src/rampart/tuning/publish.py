@@ -27,19 +27,22 @@ from rampart.tuning.storage import RUN, finished
 log = logging.getLogger(__name__)
 
 PROFILE, ALIAS = "profile.yaml", "tuned"
+# Before the names of what a command has found, as tags of its run.
+FOUND = "found."
 
 
 def publish(
     home: Run, study: Study, settings: TuneSettings, given: Mapping[str, str], objective: tuple[str, ...]
-) -> None:
+) -> dict[str, str]:
     """Writes all that into the study's run; with several objectives for every trial of the Pareto front, the profile
-    and the alias being those of the one with the largest sum."""
+    and the alias being those of the one with the largest sum. Gives that trial's point, as a user would give it; none
+    where no trial was finished."""
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     _table(home, study)
     home.metrics({f"trials/{s.name.lower()}": sum(t.state is s for t in study.trials) for s in TrialState})
     if not complete:
         log.warning("all trials were pruned or failed: there is nothing to choose from")
-        return
+        return {}
     front = sorted(study.best_trials, key=lambda trial: -sum(trial.values))
     if len(objective) == 1:  # those that tie are no front
         front = front[:1]
@@ -51,7 +54,8 @@ def publish(
     values = dict(zip(objective, best.values, strict=True))
     home.metrics({f"best/{name}": value for name, value in values.items()})
     home.tags({"best_trial": best.number, "best_run": best.user_attrs[RUN]})
-    home.tags({f"best.{name}": text for name, text in texts(best.params).items()})
+    point = texts(best.params)
+    home.tags({f"best.{name}": text for name, text in point.items()})
     arm = Arm(settings.method, settings.augment, settings.contrastive)
     name = registered_name(arm)
     _plots(home, study, objective, len(complete))
@@ -62,21 +66,22 @@ def publish(
     log.info("tuned: profile=runs:/%s/%s", home.id, PROFILE)
     if not exists(best.user_attrs[RUN]):  # the storage has outlived the tracking server
         log.warning("run %s of the best trial is gone, and its model with it", best.user_attrs[RUN])
-        return
+        return point
     register(best.user_attrs[RUN], name, ALIAS)
     log.info("its model: models:/%s@%s", name, ALIAS)
+    return point
 
 
 def tuned_texts(run_id: str) -> dict[str, str]:
-    """The best trial's point, as a user would give it, of the tuning that a run of `tune` has worked on.
+    """The best trial's point, as a user would give it, when that run of `tune` ended.
 
     Raises:
         RampartError: none of its trials was finished.
     """
-    home = run_tags(run_id)["tuning"]
-    found = {k.removeprefix("best."): v for k, v in run_tags(home).items() if k.startswith("best.")}
+    tags = run_tags(run_id)
+    found = {name.removeprefix(FOUND): text for name, text in tags.items() if name.startswith(FOUND)}
     if not found:
-        raise RampartError(f"tuning {home} has no finished trial: see the runs nested in it")
+        raise RampartError(f"tuning {tags['tuning']} has no finished trial: see the runs nested in it")
     return found
 
 

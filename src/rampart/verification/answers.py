@@ -64,7 +64,7 @@ def read_results(path: Path, model: nn.Module, split: Split, images: list[int], 
                     word = said.strip().lower()
                     status = ANSWERS.get(word, "unknown")
                     strange |= {word} - ANSWERS.keys()
-                    answer = Verdict(status, float("nan"), None, 0, float(seconds), category.strip())
+                    answer = Verdict(status, float("nan"), None, 0, _seconds(seconds), category.strip())
                     if found.setdefault(index, answer).status != status:
                         raise Contradiction(f"{path} says of image {index} both {found[index].status} and {status}")
     except (OSError, ValueError, csv.Error) as error:
@@ -97,19 +97,27 @@ def _confirmed(answer: Verdict, place: Path, model: nn.Module, split: Split, ind
     else:
         if is_counterexample(model, example, image, int(split.labels[index]), eps):
             return replace(answer, counterexample=example)
-        why = f"the model does not confirm {place}"
+        distance = float((example - image).abs().max())
+        why = f"the model does not confirm {place}, whose distance to the image is {distance:.6g}"
     log.warning("image %d is called unsafe, but taken as unknown: %s", index, why)
     return replace(answer, status="unknown")
 
 
 def _example(place: Path, image: Tensor) -> Tensor:
     packed = place.with_name(f"{place.name}.gz")
-    text = gzip.decompress(packed.read_bytes()) if packed.exists() else place.read_bytes()
-    values = {int(number): float(value) for number, value in INPUT.findall(text.decode())}
-    if sorted(values) != list(range(image.numel())):
-        raise ValueError(f"it gives {len(values)} of the inputs X_0 to X_{image.numel() - 1}")
-    point = torch.tensor([values[i] for i in range(image.numel())]).to(image)
+    text = gzip.decompress(packed.read_bytes()) if packed.exists() and not place.exists() else place.read_bytes()
+    values = sorted((int(number), float(value)) for number, value in INPUT.findall(text.decode()))
+    if [number for number, _ in values] != list(range(image.numel())):
+        raise ValueError(f"it gives {len(values)} values, not one of each of the inputs X_0 to X_{image.numel() - 1}")
+    point = torch.tensor([value for _, value in values]).to(image)
     return point.clamp(0, 1).reshape(image.shape)
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 <= seconds < float("inf"):
+        raise ValueError(f"no time: {text}")
+    return seconds
 
 
 def _stem(place: str, ending: str) -> str:

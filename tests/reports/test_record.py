@@ -15,7 +15,7 @@ from rampart.reports import document
 from rampart.reports.baseline import read_baseline
 from rampart.reports.evidence import collect
 from rampart.reports.record import keep, read
-from rampart.reports.repeating import command
+from rampart.reports.repeating import command, way
 from rampart.reports.sections import Material, material_of, sections
 from rampart.settings import CompareSettings, as_text, names, resolve
 from tests.conftest import Study
@@ -235,6 +235,13 @@ def test_a_command_names_the_data_where_the_profile_has_others() -> None:
     assert "dataset" not in command("train", as_text(resolve("train", given), given))
     given |= {"dataset": "cifar10"}
     assert "-P dataset=cifar10" in command("train", as_text(resolve("train", given), given))
+
+
+def test_settings_of_the_other_kind_of_training_make_no_other_way() -> None:
+    start = "mlflow run . -e train -P profile=best"
+    assert way(f"{start} -P encoder_epochs=12 -P seed=0") == way(start) != way(f"{start} -P epochs=16")
+    double = f"{start} -P contrastive=double"
+    assert way(f"{double} -P epochs=16") == way(double) != way(f"{double} -P head_epochs=4")
 
 
 def test_a_command_whose_profile_is_gone_is_not_told(store: Path) -> None:

@@ -41,9 +41,12 @@ def command(step: str, params: Mapping[str, Any]) -> str:
 
 
 def way(said: str) -> tuple[str, ...]:
-    """What a command that repeats a run says, whatever its seed, wherever its data lie and however it is typed."""
-    words = (word.partition("=") for word in shlex.split(said))
-    return tuple(f"{name}={alike(value)}" for name, equals, value in words if equals and name not in _ANY)
+    """What a command that repeats a run says, whatever its seed, wherever its data lie, however it is typed, and without
+    what has no part in it."""
+    words = [word.partition("=") for word in shlex.split(said)]
+    stages = ("contrastive", "=", "double") in words
+    idle = {*_ANY, *(("epochs",) if stages else ("encoder_epochs", "head_epochs"))}
+    return tuple(f"{name}={alike(value)}" for name, equals, value in words if equals and name not in idle)
 
 
 def alike(text: Any) -> Any:

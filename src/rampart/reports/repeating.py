@@ -41,8 +41,8 @@ def command(step: str, params: Mapping[str, Any]) -> str:
 
 
 def way(said: str) -> tuple[str, ...]:
-    """What a command that repeats a run says, whatever its seed, wherever its data lie, however it is typed, and without
-    what has no part in it."""
+    """What a command that repeats a run says, whatever its seed, wherever its data lie, however it is typed, and
+    without what has no part in it."""
     words = [word.partition("=") for word in shlex.split(said)]
     stages = ("contrastive", "=", "double") in words
     idle = {*_ANY, *(("epochs",) if stages else ("encoder_epochs", "head_epochs"))}

@@ -93,7 +93,7 @@ def _confirmed(answer: Verdict, place: Path, model: nn.Module, split: Split, ind
     try:
         example = _example(place, image)
     except (OSError, EOFError, ValueError, zlib.error) as error:
-        why = f"{place} cannot be read ({error})"
+        why = f"{place} cannot be read ({getattr(error, 'strerror', None) or error})"
     else:
         if is_counterexample(model, example, image, int(split.labels[index]), eps):
             return replace(answer, counterexample=example)

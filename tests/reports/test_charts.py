@@ -11,7 +11,7 @@ import pytest
 
 from rampart.reports import charts, pictures
 from rampart.reports.drawing import Drawing, Panels, save
-from rampart.reports.evidence import summarise
+from rampart.reports.numbers import summarise
 from tests.reports.made import radii, values
 
 

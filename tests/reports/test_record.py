@@ -22,6 +22,11 @@ from tests.conftest import Study
 from tests.reports.made import evaluation, finished, verification
 
 
+def exported(folder: Path) -> None:
+    """Exports all evidence that there is."""
+    keep(material_of(collect("0", CompareSettings())), folder)
+
+
 def tables_of(material: Material) -> dict[str, pd.DataFrame]:
     return {s.name: s.table for s in sections(material) if s.table is not None}
 
@@ -60,7 +65,7 @@ def test_evidence_in_files_gives_the_same_tables(published: bool, study: Study, 
 def test_numbers_that_their_ledgers_do_not_give_are_refused(old: str, new: str, says: str, tmp_path: Path) -> None:
     run = finished("evaluate", evaluation("1110", "0100"))
     finished("verify", verification({0: "safe", 1: "unsafe"}))
-    keep(material_of(collect("0", CompareSettings())), tmp_path)
+    exported(tmp_path)
     values = tmp_path / "values.csv"
     text = values.read_text().replace(run.id, "RUN")
     assert old in text
@@ -81,7 +86,7 @@ def test_numbers_that_their_ledgers_do_not_give_are_refused(old: str, new: str, 
 )
 def test_evidence_that_lacks_something_is_refused_in_one_line(file: str, old: str, new: str, tmp_path: Path) -> None:
     finished("evaluate", evaluation("1110", "0100"))
-    keep(material_of(collect("0", CompareSettings())), tmp_path)
+    exported(tmp_path)
     text = (tmp_path / file).read_text()
     assert old in text
     (tmp_path / file).write_text(text.replace(old, new, 1))
@@ -92,7 +97,7 @@ def test_evidence_that_lacks_something_is_refused_in_one_line(file: str, old: st
 
 def test_a_ledger_without_images_is_refused(tmp_path: Path) -> None:
     run = finished("evaluate", evaluation("1110", "0100"))
-    keep(material_of(collect("0", CompareSettings())), tmp_path)
+    exported(tmp_path)
     ledger = tmp_path / "ledgers" / f"{run.id}.parquet"
     whole = pd.read_parquet(ledger)
     for broken in (whole.head(0), whole.drop(columns="correct"), pd.concat([whole, whole])):
@@ -104,7 +109,7 @@ def test_a_ledger_without_images_is_refused(tmp_path: Path) -> None:
 def test_ledgers_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
     run = finished("evaluate", evaluation("1110", "0100"))
     finished("verify", verification({0: "safe", 1: "unsafe"}))
-    keep(material_of(collect("0", CompareSettings())), tmp_path)
+    exported(tmp_path)
     ledger = tmp_path / "ledgers" / f"{run.id}.parquet"
     # The rates stay as they are: another image is broken.
     evaluation("1110", "1000").to_parquet(ledger)
@@ -118,7 +123,7 @@ def test_what_is_kept_tells_no_folder(place: str, tmp_path: Path) -> None:
     run = finished("evaluate", evaluation("1110", "0100"))
     run.params(as_text(resolve("evaluate", with_folder), with_folder))
     folder = tmp_path / "kept"
-    keep(material_of(collect("0", CompareSettings())), folder)
+    exported(folder)
     assert "-P dataset=folder:PATH" in (folder / "runs.csv").read_text()
     told = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
     assert b"/home/ann" not in told
@@ -129,7 +134,7 @@ def test_what_is_kept_takes_the_place_of_what_was_kept_before(tmp_path: Path) ->
     run = finished("evaluate", evaluation("1110", "0100"))
     (tmp_path / "ledgers").mkdir()
     (tmp_path / "ledgers" / "0123.parquet").touch()
-    keep(material_of(collect("0", CompareSettings())), tmp_path)
+    exported(tmp_path)
     assert [file.stem for file in (tmp_path / "ledgers").iterdir()] == [run.id]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from rampart.reports import tables
-from rampart.reports.evidence import summarise
+from rampart.reports.numbers import summarise
 from tests.reports.made import radii, values
 
 

@@ -1,4 +1,4 @@
-"""The interactive figures. All take tidy frames with the columns of `evidence.KEYS`, in the order of the tables."""
+"""The interactive figures. All take tidy frames with the columns of `numbers.KEYS`, in the order of the tables."""
 
 from __future__ import annotations
 

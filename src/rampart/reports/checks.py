@@ -142,12 +142,11 @@ def _agree(run: pd.Series, ledger: pd.DataFrame, digest: str) -> None:
         raise Contradiction(f"{name}: {LEDGER} is not the ledger that the run has logged: it was changed or swapped")
     known = run[[str(name).startswith("metrics.") for name in run.index]].dropna()
     metrics = {str(name).removeprefix("metrics."): float(value) for name, value in known.items()}
-    metrics_agree(run.to_dict(), metrics, ledger)
+    metrics_agree(run.to_dict(), metrics, given_by(ledger, run["step"]))
 
 
-def metrics_agree(run: Mapping[Any, Any], metrics: Mapping[str, float], ledger: pd.DataFrame) -> None:
-    """Raises Contradiction where one of the run's metrics is not what its ledger gives."""
-    said = given_by(ledger, run["step"])
+def metrics_agree(run: Mapping[Any, Any], metrics: Mapping[str, float], said: Mapping[str, float]) -> None:
+    """Raises Contradiction where one of the run's metrics is not what its ledger gives (`given_by`)."""
     kinds = {"verdicts"} if run["step"] == "verify" else _RATES
     for metric, value in metrics.items():
         if metric.partition("/")[0] not in kinds:

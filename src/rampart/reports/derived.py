@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 
 from rampart.ledger import PROVED, ROUNDED, attack_rates, attacked_by, eps_key
-from rampart.reports.evidence import KEYS, Evidence
+from rampart.reports.evidence import Evidence
+from rampart.reports.numbers import KEYS
 from rampart.reports.repeating import way
 from rampart.tracking.queries import seconds_at_work
 

@@ -1,30 +1,26 @@
-"""Which runs a comparison rests on, and their numbers as one tidy table."""
+"""Which runs a comparison rests on, and what they have left."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
 
 from rampart.errors import RampartError
-from rampart.ledger import VERDICTS, eps_key
 from rampart.reports.checks import Note, differences, ledgers, named, unfinished
+from rampart.reports.numbers import KEYS, numbers, ordered
 from rampart.reports.repeating import command
-from rampart.settings import CompareSettings, parse_eps
+from rampart.settings import CompareSettings
 from rampart.tracking.queries import find_runs, metric_history, read_arrays, read_table, run_tags, runs_by_id
 from rampart.tracking.runs import ADVERSARIAL, PLACES, POINTS, class_names
-from rampart.training.recipe import MethodName
 
 T = TypeVar("T")
 
-KEYS = ["augment", "method", "contrastive", "arm", "engine"]
 CURVES = [*KEYS, "seed", "run", "stage", "metric", "epoch", "value"]
-METHOD_ORDER = get_args(MethodName)
-CONTRASTIVE_ORDER = ["none", "single", "double"]
 
 
 class NothingToCompare(RampartError):
@@ -110,7 +106,7 @@ def collect(experiment: str, settings: CompareSettings) -> Evidence:
     trained = _trained(experiment, runs)
     every = _with_commands(pd.concat([trained, runs], ignore_index=True))
     notes += differences(every)
-    values = pd.concat([_numbers(row) for _, row in runs.iterrows() if row["step"] != "embed"], ignore_index=True)
+    values = pd.concat([numbers(row) for _, row in runs.iterrows() if row["step"] != "embed"], ignore_index=True)
     first = runs.iloc[0]
     embedded, evaluated = (runs[runs["step"] == step].drop_duplicates("arm") for step in ("embed", "evaluate"))
     return Evidence(
@@ -277,76 +273,3 @@ def _one_dataset(runs: pd.DataFrame, notes: list[Note]) -> pd.DataFrame:
 def _data(run: pd.Series) -> str:
     """The run's dataset, by name and digest."""
     return f"{run['tags.rampart.dataset']} (digest {run['digest']})"
-
-
-def _numbers(run: pd.Series) -> pd.DataFrame:
-    """The run's metrics in long form; eps is NaN where a metric has none."""
-    rows = []
-    suspect = str(run.get("tags.rampart.trust", "")).startswith("suspect")
-    # The server gives columns in an order of its own.
-    for name in sorted(map(str, run.index)):
-        value = run[name]
-        if not name.startswith("metrics.") or pd.isna(value):
-            continue
-        metric, _, rest = name.removeprefix("metrics.").partition("/")
-        eps = float("nan")
-        if metric == "verdicts":
-            metric = rest
-        elif metric in _NAMED:
-            metric = name.removeprefix("metrics.")
-        elif metric in _METRICS and rest:
-            eps = float(rest)
-        if metric.partition("/")[0] in _METRICS:
-            rows.append({**{key: run[key] for key in (*KEYS, "seed", "step")}, "metric": metric, "eps": eps})
-            rows[-1] |= {"value": float(value), "run": run["run_id"], "suspect": metric in _ATTACKED and suspect}
-    if run["step"] == "verify":
-        for row in rows:
-            row["eps"] = _verified_eps(run)
-    return pd.DataFrame(rows)
-
-
-def logged_name(row: Mapping[Any, Any]) -> str:
-    """What the run calls the metric of a row of `Evidence.values`."""
-    if row["step"] == "verify":
-        return f"verdicts/{row['metric']}"
-    return row["metric"] if pd.isna(row["eps"]) else f"{row['metric']}/{eps_key(row['eps'])}"
-
-
-# Metrics that an attack has a part in, those with a name behind the stroke instead of ε, and all that are compared.
-_ATTACKED = {"asr", "afr", "robust_accuracy", "attacked_accuracy"}
-_NAMED = {"trust", "corrupted"}
-_METRICS = {
-    *("accuracy", "certified_accuracy", "corrupted_accuracy", *_ATTACKED, *_NAMED),
-    *(*VERDICTS, "misclassified", "images"),
-}
-
-
-def _verified_eps(run: pd.Series) -> float:
-    # With the digits that metrics' names have, so that both are one number.
-    return float(eps_key(parse_eps("eps_pixel", run["params.eps_pixel"], "pixel")))
-
-
-def ordered(frame: pd.DataFrame) -> pd.DataFrame:
-    """Rows in the order of the study's tables: augmentation, method, contrastive, seed."""
-
-    def rank(column: pd.Series) -> pd.Series:
-        if column.name in ("seed", "eps"):
-            return pd.to_numeric(column, errors="coerce")
-        order = {"method": METHOD_ORDER, "contrastive": CONTRASTIVE_ORDER}.get(str(column.name))
-        return column.map(lambda v: order.index(v) if v in order else len(order)) if order else column.astype(str)
-
-    return frame.sort_values([*KEYS, *(c for c in ("seed", "eps") if c in frame)], key=rank)
-
-
-def summarise(values: pd.DataFrame) -> pd.DataFrame:
-    """Mean, standard deviation (over seeds, n - 1) and maximum of each number, with the runs that it came from."""
-    grouped = values.groupby([*KEYS, "step", "metric", "eps"], dropna=False, sort=False)
-    summary = grouped.agg(
-        mean=("value", "mean"),
-        std=("value", "std"),
-        largest=("value", "max"),
-        seeds=("value", "size"),
-        suspect=("suspect", "any"),
-        runs=("run", lambda r: " ".join(r)),
-    ).reset_index()
-    return ordered(summary)

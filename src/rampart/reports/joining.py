@@ -10,7 +10,8 @@ import pandas as pd
 
 from rampart.errors import require
 from rampart.reports.checks import Note, consistent, trained_otherwise
-from rampart.reports.evidence import Evidence, NothingToCompare, collect, newest_runs, ordered
+from rampart.reports.evidence import Evidence, NothingToCompare, collect, newest_runs
+from rampart.reports.numbers import ordered
 from rampart.reports.record import read
 from rampart.settings import ARM_STEPS, CompareSettings
 

@@ -12,7 +12,8 @@ import pandas as pd
 from rampart.errors import Contradiction, RampartError, SettingsError
 from rampart.ledger import eps_key
 from rampart.reports.checks import consistent, given_by, metrics_agree, named
-from rampart.reports.evidence import CURVES, KEYS, Evidence, logged_name
+from rampart.reports.evidence import CURVES, Evidence
+from rampart.reports.numbers import KEYS, logged_name
 from rampart.reports.sections import Material, material_of
 
 RUNS, VALUES, PUBLISHED, ABOUT = "runs.csv", "values.csv", "published.csv", "about.json"
@@ -150,8 +151,9 @@ def _check(evidence: Evidence) -> None:
             raise Contradiction(f"{name} are said to be at another ε than its ledger says")
         rates = said[~said["metric"].str.startswith("corrupted")].to_dict("records")
         metrics = {logged_name(row): float(row["value"]) for row in rates}
-        missing = given_by(ledger, run["step"]).keys() - metrics.keys() - {SECONDS}
+        given = given_by(ledger, run["step"])
+        missing = given.keys() - metrics.keys() - {SECONDS}
         if missing:
             raise Contradiction(f"{name} lack {min(missing)}, which its ledger gives")
-        metrics_agree(run, metrics, ledger)
+        metrics_agree(run, metrics, given)
     consistent(evidence.runs, evidence.ledgers)

@@ -11,7 +11,8 @@ import pandas as pd
 from rampart.evaluation.trust import MEANING
 from rampart.reports import charts, derived, pictures, statistics, tables
 from rampart.reports.drawing import Drawing
-from rampart.reports.evidence import Evidence, summarise
+from rampart.reports.evidence import Evidence
+from rampart.reports.numbers import summarise
 from rampart.settings import eps_text
 
 SUSPECT = f" {tables.MARK}: the attack has failed a check and may have missed much."

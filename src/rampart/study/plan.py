@@ -24,7 +24,7 @@ def plan(shared: Shared, jobs: Sequence[tuple[Arm, int]], tuned: bool = False) -
     Args:
         tuned: whether each arm is tuned, with its first seed, before it is trained.
     """
-    earlier = {step: _earlier(shared.experiment, step) for step in ("tune", *ARM_STEPS)}
+    earlier = {step: _earlier(shared.experiment, step) for step in (("tune", *ARM_STEPS) if tuned else ARM_STEPS)}
     rows = []
 
     def add(task: Task, known: pd.DataFrame, alike: pd.DataFrame) -> None:
@@ -78,8 +78,8 @@ def said(steps: pd.DataFrame, workers: int) -> str:
     others = f", {len(left) - len(known)} of them not timed so far" if 0 < len(known) < len(left) else ""
     counts = left["state"].value_counts()
     again = ", ".join(f"{counts[state]} of them {state}" for state in (STALE, OUTDATED) if state in counts)
-    what = f"{len(left)} of {len(steps)} steps to do{f' ({again})' if again else ''}"
-    return f"{what}: {minutes} with {workers} workers{others}"
+    count = f"{len(left)} of {len(steps)} steps to do{f' ({again})' if again else ''}"
+    return f"{count}: {minutes} with {workers} workers{others}"
 
 
 def table(steps: pd.DataFrame) -> pd.DataFrame:

@@ -50,9 +50,9 @@ ui: setup
 dashboard: setup
 	$(BIN)/optuna-dashboard $${STORAGE:-sqlite:///tuning.db} --port $${PORT:-8080}
 
-# The tables of RESULTS.md and README from the evidence in results/.
+# The tables of these documents from the evidence in results/.
 results: setup
-	$(BIN)/python -m rampart.reports.document RESULTS.md README.md
+	$(BIN)/python -m rampart.reports.document RESULTS.md README.md docs/recipes.md docs/speed.md
 
 # What the package advisories say of what is installed.
 audit: setup

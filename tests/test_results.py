@@ -1,4 +1,4 @@
-"""RESULTS.md and README say what results/ says: python -m rampart.reports.document RESULTS.md README.md"""
+"""The documents say what results/ says (make results)."""
 
 from __future__ import annotations
 
@@ -13,17 +13,25 @@ from rampart.reports.record import read
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
 PROFILES = sorted(path.parent.name for path in RESULTS.glob("*/runs.csv"))
+DOCUMENTS = ["RESULTS.md", "README.md", "docs/recipes.md", "docs/speed.md"]
 
 
-@pytest.mark.parametrize("name", ["RESULTS.md", "README.md"])
+@pytest.mark.parametrize("name", DOCUMENTS)
 def test_tables_are_those_of_the_evidence(name: str) -> None:
-    text = (ROOT / name).read_text(encoding="utf-8")
+    path = ROOT / name
+    text = path.read_text(encoding="utf-8")
     assert PLACE.search(text)
-    assert filled(text, ROOT) == text
+    assert filled(text, path.parent) == text
 
 
-def test_every_table_of_results_has_its_evidence() -> None:
-    assert "\n|" not in PLACE.sub("", (ROOT / "RESULTS.md").read_text(encoding="utf-8"))
+@pytest.mark.parametrize("name", [name for name in DOCUMENTS if name != "README.md"])
+def test_every_table_has_its_evidence(name: str) -> None:
+    assert "\n|" not in PLACE.sub("", (ROOT / name).read_text(encoding="utf-8"))
+
+
+def test_every_table_of_results_is_shown() -> None:
+    text = "".join((ROOT / name).read_text(encoding="utf-8") for name in DOCUMENTS)
+    assert [path.name for path in (RESULTS / "tables").iterdir() if f"results/tables/{path.name} " not in text] == []
 
 
 @pytest.mark.parametrize("profile", PROFILES)

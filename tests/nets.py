@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -9,6 +10,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from rampart.bounds.box import pixel_box
 from rampart.data import Dataset, to_pixels
 from rampart.models import Chain, Classifier, Normalize, build_model
 from rampart.models.geometry import Geometry
@@ -350,3 +352,21 @@ def fitted(model: M, data: Dataset, lr: float, steps: int) -> M:
         optimizer.step()
     model.zero_grad()
     return model.eval()
+
+
+def wrong_in_a_corner(image: Tensor, eps: float) -> tuple[nn.Sequential, Tensor]:
+    """(model, point): it gives an image label 0 but for the last hundredth of the ball before one of its corners, the
+    point, where a neuron that is off elsewhere is on: there by a ten-thousandth of the logits the label is 1."""
+    first, last = nn.Linear(image.numel(), 1), nn.Linear(1, 2)
+    model = nn.Sequential(nn.Flatten(), first, nn.ReLU(), last).eval()
+    weight = torch.where(torch.arange(image.numel()) % 3 > 0, 1000.0, -1000.0)
+    box, top = pixel_box(image[None], eps), float(weight.abs().sum()) * eps
+    corner = torch.where(weight.view(image.shape) > 0, box.upper[0], box.lower[0])
+    with torch.no_grad():
+        first.weight[0] = weight
+        first.bias[0] = -float(weight.double() @ image.flatten().double()) - 0.99 * top
+        last.weight.copy_(torch.tensor([[-100 / top], [0.0]]))
+        last.bias.zero_()
+        logits = copy.deepcopy(model).double()(corner[None].double())[0]
+        last.bias[0] = float(logits[1] - logits[0]) * (1 - 1e-4)
+    return model, corner

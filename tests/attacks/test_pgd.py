@@ -383,6 +383,16 @@ def test_a_very_confident_network_is_attacked_in_l2() -> None:
     assert bool(attack(model, x, y, eps, steps=10, norm="l2").success.all())
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_networks_of_half_precision_are_attacked_in_it(norm: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).eval().to(dtype), torch.rand(8, 3, 2, 2).to(dtype)
+    found = attack(model, x, model(x).argmax(1), 0.3, norm=norm)
+    assert found.adversarial.dtype == dtype
+    assert bool(found.success.any())
+
+
 def test_the_attack_leaves_network_and_images_as_they_are(network, images, labels) -> None:
     before = {name: value.clone() for name, value in network.state_dict().items()}
     copy = images.clone()

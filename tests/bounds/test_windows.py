@@ -160,7 +160,7 @@ def test_bounds_do_not_depend_on_how_many_coefficients_are_held_at_once(
 ) -> None:
     model, x, y = small_net(name, count=5)
     at_once = margin_bounds(model, x, y, 0.05, method)
-    monkeypatch.setattr(crown, "rows_at_once", lambda floats, memory: 3 * CLASSES)
+    monkeypatch.setattr(crown, "rows_at_once", lambda count, memory, dtype: 3 * CLASSES)
     assert torch.allclose(margin_bounds(model, x, y, 0.05, method), at_once, rtol=1e-4, atol=1e-5)
 
 

@@ -185,6 +185,7 @@ def test_a_file_that_is_no_model_is_named_in_one_line(case: str, tmp_path: Path)
         load_model(file)
     assert str(file) in str(raised.value)
     assert "\n" not in str(raised.value)
+    assert "allow_pickle" not in str(raised.value)  # NumPy's advice
 
 
 def test_a_model_in_bfloat16_can_be_kept(tmp_path: Path) -> None:

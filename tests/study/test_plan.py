@@ -52,6 +52,7 @@ def test_missing_arms_take_as_long_as_their_like_if_there_is_one(study: Study) -
     assert set(steps["state"]) == {MISSING}
     assert steps[steps["arm"] == "normal+aug"]["seconds"].gt(0).all()
     assert steps[steps["arm"] == "adversarial"]["seconds"].isna().all()
+    assert "at least" in said(steps, 1)
     assert "4 of them not timed so far" in said(steps, 1)
     shown = table(steps)
     assert list(shown.columns) == ["arm", "seed", "train", "evaluate", "verify", "embed"]

@@ -139,3 +139,12 @@ def test_a_folder_that_artifacts_cannot_be_written_to_is_said_before_any_work(st
     with pytest.raises(RampartError, match=wanted), open_run("train"):
         raise AssertionError("the work has begun")
     assert list(find_runs("0", {"step": "train"}, status=None)["status"]) == ["FAILED"]
+
+
+def test_artifacts_behind_a_server_are_told_of_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`mlflow ui` makes such a store."""
+    experiment = MlflowClient().create_experiment("served", artifact_location="mlflow-artifacts:/1")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "served")
+    with pytest.raises(RampartError, match="made by a server"), open_run("train"):
+        raise AssertionError("the work has begun")
+    assert list(find_runs(experiment, {"step": "train"}, status=None)["status"]) == ["FAILED"]

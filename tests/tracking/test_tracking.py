@@ -149,8 +149,9 @@ def test_tables_round_trip_and_missing_ones_are_none() -> None:
     assert read_table(run.id, "other.parquet") is None
 
 
-def test_a_store_that_cannot_be_reached_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////proc/nowhere/mlflow.db")
+@pytest.mark.parametrize("folder", ["proc/nowhere", "proc"])
+def test_a_store_that_cannot_be_reached_is_said_in_one_line(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:////{folder}/mlflow.db")
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     with pytest.raises(RampartError, match="MLFLOW_TRACKING_URI") as error:
         initialise()

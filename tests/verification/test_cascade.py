@@ -16,8 +16,9 @@ from rampart.bounds.ibp import Intervals
 from rampart.errors import ModelError, RampartError, SettingsError, UnsupportedLayer
 from rampart.models import Chain
 from rampart.verification import Verdict, verify
+from rampart.verification.verdict import is_counterexample
 from tests.exact import exact_margins, tiny_net
-from tests.nets import CLASSES, NETS, margins, points_in_ball, small_net
+from tests.nets import CLASSES, NETS, margins, points_in_ball, small_net, wrong_in_a_corner
 
 RADII = (0.02, 0.1, 0.3)
 
@@ -282,13 +283,49 @@ def test_without_auto_lirpa_a_network_that_needs_it_is_no_verdict(monkeypatch: p
         verify(model, torch.rand(1, 1, 2), predicted(model, torch.rand(1, 1, 2)), 0.01)
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_what_cancels_in_a_network_is_no_proof(seed: int) -> None:
+    """A BatchNorm of nearly constant channels loses many digits of float32. Beyond an affine network's exact radius
+    nothing may count as proved."""
+    torch.manual_seed(seed)
+    images = 0.5 + 0.004 * (torch.rand(64, 3, 8, 8) - 0.5)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, 2), nn.BatchNorm2d(16, momentum=1.0), nn.Flatten(), nn.Linear(144, 2))
+    with torch.no_grad():
+        model(images)
+    x, y = images[:8], model.eval()(images[:8]).argmax(1)
+    exact = copy.deepcopy(model).double()
+    pixels = x.double().requires_grad_()
+    logits = exact(pixels)
+    margins = (logits.gather(1, y[:, None]) - logits.gather(1, 1 - y[:, None])).squeeze(1)
+    (gradient,) = torch.autograd.grad(margins.sum(), pixels)
+    margins, gradient, proved = margins.detach(), gradient.detach(), []
+    for image, margin, slope, label in zip(x, margins, gradient, y.tolist(), strict=True):
+        radius = float(margin / slope.abs().sum())
+        assert not verify(model, image, label, radius * (1 + 1e-5)).status.startswith("safe")
+        proved.append(verify(model, image, label, radius / 2).status == "safe-incomplete")
+    assert sum(proved) > 4
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_rounding_in_a_corner_of_the_ball_is_no_proof(seed: int) -> None:
+    """A neuron that is on in the last hundredth of the ball alone: what float32 rounds of it is seen nowhere else."""
+    eps, image = 1 / 255, 0.1 + 0.8 * torch.rand(1, 1, 8, generator=torch.Generator().manual_seed(seed))
+    model, corner = wrong_in_a_corner(image, eps)
+    assert is_counterexample(model, corner, image, 0, eps)
+    assert not verify(model, image, 0, eps, timeout=5).status.startswith("safe")
+    with torch.no_grad():
+        model[3].bias[0] += 3e-3
+    assert not is_counterexample(model, corner, image, 0, eps)
+    assert verify(model, image, 0, eps, timeout=5).status.startswith("safe")
+
+
 def test_bounds_that_overflow_give_an_error() -> None:
     """The image itself is classified, but no bound is a number."""
-    model, image = tiny_net((3, 3)), torch.zeros(1, 1, 2)
+    model, image = tiny_net((3, 3)).double(), torch.zeros(1, 1, 2, dtype=torch.float64)
     with torch.no_grad():
-        model[1].weight.fill_(3e38)
+        model[1].weight.fill_(1e308)
         model[1].bias.zero_()
-        model[3].weight.copy_(torch.tensor([[1.0, -1, 1], [1, 1, -1], [-1, 1, 1]]) * 3e38)
+        model[3].weight.copy_(torch.tensor([[1.0, -1, 1], [1, 1, -1], [-1, 1, 1]]) * 1e308)
     found = verify(model, image, predicted(model, image), 0.5)
     assert found.status == "error"
     assert found.lower_bound == -torch.inf
@@ -299,6 +336,7 @@ def test_bounds_that_overflow_give_an_error() -> None:
     [
         ({"label": 3}, "label 3"),
         ({"label": -1}, "label -1"),
+        ({"label": 1.5}, "label 1.5"),
         ({"eps": -0.1}, "eps"),
         ({"eps": 1.5}, "eps"),
         ({"eps": float("nan")}, "eps"),

@@ -43,7 +43,7 @@ class Ball:
     def random(self, generator: torch.Generator | None) -> Tensor:
         """A point of each ball, uniform before it is cut to [0, 1] for L2, and within it for L∞."""
         if self.norm == "linf":
-            draw = torch.rand(self.x.shape, device=self.x.device, generator=generator)
+            draw = torch.rand(self.x.shape, device=self.x.device, generator=generator).to(self.x.dtype)
             return self.clip(self.lower + (self.upper - self.lower) * draw)
         direction = torch.randn(self.x.shape, device=self.x.device, generator=generator).to(self.x.dtype)
         length = torch.rand(len(self.x), device=self.x.device, generator=generator) ** (1 / self.x[0].numel())

@@ -113,7 +113,7 @@ def perturb(
     """
     ball = Ball(x, eps)
     if wide:
-        draw = torch.rand(x.shape, device=x.device, generator=generator)
+        draw = torch.rand(x.shape, device=x.device, generator=generator).to(x.dtype)
         current = (x + 2 * eps * (2 * draw - 1)).clamp(0, 1)
     else:
         current = ball.random(generator)

@@ -108,6 +108,11 @@ def pixel_box(x: Tensor, eps: float | Tensor) -> Box:
     return Box((x - eps).clamp(0, 1), (x + eps).clamp(0, 1))
 
 
+def covering(eps: float) -> float:
+    """The radius over which a proof is made: with what float32 rounds of an attacked image's pixels."""
+    return min(eps + 2**-24, 1.0)
+
+
 def lower_on(box: Box, a: Tensor) -> Tensor:
     """min of a·x over the box, [B, K], for a [B, K, *shape]."""
     flat = a.flatten(2)

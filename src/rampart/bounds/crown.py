@@ -83,7 +83,7 @@ def lower_bounds(chain: Chain, inputs: ibp.Intervals, box: Box, spec: Tensor, me
             chain, {place: at(bounds, part) for place, bounds in inputs.items()}, at(box, part), spec[part]
         ),
         len(spec),
-        rows_at_once(widest(chain), memory) // max(spec.shape[1], 1),
+        rows_at_once(widest(chain), memory, spec.dtype) // max(spec.shape[1], 1),
     )
 
 
@@ -98,9 +98,9 @@ def memory_on(device: torch.device, asked: int = 0) -> int:
     return asked or (MEMORY if device.type == "cpu" else MEMORY_OF_A_GPU)
 
 
-def rows_at_once(floats: int, memory: int) -> int:
-    """Rows of so many coefficients that `memory` (MiB) holds: the ReLU step has about three tensors of their size."""
-    return (memory << 20) // (4 * 3 * floats)
+def rows_at_once(count: int, memory: int, dtype: torch.dtype) -> int:
+    """Rows of `count` coefficients that `memory` (MiB) holds: the ReLU step has about three tensors of their size."""
+    return (memory << 20) // (dtype.itemsize * 3 * count)
 
 
 def widest(chain: Chain, value: int | None = None) -> int:
@@ -162,7 +162,7 @@ def _tighten(
     field = windows.receptive_field(chain, value) or whole
     # Of neurons deep in a network, windows are larger than the maps, on whose padding they lie for the greater part.
     windowed = field < whole
-    size = max(rows_at_once(min(field, whole), memory), 1)
+    size = max(rows_at_once(min(field, whole), memory, lower.dtype), 1)
     bound_rows = windows.lower_bounds if windowed else _neuron_bounds
 
     def improve(image: Tensor, neuron: Tensor, sign: Tensor) -> Tensor:

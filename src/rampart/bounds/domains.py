@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -68,10 +68,14 @@ class Parts:
         """[D, U]: 1 of those that are known to pass, else 0."""
         return (self.signs > 0).to(self.signs.dtype)
 
+    def to(self, dtype: torch.dtype) -> Parts:
+        return Parts(self.signs.to(dtype), self.lower.to(dtype), self.upper.to(dtype))
+
     @cached_property
     def above(self) -> tuple[Tensor, Tensor]:
         """(slopes, intercepts) of the upper side of each neuron's relaxation, each [D, U]."""
-        slope = self.upper / (self.upper - self.lower)
+        # Both ends may be too small for float32.
+        slope = self.upper / (self.upper - self.lower).clamp(min=torch.finfo(self.upper.dtype).tiny)
         return torch.where(self.free, slope, self.passing), torch.where(self.free, -self.lower * slope, 0.0)
 
 
@@ -101,6 +105,11 @@ class Domains:
 
     def at(self, which: Tensor) -> Domains:
         return Domains(self.rows.at(which), self.parts.at(which), self.slopes[which], self.multipliers[which])
+
+    def single(self) -> Domains:
+        """In float32."""
+        parts = self.parts.to(torch.float32)
+        return Domains(self.rows.single(), parts, self.slopes.float(), self.multipliers.float())
 
     @classmethod
     def over(cls, rows: Rows, parts: Parts) -> Domains:
@@ -154,7 +163,8 @@ def forth(net: Reduced, domains: Domains, found: Sweep) -> Tensor:
 
 
 class Optimised(NamedTuple):
-    """The best bounds [D] seen, the domains with what gave them, and the sweep [D] and v [D, U] seen last."""
+    """The best bounds [D] seen, in the problem's precision, the domains with what gave them, and the sweep [D] and
+    v [D, U] seen last, in float32."""
 
     bound: Tensor
     domains: Domains
@@ -168,7 +178,11 @@ def optimise(
     """Raises the bounds by Adam on slopes (Xu et al. 2021) and multipliers (Wang et al. 2021).
 
     The first bound is that of the domains as given; a domain above `target` (one, or [D]) is not worked on further.
+    Slopes and multipliers are looked for in float32. A bound by whichever of them holds, so that it is the last pass,
+    in the problem's own precision, which proves.
     """
+    problem, asked = net, domains
+    net, domains = net.single, domains.single()
     parts = domains.parts
     bound = domains.slopes.new_full((len(domains),), -torch.inf)
     slopes, multipliers = domains.slopes.clone(), domains.multipliers.clone()
@@ -211,4 +225,6 @@ def optimise(
             moved.append(torch.addcdiv(value, mean, deviation, value=lr * 0.98**step / (1 - 0.9 ** (step + 1))))
         betas = now.multipliers.index_copy(1, known, moved[1].clamp_(min=0))
         now = Domains(now.rows, now.parts, moved[0].clamp_(0, 1), betas)
-    return Optimised(bound, Domains(domains.rows, parts, slopes, multipliers), Sweep(bound, relu, x), v)
+    best = replace(asked, slopes=slopes.to(asked.slopes), multipliers=multipliers.to(asked.slopes))
+    proven = bound if problem is net else back(problem, best).bound
+    return Optimised(proven.masked_fill(proven.isnan(), -torch.inf), best, Sweep(bound, relu, x), v)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,11 +22,13 @@ from rampart.models.tracing import normalization
 NAMES = {"ibp": "IBP", "crown-ibp": "CROWN-IBP", "crown": "CROWN", "alpha-crown": "CROWN-Optimized"}
 
 
+@torch.inference_mode(False)  # where it is on there are no gradients
 def lirpa_bounds(model: nn.Module, x: Tensor, eps: float | Tensor, method: str, y: Tensor) -> Tensor:
     """Lower bounds [B, K] of z_y - z_j over the ball cut to [0, 1]; arguments as in margin_bounds."""
     library = import_auto_lirpa()
     from rampart.bounds.margins import alike, margin_spec, noise
 
+    x, y = x.detach().clone(), y.clone()
     box = pixel_box(x, eps)
     _check_pooling(model)
     norm = library.PerturbationLpNorm(norm=float("inf"), x_L=box.lower, x_U=box.upper)
@@ -62,7 +65,7 @@ def lirpa_bounds(model: nn.Module, x: Tensor, eps: float | Tensor, method: str, 
 
     failed: Exception | None = None
     # auto_LiRPA changes the module that it is given, and prints.
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), _by_default(x.dtype):
         for mode in ("patches", "matrix"):  # the slow way where the fast one fails
             try:
                 return bounds(mode)
@@ -71,6 +74,17 @@ def lirpa_bounds(model: nn.Module, x: Tensor, eps: float | Tensor, method: str, 
                     raise
                 failed = error
     raise _unsupported(model, x, failed) from failed
+
+
+@contextlib.contextmanager
+def _by_default(dtype: torch.dtype) -> Iterator[None]:
+    """Some of its relaxations make tensors of PyTorch's default type, whatever the images'."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _unsupported(model: nn.Module, x: Tensor, error: Exception | None) -> UnsupportedLayer:

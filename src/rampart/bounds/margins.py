@@ -14,7 +14,6 @@ from rampart.errors import BoundError, UnsupportedLayer, require, unknown
 from rampart.models.chain import Chain, Layout
 from rampart.models.classifier import (
     checked_logits,
-    double_logits,
     logits_of,
     require_fixed,
     require_labels,
@@ -26,12 +25,10 @@ Engine = Literal["native", "auto_lirpa"]
 METHODS: tuple[Method, ...] = ("ibp", "crown-ibp", "crown", "alpha-crown")
 ENGINES: tuple[Engine, ...] = ("native", "auto_lirpa")
 
-# A margin counts as proved above this share of the image's largest logit, whatever the scale of the logits: rounding of
-# float32 in a pass over the study's CNN, or over a linear map of an image, stays below it.
+# A margin counts as proved above this share of the image's largest logit, whatever the scale of the logits. Proofs are
+# in float64, whose rounding is far below it; a linear program's solver is less exact, and so is float32, of which alone
+# some models are.
 PROVED = 2e-5
-# Where values cancel on the way, as behind a BatchNorm of a small variance, rounding is more: then above so many times
-# what intervals show of it (root of the mean square over the margins of some points of the ball); CROWN's is larger.
-SEEN = 16
 # By how much of the largest logit what has been read of a network may differ from it: GPUs round in tf32.
 ALIKE = 1e-2
 
@@ -44,49 +41,14 @@ def margin_spec(labels: Tensor, classes: int) -> Tensor:
     return eye[labels][:, None, :] - eye
 
 
-def rounding_share(logits: Tensor) -> Tensor:
-    """[B]: what float32 may round of margins of logits [B, K], as a rule."""
+def proof_tolerance(logits: Tensor) -> Tensor:
+    """[B]: what a lower bound of a margin must exceed to be a proof, where the images have logits [B, K]."""
     return PROVED * logits.abs().amax(1)
 
 
 def noise(x: Tensor) -> Tensor:
     """Random pixels in the shape of x, each time the same."""
     return torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
-
-
-def proof_tolerance(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    eps: float,
-    layout: Layout | None,
-    memory: int = crown.MEMORY,
-) -> Tensor:
-    """[B]: what a lower bound of a margin must exceed to be a proof in float32, of the balls of `margin_bounds`.
-
-    At single points bounds, the cheapest as well, are margins but for rounding, and the model in float64 tells these.
-
-    Args:
-        layout: the model's; None where auto_LiRPA bounds it.
-    """
-    with torch.no_grad():
-        share = rounding_share(logits_of(model, x))
-        box = pixel_box(x, eps)
-        parts = [x.clamp(0, 1), box.lower, box.upper, box.lower + noise(x) * (box.upper - box.lower)]
-        points, labels = torch.cat(parts), y.repeat(len(parts))
-        exact = double_logits(model, points)
-        if exact is None:
-            return share
-        engine: Engine = "native" if layout else "auto_lirpa"
-        try:
-            found = margin_bounds(model, points, labels, 0.0, "ibp", engine, memory, layout).double()
-        except UnsupportedLayer:  # by this method
-            return share
-        margins = exact.gather(1, labels[:, None]) - exact
-        errors = (found - margins).square().scatter(1, labels[:, None], 0.0)
-        others = exact.shape[1] - 1
-        seen = (errors.sum(1).view(len(parts), -1).mean(0) / others).sqrt()
-        return torch.maximum(share, (SEEN * seen).to(share))
 
 
 def identity_spec(size: int, like: Tensor) -> Tensor:
@@ -135,6 +97,9 @@ def margin_bounds(
     layout: Layout | None = None,
 ) -> Tensor:
     """Lower bounds of z_y - z_j, [B, K], over the L∞ ball of radius eps cut to [0, 1]; +inf at j = y.
+
+    They are computed in the images' type and do not allow for its rounding: for a proof that must hold whatever cancels
+    in the network, give model and images in float64, as `verify` and evaluations do by themselves.
 
     Args:
         model: pixels -> logits, in eval mode.

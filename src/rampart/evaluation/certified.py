@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from rampart.bounds import METHODS, find_layout, margin_bounds
+from rampart.bounds.box import covering
 from rampart.bounds.crown import memory_on
 from rampart.bounds.margins import Engine, Method, proof_tolerance
 from rampart.data import Split, stratified_order, to_pixels
 from rampart.errors import is_out_of_memory, require, require_choices
 from rampart.ledger import PROVED as PROVED_VERDICTS
 from rampart.ledger import attacked_by, eps_key, mark_attacked
+from rampart.models import double_copy
 from rampart.verification import verify
 
 log = logging.getLogger(__name__)
@@ -95,7 +97,11 @@ class _Certification:
 
     def __init__(self, model: nn.Module, split: Split, ledger: pd.DataFrame, plan: CertificationPlan) -> None:
         self.model, self.split, self.ledger, self.plan = model, split, ledger, plan
-        self.layout = find_layout(model, to_pixels(split.images[:1]))
+        first = to_pixels(split.images[:1])
+        self.layout = find_layout(model, first)
+        # Where what float32 finds is proved; None of a model that cannot be run in float64.
+        self.exact = double_copy(model, first)
+        self.exact_layout = self.layout.double() if self.layout else None
         self.memory = memory_on(split.labels.device, plan.memory)
         self.chosen = torch.zeros(len(split), dtype=torch.bool)
         self.chosen[stratified_order(split, 0)[: plan.certify_images or None]] = True
@@ -140,15 +146,17 @@ class _Certification:
         """Which of the images a bound proves, [N]."""
         batch = self.split[images.to(self.split.labels.device)]
         engine: Engine = "native" if self.layout else "auto_lirpa"
-        x, y, layout = to_pixels(batch.images), batch.labels, self.layout
+        x, y = to_pixels(batch.images), batch.labels
         while True:
             try:
-                bounds = margin_bounds(self.model, x, y, eps, method, engine, self.memory, layout).amin(1)
-                proved = bounds > 0
+                bounds = margin_bounds(self.model, x, y, eps, method, engine, self.memory, self.layout).amin(1)
+                with torch.no_grad():
+                    sure = proof_tolerance(self.model(x))
+                proved = bounds > sure
                 likely = proved.nonzero().squeeze(1)
-                if len(likely):  # of the others nothing needs to be known
-                    sure = proof_tolerance(self.model, x[likely], y[likely], eps, layout, self.memory)
-                    proved[likely] = bounds[likely] > sure
+                if len(likely) and self.exact is not None:
+                    given = x[likely].double(), y[likely], covering(eps), method, engine, self.memory, self.exact_layout
+                    proved[likely] = margin_bounds(self.exact, *given).amin(1) > sure[likely]
                 return proved.cpu()
             except RuntimeError as error:
                 if not is_out_of_memory(error) or self.memory == 1:

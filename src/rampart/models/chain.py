@@ -6,6 +6,7 @@ moment: BatchNorm folded by its running statistics in eval mode, by the batch's 
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -74,6 +75,16 @@ class Layout:
 
     def __init__(self, model: nn.Module) -> None:
         self.steps = trace(model)
+
+    def double(self) -> Layout:
+        """The same with a copy of the weights in float64."""
+        twin = copy.deepcopy(self)
+        for step in twin.steps:
+            held = step.module.held if isinstance(step.module, Constant) else step.module
+            module = held[0] if isinstance(held, tuple) else held
+            if isinstance(module, nn.Module):
+                module.double()
+        return twin
 
     def resolve(self, x: Tensor) -> Chain:
         """Runs x [B, *in_shape] through the module and returns the chain with the weights of this moment.

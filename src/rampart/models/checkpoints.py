@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import numpy as np
 import torch
@@ -102,6 +103,8 @@ def load_model(path: str | Path) -> Classifier:
     file = released(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else Path(path).expanduser()
     if name.startswith(PREFIX) and file.stem != name.removeprefix(PREFIX):
         log.info("'%s' stands for '%s%s', the arm with proofs that was released", name, PREFIX, file.stem)
+    if name.startswith(("runs:/", "models:/")):
+        raise ModelError(f"load_model reads files, not '{path}': take rampart.tracking.fetch_model")
     if not file.is_file():
         raise ModelError(f"no model file '{path}': give a .safetensors or .npz file, runs:/<run id>/model or models:/…")
     try:
@@ -147,6 +150,8 @@ def _read_checked(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _read_study(file: Path) -> tuple[Classifier, dict[str, Tensor]]:
     """The study's arrays: same architecture, other module names, no normalisation (it normalised its data)."""
+    if not is_zipfile(file):  # NumPy would advise to load pickled objects
+        raise ModelError(f"'{file}' is no .npz file, or is damaged: fetch it again")
     with np.load(file) as arrays:
         state = {}
         for name in arrays.files:

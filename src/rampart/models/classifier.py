@@ -26,7 +26,9 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1))
 
     def check(self, x: Tensor) -> None:
-        """Raises ModelError where x has another number of channels."""
+        """Raises ModelError where x is no batch of images, or has another number of channels."""
+        if x.dim() != 4:
+            raise ModelError(f"the model takes images [B, C, H, W], not of shape {tuple(x.shape)}")
         if x.shape[1] != self.mean.shape[1]:  # broadcasting would take a grey image for a coloured one
             raise ModelError(
                 f"the model takes images of {self.mean.shape[1]} channels, not {x.shape[1]}: wrong dataset?"
@@ -130,6 +132,12 @@ def double_logits(model: nn.Module, x: Tensor) -> Tensor | None:
             raise
         return None
     return logits if logits.dtype == torch.float64 else None
+
+
+def double_copy(model: nn.Module, x: Tensor) -> nn.Module | None:
+    """The model in float64; None where `double_logits` of images x are."""
+    with torch.no_grad():
+        return None if double_logits(model, x) is None else copy.deepcopy(model).double()
 
 
 def predict(model: nn.Module, x: Tensor) -> Tensor:

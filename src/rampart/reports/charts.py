@@ -109,20 +109,21 @@ def pareto(summary: pd.DataFrame) -> Panels:
     clean = accuracy.set_index("arm")["mean"]
     rows = proved[proved["arm"].isin(clean.index)]
     rows = _percent(rows.assign(accuracy=100 * rows["arm"].map(clean)))
+    top = max(1.1 * rows["percent"].max(), 1)  # nothing may be proved at all
 
     def panel(part: pd.DataFrame) -> alt.LayerChart:
-        x = alt.X("accuracy:Q", title="test accuracy (%)", scale=alt.Scale(zero=False, padding=12))
-        y = alt.Y("percent:Q", title="certified accuracy (%)", scale=alt.Scale(domainMin=0))
+        x = alt.X("accuracy:Q", title="test accuracy (%)", scale=alt.Scale(zero=False, padding=16))
+        y = alt.Y("percent:Q", title="certified accuracy (%)", scale=alt.Scale(domain=[0, top]))
         tip = ["arm", number("accuracy", "accuracy %"), number("percent", "certified %"), "seeds"]
         points = alt.Chart(part).encode(x=x, y=y)
         front = alt.Chart(part[_undominated(part)]).mark_line(color="#888888", strokeDash=[4, 3])
         return alt.layer(
             front.encode(x=x, y=y),
             points.mark_point(filled=True, size=90, opacity=1).encode(
-                color=colours(part), shape=shapes(part), tooltip=tip
-            ),
-            points.mark_text(align="left", dx=8, fontSize=9).encode(
-                text=alt.condition(alt.datum.augment, alt.value("aug"), alt.value(""))
+                color=colours(part),
+                shape=shapes(part),
+                tooltip=tip,
+                stroke=alt.condition(alt.datum.augment, alt.value("black"), alt.value("transparent")),
             ),
         ).properties(width=WIDTH, height=HEIGHT, title=f"at ε {part['ε'].iloc[0]}")
 

@@ -124,7 +124,8 @@ def _certified(given: Material) -> Iterator[Section]:
             "Between which percentages the robust accuracy at ε lies: of the images that were to be proved, the share "
             "that is classified correctly and proved robust, and the share that no attack of that radius has broken. "
             "Of several seeds, on the images that all of them share. "
-            "The figure sets what is proved against accuracy; the line joins the arms that none beats in both.",
+            "The figure sets what is proved against accuracy, arms with augmentation outlined in black; the line joins "
+            "the arms that none beats in both.",
             tables.brackets(given.summary),
             charts.pareto(given.summary),
             ("evaluate",),

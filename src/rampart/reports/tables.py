@@ -269,5 +269,7 @@ def _count(row: pd.Series) -> str:
 
 
 def short_runs(table: pd.DataFrame) -> pd.DataFrame:
-    """Run ids cut to eight characters, for the terminal."""
+    """Run ids, where there are any, cut to eight characters, for the terminal."""
+    if "runs" not in table:
+        return table
     return table.assign(runs=table["runs"].map(lambda ids: " ".join(run[:8] for run in ids.split())))

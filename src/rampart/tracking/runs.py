@@ -144,6 +144,12 @@ class Run:
 
     def check_place(self, place: str) -> None:
         """Raises RampartError where the run's artifacts cannot be written: before the work, not after it."""
+        uri = mlflow.get_tracking_uri()
+        if place.startswith("mlflow-artifacts:") and not uri.startswith("http"):
+            raise RampartError(
+                "this store was made by a server, which alone can reach its artifacts: set MLFLOW_TRACKING_URI to that "
+                "server's http://…, or MLFLOW_EXPERIMENT_NAME to an experiment of your own"
+            )
         if not is_local_uri(place):
             return
         path = Path(local_file_uri_to_path(place))

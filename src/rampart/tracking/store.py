@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
+from pathlib import Path
 from urllib.parse import unquote
 
 import mlflow
@@ -47,8 +48,12 @@ def initialise() -> None:
     uri = mlflow.get_tracking_uri()
     # The rest of the address is quoted as a URL.
     file = unquote(uri.removeprefix("sqlite:///").partition("?")[0])
+    lock = Path(f"{file}.lock") if uri.startswith("sqlite:///") else None
     try:
-        with FileLock(f"{file}.lock") if uri.startswith("sqlite:///") else nullcontext():
+        if lock:  # a lock that cannot be made is waited for without end
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            lock.touch()
+        with FileLock(lock) if lock else nullcontext():
             _make_ready(uri)
     except OSError as error:
         raise _unanswered(uri, error) from error

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from rampart.attacks import pgd
 from rampart.attacks.ball import with_gradients
 from rampart.bounds import crown, find_layout, ibp, margin_bounds, reduced
-from rampart.bounds.box import pixel_box
+from rampart.bounds.box import covering, pixel_box
 from rampart.bounds.domains import Domains, Optimised, optimise
 from rampart.bounds.margins import Method, chain_bounds, check, margin_spec, proof_tolerance, require_exact
 from rampart.bounds.reduced import Reduced
 from rampart.errors import BoundError, UnsupportedLayer, is_out_of_memory, require, unknown
-from rampart.models import Chain, Layout, checked_logits, require_fixed
+from rampart.models import Chain, Layout, checked_logits, double_copy, require_fixed
 from rampart.verification.branching import Outcome, branch_and_bound
 from rampart.verification.splitting import Branching
 from rampart.verification.verdict import Verdict, is_counterexample
@@ -79,7 +79,7 @@ def verify(
     image = with_gradients(image)
     with torch.no_grad():
         logits = checked_logits(model, image[None])
-    require(0 <= label < logits.shape[1], f"label {label} is not one of the model's {logits.shape[1]} classes")
+    require(label in range(logits.shape[1]), f"label {label} is not one of the model's {logits.shape[1]} classes")
     finite = bool(logits.isfinite().all())
     if engine == "abcrown" and finite:
         from rampart.verification import abcrown
@@ -102,7 +102,8 @@ def verify(
 
 
 class _Problem:
-    """One image on its way through the stages."""
+    """One image on its way through the stages: bounds are in float64, since float32 loses what cancels in a network,
+    wherever in the ball it does."""
 
     def __init__(
         self,
@@ -114,11 +115,14 @@ class _Problem:
         deadline: float,
         memory: int,
     ) -> None:
-        self.model, self.layout, self.image, self.label, self.eps = model, layout, image, label, eps
+        self.model, self.image, self.label, self.eps = model, image, label, eps
         self.deadline, self.memory, self.started = deadline, memory, time.perf_counter()
-        self.target = 0.0  # what a bound must exceed
         self.stage = ""
-        self.x, self.y = image[None], torch.tensor([label], device=image.device)
+        # What auto_LiRPA bounds where there is no layout: in its own type if it cannot be run in another.
+        exact = None if layout else double_copy(model, image[None])
+        self.bounded = model if exact is None else exact
+        self.x = image[None].double() if layout or exact is not None else image[None]
+        self.y = torch.tensor([label], device=image.device)
         self.seconds: dict[str, float] = {}
         self.bounds: Tensor | None = None  # [K], +inf at the label
         self.beyond: UnsupportedLayer | None = None  # why a stage could bound nothing
@@ -127,7 +131,9 @@ class _Problem:
         self.roots: Optimised | None = None
         self.inputs: ibp.Intervals = {}
         with torch.no_grad():
-            self.chain: Chain | None = layout.resolve(self.x) if layout else None
+            self.chain: Chain | None = layout.double().resolve(self.x) if layout else None
+            logits = self.chain.output if self.chain else self.bounded(self.x)
+        self.target = proof_tolerance(logits).item()  # what a bound must exceed
 
     def settle(self, attack_first: bool, complete: bool, branching: Branching, max_domains: int) -> Verdict:
         """Goes through the stages; settings as in `verify`."""
@@ -136,9 +142,6 @@ class _Problem:
             example = self.attacked() if example is None and attack_first else example
         if example is not None:
             return self.verdict("unsafe", example)
-        with self.timed(BOUNDS[0]):
-            sure = proof_tolerance(self.model, self.x, self.y, self.eps, self.layout, self.memory)
-            self.target = sure.item()
         for stage in BOUNDS:
             with self.timed(stage), torch.no_grad():
                 self.raise_bound(stage)
@@ -184,13 +187,13 @@ class _Problem:
         """Bounds the classes that are left by the stage's method."""
         if self.chain is None:
             try:
-                bounds = margin_bounds(self.model, self.x, self.y, self.eps, stage, "auto_lirpa")[0]
+                bounds = margin_bounds(self.bounded, self.x, self.y, covering(self.eps), stage, "auto_lirpa")[0]
             except UnsupportedLayer as beyond:  # for this method, or all
                 self.beyond = beyond
             else:
                 self.bounds = bounds if self.bounds is None else torch.maximum(self.bounds, bounds)
             return
-        box = pixel_box(self.x, self.eps)
+        box = pixel_box(self.x, covering(self.eps))
         spec = margin_spec(self.y, self.chain.output.shape[1]).to(self.x.dtype)
         if stage == "ibp":
             self.bounds = chain_bounds(self.chain, box, spec, "ibp")[0]
@@ -233,7 +236,7 @@ class _Problem:
 
     def attacked(self) -> Tensor | None:
         """A checked counterexample that PGD finds."""
-        (example,) = attack(self.model, self.x, self.y, self.eps)
+        (example,) = attack(self.model, self.image[None], self.y, self.eps)
         return example if example is not None and self.holds(example) else None
 
     def holds(self, example: Tensor) -> bool:
@@ -241,9 +244,9 @@ class _Problem:
 
     def refute(self, points: Tensor) -> Tensor | None:
         """A point that the model gets wrong, [I], among the points [N, I] of the ball or near the best of them."""
-        images = points.view(-1, *self.image.shape).clamp(0, 1)
+        images = points.to(self.image).view(-1, *self.image.shape).clamp(0, 1)
         margins = _margins(self.model, images, self.label)
-        box = pixel_box(self.x, self.eps)
+        box = pixel_box(self.image[None], self.eps)
         nearest = images[margins.topk(min(PGD_SEEDS, len(images)), largest=False).indices]
         with torch.enable_grad():
             for _ in range(PGD_STEPS):

@@ -228,7 +228,7 @@ class Search:
         pair = signs.new_tensor([1.0, -1.0])
         children[place, candidates.flatten().repeat_interleave(2)] = pair.repeat(count * tried)
         tries = self.domains_of(parents, parent, children, neurons)
-        bound = linear.back(self.net, tries).bound.view(count, tried, 2).clamp(max=self.target)
+        bound = linear.back(self.net.single, tries.single()).bound.view(count, tried, 2).clamp(max=self.target)
         # Of equally bad worse children the better other one.
         score = (bound.amin(2) + 1e-3 * bound.amax(2)).masked_fill(~free, -torch.inf)
         return candidates.gather(1, score.argmax(1, keepdim=True))

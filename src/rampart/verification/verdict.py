@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from rampart.bounds.margins import rounding_share
+from rampart.bounds.margins import proof_tolerance
 from rampart.models.classifier import NO_CLASS, classes_of, double_logits
 
 
@@ -46,4 +46,4 @@ def is_counterexample(model: nn.Module, example: Tensor, image: Tensor, label: i
         if logits is not None:
             return int(classes_of(logits)) not in (label, NO_CLASS)
         logits = model(example[None])
-        return bool(logits[0, label] < logits.max() - rounding_share(logits)[0])
+        return bool(logits[0, label] < logits.max() - proof_tolerance(logits)[0])

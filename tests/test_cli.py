@@ -58,7 +58,7 @@ def test_bad_input_ends_in_one_line_exit_code_2_and_a_failed_run(
         (["train", "--dataset", f"folder:{foreign}"], "cow"),
         (["train", "--dataset", "cifar10"], "folder:PATH"),
         (["evaluate", "--model", "nowhere.npz"], "no model file"),
-        (["evaluate", "--model", str(store / "broken.npz")], "does not hold"),
+        (["evaluate", "--model", str(store / "broken.npz")], "is no .npz file"),
         (["evaluate", "--model", "runs:/0123456789abcdef0123456789abcdef/model"], "no "),
         (["evaluate", "--model", "models:/nothing/1"], "no model"),
         (["evaluate", "--model", str(store / "two.safetensors"), "--certify", "none"], "2 classes"),

@@ -57,7 +57,7 @@ def test_verdicts_of_300_networks_are_those_of_an_exact_solver(part: int) -> Non
         if abs(exact) < 2 * PROVED:  # nearer to 0 than a proof in float32 can tell
             continue
         assert found.status in ({"safe", "safe-incomplete"} if exact > 0 else {"unsafe"}), (seed, exact, found)
-        assert found.lower_bound <= exact + PROVED
+        assert found.lower_bound <= exact + 1e-6
         if found.status == "unsafe":
             assert refutes(model, found, image, label, eps)
         seen.add(found.status)
@@ -76,7 +76,7 @@ def test_verdicts_are_exact_where_every_part_is_narrowed(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(branching, "narrowed", counted)
     seen = Counter[str]()
-    for seed in range(300, 460):
+    for seed in range(300, 420):
         model, image = random_net(seed)
         label = predicted(model, image)
         eps = float(0.1 + 0.2 * torch.rand(()))
@@ -86,7 +86,7 @@ def test_verdicts_are_exact_where_every_part_is_narrowed(monkeypatch: pytest.Mon
         before = narrowings
         found = verify(model, image, label, eps)
         assert found.status in ({"safe", "safe-incomplete"} if exact > 0 else {"unsafe"}), (seed, exact, found)
-        assert found.lower_bound <= exact + PROVED
+        assert found.lower_bound <= exact + 1e-6
         seen[found.status] += narrowings > before
     assert seen["safe"] > 5
     assert seen["unsafe"] > 0

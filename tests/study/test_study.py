@@ -165,6 +165,7 @@ def test_a_study_that_is_told_to_stop_leaves_no_run_running_and_no_process(store
     assert not any(worker.is_running() for worker in workers)
 
 
+@pytest.mark.slow
 def test_two_studies_begun_at_the_same_moment_do_each_step_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -283,7 +283,7 @@ def test_without_auto_lirpa_a_network_that_needs_it_is_no_verdict(monkeypatch: p
         verify(model, torch.rand(1, 1, 2), predicted(model, torch.rand(1, 1, 2)), 0.01)
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(4))
 def test_what_cancels_in_a_network_is_no_proof(seed: int) -> None:
     """A BatchNorm of nearly constant channels loses many digits of float32. Beyond an affine network's exact radius
     nothing may count as proved."""
@@ -306,7 +306,7 @@ def test_what_cancels_in_a_network_is_no_proof(seed: int) -> None:
     assert sum(proved) > 4
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(6))
 def test_rounding_in_a_corner_of_the_ball_is_no_proof(seed: int) -> None:
     """A neuron that is on in the last hundredth of the ball alone: what float32 rounds of it is seen nowhere else."""
     eps, image = 1 / 255, 0.1 + 0.8 * torch.rand(1, 1, 8, generator=torch.Generator().manual_seed(seed))

@@ -68,8 +68,8 @@ class Parts:
         """[D, U]: 1 of those that are known to pass, else 0."""
         return (self.signs > 0).to(self.signs.dtype)
 
-    def to(self, dtype: torch.dtype) -> Parts:
-        return Parts(self.signs.to(dtype), self.lower.to(dtype), self.upper.to(dtype))
+    def single(self) -> Parts:
+        return Parts(self.signs.float(), self.lower.float(), self.upper.float())
 
     @cached_property
     def above(self) -> tuple[Tensor, Tensor]:
@@ -108,8 +108,7 @@ class Domains:
 
     def single(self) -> Domains:
         """In float32."""
-        parts = self.parts.to(torch.float32)
-        return Domains(self.rows.single(), parts, self.slopes.float(), self.multipliers.float())
+        return Domains(self.rows.single(), self.parts.single(), self.slopes.float(), self.multipliers.float())
 
     @classmethod
     def over(cls, rows: Rows, parts: Parts) -> Domains:

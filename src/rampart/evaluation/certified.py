@@ -154,7 +154,7 @@ class _Certification:
                     sure = proof_tolerance(self.model(x))
                 proved = bounds > sure
                 likely = proved.nonzero().squeeze(1)
-                if len(likely) and self.exact is not None:
+                if len(likely) and self.exact is not None:  # of the others nothing needs to be known
                     given = x[likely].double(), y[likely], covering(eps), method, engine, self.memory, self.exact_layout
                     proved[likely] = margin_bounds(self.exact, *given).amin(1) > sure[likely]
                 return proved.cpu()

@@ -75,8 +75,8 @@ def said(steps: pd.DataFrame, workers: int) -> str:
         return f"all {len(steps)} steps are done"
     known = left["seconds"].dropna()
     some = 0 < len(known) < len(left)
-    minutes = f"{known.sum() / workers / 60:.0f} min" if len(known) else "nobody knows how long"
-    minutes = f"{'at least' if some else 'about'} {minutes}" if len(known) else minutes
+    about = "at least" if some else "about"
+    minutes = f"{about} {known.sum() / workers / 60:.0f} min" if len(known) else "nobody knows how long"
     others = f", {len(left) - len(known)} of them not timed so far" if some else ""
     counts = left["state"].value_counts()
     again = ", ".join(f"{counts[state]} of them {state}" for state in (STALE, OUTDATED) if state in counts)

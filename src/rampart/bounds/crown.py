@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from math import prod
 
 import torch
 from torch import Tensor
 
-from rampart.bounds import ibp, windows
+from rampart.bounds import ibp, rounding, windows
 from rampart.bounds.box import Box, lower_on
 from rampart.bounds.relaxation import Relaxation, relax, through_relu
+from rampart.bounds.rounding import Single
 from rampart.models.chain import Chain
 from rampart.models.links import Add, Conv, Dense, ReLU
 
 # Memory in MiB for the coefficients held at once: 32 suited a CPU's caches best of 2 to 128. A GPU has so much to do at
 # once only with many of them.
 MEMORY, MEMORY_OF_A_GPU = 32, 4096
+
+# What a bound in float32 may lose at most, as a share of its distance from the value at the box's centre.
+SHARE = 0.01
 
 # Lower slopes in [0, 1] by the ReLU's place, [B, K, *shape] or [B, 1, *shape].
 Slopes = dict[int, Tensor]
@@ -118,8 +123,11 @@ def at(box: Box, images: Tensor | slice) -> Box:
     return Box(box.lower[images], box.upper[images])
 
 
-def preactivations(chain: Chain, box: Box, memory: int = MEMORY) -> ibp.Intervals:
+def preactivations(chain: Chain, box: Box, memory: int = MEMORY, single: bool = False) -> ibp.Intervals:
     """CROWN bounds of every ReLU's input, by its place.
+
+    With `single` those of a chain in float64 are computed in float32, less what that may have rounded, where it is
+    little (`rounding.py`).
 
     A neuron that intervals show to be stable keeps those. Of the others the bound on the side of the neuron's value at
     the box's centre comes first: where it shows that the neuron is stable, the other side keeps its interval, since the
@@ -129,6 +137,8 @@ def preactivations(chain: Chain, box: Box, memory: int = MEMORY) -> ibp.Interval
     inputs: ibp.Intervals = {}
     relaxed: dict[int, Relaxation] = {}
     middle: ibp.Intervals = {}
+    rounded = Single.of(chain) if single else None
+    first = 0  # of the links of which `rounded` does not know all
     for place in chain.relus:
         value = chain.sources[place][0]
         # Forward from the bounds found so far: the tighter these intervals, the fewer neurons are left to CROWN.
@@ -138,48 +148,79 @@ def preactivations(chain: Chain, box: Box, memory: int = MEMORY) -> ibp.Interval
         # One linear map of a box: intervals are exact.
         if maps > 1 or any(isinstance(link, Add) for link in before):
             middle = ibp.intervals(chain, Box(box.center, box.center), value, middle)
-            found[value] = _tighten(chain, value, relaxed, box, found[value], middle[value].center, memory)
+            if rounded:
+                for earlier in range(first, value + 1):
+                    rounded.add(earlier, chain, found)
+                first = value  # once more when its bounds are tighter
+            pass_back = _Pass(chain, value, relaxed, box, memory, rounded)
+            found[value] = _tighten(pass_back, found[value], middle[value].center)
         inputs[place] = found[value]
         relaxed[place] = relax(found[value])
     return inputs
 
 
-def _tighten(
-    chain: Chain,
-    value: int,
-    relaxed: dict[int, Relaxation],
-    box: Box,
-    loose: Box,
-    middle: Tensor,
-    memory: int,
-) -> Box:
+def _tighten(passes: _Pass, loose: Box, middle: Tensor) -> Box:
     """Replaces the bounds of the unstable neurons of `loose` [B, *shape] by CROWN's, as told above."""
     lower, upper = loose.lower.flatten(1).clone(), loose.upper.flatten(1).clone()
     images, neurons = ((lower < 0) & (upper > 0)).nonzero(as_tuple=True)
     if not len(images):
         return loose
-    whole = widest(chain, value)
-    field = windows.receptive_field(chain, value) or whole
-    # Of neurons deep in a network, windows are larger than the maps, on whose padding they lie for the greater part.
-    windowed = field < whole
-    size = max(rows_at_once(min(field, whole), memory, lower.dtype), 1)
-    bound_rows = windows.lower_bounds if windowed else _neuron_bounds
+    center = middle.flatten(1)[images, neurons]
 
-    def improve(image: Tensor, neuron: Tensor, sign: Tensor) -> Tensor:
+    def improve(which: Tensor, sign: Tensor) -> Tensor:
         """Writes the bounds and returns them, [R], times the sign."""
-        lengths = size if windowed else _lengths(image, size)
-        parts = zip(*(tensor.split(lengths) for tensor in (image, neuron, sign)), strict=True)
-        bounds = torch.cat([bound_rows(chain, value, relaxed, box, *part) for part in parts])
+        image, neuron = images[which], neurons[which]
+        bounds = passes.bounds(image, neuron, sign, center[which])
         below = sign > 0
         lower[image[below], neuron[below]] = bounds[below]
         upper[image[~below], neuron[~below]] = -bounds[~below]
         return bounds
 
-    sign = torch.where(middle.flatten(1)[images, neurons] > 0, 1, -1)
-    unsettled = improve(images, neurons, sign) <= 0
+    sign = torch.where(center > 0, 1, -1)
+    unsettled = improve(torch.arange(len(images), device=images.device), sign) <= 0
     if bool(unsettled.any()):
-        improve(images[unsettled], neurons[unsettled], -sign[unsettled])
+        improve(unsettled.nonzero().squeeze(1), -sign[unsettled])
     return Box(lower.view_as(loose.lower), upper.view_as(loose.upper))
+
+
+@dataclass
+class _Pass:
+    """Backward passes from single neurons of a value."""
+
+    chain: Chain
+    value: int
+    relaxed: dict[int, Relaxation]
+    box: Box
+    memory: int
+    single: Single | None
+
+    def bounds(self, image: Tensor, neuron: Tensor, sign: Tensor, center: Tensor) -> Tensor:
+        """Lower bounds [R] of neurons times their signs, whose values at the box's centre are given; in float32 where
+        little is lost by that."""
+        if not self.single:
+            return self._bounds(image, neuron, sign, None)[0]
+        bounds, lost = self._bounds(image, neuron, sign, self.single)
+        much = ~(lost <= SHARE * (sign * center - bounds))  # or NaN
+        if bool(much.any()):
+            bounds[much] = self._bounds(image[much], neuron[much], sign[much], None)[0]
+        return bounds
+
+    def _bounds(self, image: Tensor, neuron: Tensor, sign: Tensor, single: Single | None) -> tuple[Tensor, Tensor]:
+        """And what they have lost, [R]."""
+        whole = widest(self.chain, self.value)
+        field = windows.receptive_field(self.chain, self.value) or whole
+        # Of neurons deep in a network, windows are larger than the maps: they lie on padding for the greater part.
+        windowed = field < whole
+        dtype = torch.float32 if single else self.box.lower.dtype
+        size = max(rows_at_once(min(field, whole), self.memory, dtype), 1)
+        bound_rows = windows.lower_bounds if windowed else _neuron_bounds
+        lengths = size if windowed else _lengths(image, size)
+        found = [
+            bound_rows(self.chain, self.value, self.relaxed, self.box, *part, single)
+            for part in zip(image.split(lengths), neuron.split(lengths), sign.split(lengths), strict=True)
+        ]
+        bounds, lost = zip(*found, strict=True)
+        return torch.cat(bounds), torch.cat(lost)
 
 
 def _lengths(image: Tensor, size: int) -> list[int]:
@@ -203,7 +244,8 @@ def _neuron_bounds(
     image: Tensor,
     neuron: Tensor,
     sign: Tensor,
-) -> Tensor:
+    single: Single | None = None,
+) -> tuple[Tensor, Tensor]:
     """As windows.lower_bounds, for any links: each neuron by a full row of a backward pass."""
     shape = chain.links[value].out_shape
     # The rows of an image stand together and share its relaxations, unless that takes too many rows that are empty.
@@ -213,13 +255,18 @@ def _neuron_bounds(
         chosen, turn = image, torch.arange(len(image), device=image.device)
         counts = torch.ones_like(turn)
     place = torch.arange(len(image), device=image.device) - (counts.cumsum(0) - counts)[turn]
-    rows = box.lower.new_zeros(len(chosen), int(counts.max()), prod(shape))
-    rows[turn, place, neuron] = sign.to(rows.dtype)
+    dtype = torch.float32 if single else box.lower.dtype
+    rows = torch.zeros(len(chosen), int(counts.max()), prod(shape), dtype=dtype, device=image.device)
+    rows[turn, place, neuron] = sign.to(dtype)
+    rows = rows.view(*rows.shape[:2], *shape)
+    if single:
+        bounds, lost = rounding.backward(single, at(box, chosen), chosen, rows, value)
+        return bounds[turn, place], lost[turn, place]
     needed = set(chain.before(value))
     own = {
         relu: Relaxation(*(tensor[chosen] for tensor in relaxation))
         for relu, relaxation in relaxed.items()
         if relu in needed
     }
-    bounds = backward_relaxed(chain, own, at(box, chosen), rows.view(*rows.shape[:2], *shape), value)
-    return bounds[turn, place]
+    bounds = backward_relaxed(chain, own, at(box, chosen), rows, value)[turn, place]
+    return bounds, torch.zeros_like(bounds)

@@ -95,6 +95,7 @@ def margin_bounds(
     engine: Engine = "native",
     memory: int = crown.MEMORY,
     layout: Layout | None = None,
+    single: bool = False,
 ) -> Tensor:
     """Lower bounds of z_y - z_j, [B, K], over the L∞ ball of radius eps cut to [0, 1]; +inf at j = y.
 
@@ -111,6 +112,8 @@ def margin_bounds(
         engine: `native`, or `auto_lirpa`, which also takes over where the native one cannot express the model.
         memory: MiB that the native engine's coefficients take at once: images and neurons are bounded in parts.
         layout: the model's (`find_layout`), where it is known already.
+        single: whether inner bounds of `crown` and `alpha-crown` may be computed in float32 where the images are in
+            float64, less what that may round: in half the time, and looser by less than 1 %.
 
     Raises:
         UnsupportedLayer: neither engine can bound the model. SettingsError: bad method, engine, ε, images or
@@ -138,7 +141,7 @@ def margin_bounds(
             chain = layout.resolve(x)
             require_labels(y, len(x), chain.output.shape[1])
             spec = margin_spec(y, chain.output.shape[1]).to(x.dtype)
-            bounds = chain_bounds(chain, pixel_box(x, eps), spec, method, memory)
+            bounds = chain_bounds(chain, pixel_box(x, eps), spec, method, memory, single)
     if bool(bounds.isnan().any()):
         raise BoundError(f"{method} gave NaN: the network's weights or activations overflow")
     return bounds.scatter(1, y[:, None], torch.inf)
@@ -151,7 +154,9 @@ def require_exact(x: Tensor) -> None:
     require(not torch.is_autocast_enabled(x.device.type), "bounds are computed in full precision: leave torch.autocast")
 
 
-def chain_bounds(chain: Chain, box: Box, spec: Tensor, method: Method, memory: int = crown.MEMORY) -> Tensor:
+def chain_bounds(
+    chain: Chain, box: Box, spec: Tensor, method: Method, memory: int = crown.MEMORY, single: bool = False
+) -> Tensor:
     """Lower bounds [B, K] of spec [B, K, out] @ output over the box; differentiable for `ibp` and `crown-ibp`."""
     if method in ("ibp", "crown-ibp"):
         found = ibp.intervals(chain, box, ibp.merged(chain))
@@ -161,7 +166,7 @@ def chain_bounds(chain: Chain, box: Box, spec: Tensor, method: Method, memory: i
         if not torch.is_grad_enabled():  # a training sees for itself that its loss is no number
             check(inputs)
         return crown.lower_bounds(chain, inputs, box, spec, memory)
-    inputs = crown.preactivations(chain, box, memory)
+    inputs = crown.preactivations(chain, box, memory, single)
     check(inputs)
     if method == "crown":
         return crown.lower_bounds(chain, inputs, box, spec, memory)

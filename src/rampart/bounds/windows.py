@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rampart.bounds.box import Box
 from rampart.bounds.relaxation import Relaxation, lower_side
+from rampart.bounds.rounding import SMALL, Single
 from rampart.models.chain import Chain
 from rampart.models.links import Add, Conv, ReLU, Scale
 
@@ -87,25 +88,10 @@ class _Window(NamedTuple):
         return _Window(total, top, left, self.inside and other.inside)
 
     def through(self, conv: Conv) -> _Window:
-        """As coefficients of the convolution's input: its transpose, as a matrix product for all places at once."""
-        rows, height, width, channels = self.a.shape
-        kernel, stride, padding, dilation, _ = conv.geometry
-        by_group = self.a.reshape(-1, conv.groups, channels // conv.groups).transpose(0, 1)
-        weight = conv.weight.permute(0, 2, 3, 1).reshape(conv.groups, channels // conv.groups, -1)
-        columns = (by_group @ weight).view(conv.groups, rows, height, width, *kernel, -1)
-        reach = [
-            (size - 1) * s + span for size, s, span in zip((height, width), stride, conv.geometry.spans, strict=True)
-        ]
-        total = self.a.new_zeros(rows, *reach, conv.groups, columns.shape[-1])
-        for i in range(kernel[0]):
-            for j in range(kernel[1]):
-                down, across = (
-                    slice(start * d, start * d + (size - 1) * s + 1, s)
-                    for start, d, size, s in zip((i, j), dilation, (height, width), stride, strict=True)
-                )
-                total[:, down, across] += columns[:, :, :, :, i, j].movedim(0, 3)
+        """As coefficients of the convolution's input."""
+        _, stride, padding, _, _ = conv.geometry
         top, left = self.top * stride[0] - padding[0], self.left * stride[1] - padding[1]
-        return _Window(total.flatten(3), top, left, False)
+        return _Window(conv.spread(self.a), top, left, False)
 
 
 def lower_bounds(
@@ -116,24 +102,31 @@ def lower_bounds(
     image: Tensor,
     neuron: Tensor,
     sign: Tensor,
-) -> Tensor:
-    """CROWN's lower bounds, [R], of R single neurons of `value`, each times its sign; it has a `receptive_field`.
+    single: Single | None = None,
+) -> tuple[Tensor, Tensor]:
+    """CROWN's lower bounds, [R], of R single neurons of `value`, each times its sign, and what they allow for rounding.
+
+    The value has a `receptive_field`.
 
     Args:
         relaxed: the relaxations of the ReLUs before it, by their places, for all images.
         image: [R] index of the image of each row.
         neuron: [R] index into the flattened value [C, H, W].
         sign: [R] of 1 (bounds the neuron from below) and -1 (minus the bound bounds it from above).
+        single: the pass is in float32, and what it may round is taken off; else it is in the chain's type, of which
+            nothing is taken off.
     """
+    if single:
+        chain, relaxed = single.chain, single.relaxed
     channels, height, width = chain.links[value].out_shape
     top, left = neuron // width % height, neuron % width
-    a = torch.zeros(len(neuron), 1, 1, channels, dtype=box.lower.dtype, device=box.lower.device)
+    a = torch.zeros(len(neuron), 1, 1, channels, dtype=chain.output.dtype, device=box.lower.device)
     a[torch.arange(len(neuron), device=a.device), 0, 0, neuron // (height * width)] = sign.to(a.dtype)
     # All channels of a place of an image look through the same window: it is cut out once.
     spot, shared = torch.unique((image * height + top) * width + left, return_inverse=True)
     image, top, left = spot // (height * width), spot // width % height, spot % width
     windows = {value: _Window(a, top, left, True)}
-    bound = a.new_zeros(len(a))
+    bound, lost = box.lower.new_zeros(len(a)), box.lower.new_zeros(len(a))
 
     def cut(maps: Tensor, window: _Window) -> Tensor:
         return _gather(maps, image, window.top, window.left, window.a).index_select(0, shared)
@@ -145,7 +138,10 @@ def lower_bounds(
             relaxation = relaxed[place]
             # Outside of the map both are zero, which removes what a convolution put on its padding.
             negative, upper_slope = a.clamp(max=0), cut(relaxation.upper_slope, window)
-            bound = bound + cut(relaxation.intercept, window).mul_(negative).sum((1, 2, 3))
+            constant = cut(relaxation.intercept, window).mul_(negative).sum((1, 2, 3))
+            bound += constant
+            if single:
+                lost += single.share[place] * constant.abs()
             kept = lower_side(a - negative, upper_slope)
             window = window._replace(a=kept.addcmul_(negative, upper_slope), inside=True)
         elif not isinstance(link, Add):
@@ -153,7 +149,12 @@ def lower_bounds(
             if not window.inside:
                 ones = a.new_ones(1, *link.out_shape).expand(len(box.lower), -1, -1, -1)
                 a = a * cut(ones, window)
-            bound = bound + a.sum((1, 2)) @ (link.bias if isinstance(link, Conv) else link.shift)
+            if single and isinstance(link, Conv):
+                of_each = (single.alone if place == value else single.lost)[place].amax((2, 3)).to(a.dtype)
+                lost += (a.abs().sum((1, 2)) * of_each[image[shared]]).sum(1) + SMALL
+            elif single:  # of the input, in float64
+                a = a.double()
+            bound += a.sum((1, 2)) @ (link.bias if isinstance(link, Conv) else link.shift)
             if isinstance(link, Conv):
                 window = window._replace(a=a).through(link)
             else:
@@ -161,8 +162,10 @@ def lower_bounds(
         for source in chain.sources[place]:
             windows[source] = windows[source].joined(window) if source in windows else window
     window = windows[-1]
-    a = window.a
-    return bound + (a * cut(box.center, window) - a.abs() * cut(box.half, window)).sum((1, 2, 3))
+    a = window.a.to(box.lower.dtype)
+    window = window._replace(a=a)
+    bound += (a * cut(box.center, window) - a.abs() * cut(box.half, window)).sum((1, 2, 3))
+    return bound - lost, lost
 
 
 def _gather(maps: Tensor, image: Tensor, top: Tensor, left: Tensor, like: Tensor) -> Tensor:

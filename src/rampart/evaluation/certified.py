@@ -99,9 +99,10 @@ class _Certification:
         self.model, self.split, self.ledger, self.plan = model, split, ledger, plan
         first = to_pixels(split.images[:1])
         self.layout = find_layout(model, first)
-        # Where what float32 finds is proved; None of a model that cannot be run in float64.
-        self.exact = double_copy(model, first)
-        self.exact_layout = self.layout.double() if self.layout else None
+        # What is bounded: in its own type where it cannot be run in float64.
+        exact = double_copy(model, first)
+        self.bounded, self.dtype = (model, first.dtype) if exact is None else (exact, torch.float64)
+        self.bounded_layout = self.layout.double() if self.layout and exact is not None else self.layout
         self.memory = memory_on(split.labels.device, plan.memory)
         self.chosen = torch.zeros(len(split), dtype=torch.bool)
         self.chosen[stratified_order(split, 0)[: plan.certify_images or None]] = True
@@ -146,18 +147,14 @@ class _Certification:
         """Which of the images a bound proves, [N]."""
         batch = self.split[images.to(self.split.labels.device)]
         engine: Engine = "native" if self.layout else "auto_lirpa"
-        x, y = to_pixels(batch.images), batch.labels
+        x, radius, layout = to_pixels(batch.images).to(self.dtype), covering(eps), self.bounded_layout
         while True:
             try:
-                bounds = margin_bounds(self.model, x, y, eps, method, engine, self.memory, self.layout).amin(1)
+                bounds = margin_bounds(
+                    self.bounded, x, batch.labels, radius, method, engine, self.memory, layout, single=True
+                )
                 with torch.no_grad():
-                    sure = proof_tolerance(self.model(x))
-                proved = bounds > sure
-                likely = proved.nonzero().squeeze(1)
-                if len(likely) and self.exact is not None:  # of the others nothing needs to be known
-                    given = x[likely].double(), y[likely], covering(eps), method, engine, self.memory, self.exact_layout
-                    proved[likely] = margin_bounds(self.exact, *given).amin(1) > sure[likely]
-                return proved.cpu()
+                    return (bounds.amin(1) > proof_tolerance(self.bounded(x))).cpu()
             except RuntimeError as error:
                 if not is_out_of_memory(error) or self.memory == 1:
                     raise

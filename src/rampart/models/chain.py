@@ -59,6 +59,16 @@ class Chain:
                 needed.update(self.sources[place])
         return sorted(needed - {-1})
 
+    def single(self) -> Chain:
+        """The chain with the weights of its convolutions and linear maps rounded to float32."""
+        links = [
+            replace(link, weight=link.weight.float(), bias=link.bias.float())
+            if isinstance(link, Conv | Dense)
+            else link
+            for link in self.links
+        ]
+        return Chain(links, self.sources, self.output.float())
+
     def then(self, link: Affine) -> Chain:
         """The chain with one more map after its output."""
         return Chain([*self.links, link], [*self.sources, (self.last,)], link.apply(self.output))

@@ -40,6 +40,10 @@ class Affine:
         """a L: coefficients of the output, [R, *out_shape], as coefficients of the input, [R, *in_shape]."""
         raise NotImplementedError
 
+    def products(self, a: Tensor) -> Tensor:
+        """As `pull`, of a finite a, by products of matrices and sums alone: what these round can be told."""
+        return self.pull(a)
+
     def offset(self, a: Tensor) -> Tensor:
         """a · bias, [R], for a [R, *out_shape]."""
         raise NotImplementedError
@@ -78,15 +82,41 @@ class Conv(Affine):
     def radius(self, r: Tensor) -> Tensor:
         return self._conv(r, self.weight.abs(), None)
 
+    def spread(self, a: Tensor) -> Tensor:
+        """a L with channels last, for coefficients of any stretch of places: [N, rows, columns, out] as those of what
+        the kernel covers there, padding included, [N, reach, reach, in]."""
+        count, *size, channels = a.shape
+        kernel, stride, _, dilation, _ = self.geometry
+        by_group = a.reshape(-1, self.groups, channels // self.groups).transpose(0, 1)
+        weight = self.weight.permute(0, 2, 3, 1).reshape(self.groups, channels // self.groups, -1)
+        covered = (by_group @ weight).view(self.groups, count, *size, *kernel, -1)
+        reach = [(n - 1) * s + span for n, s, span in zip(size, stride, self.geometry.spans, strict=True)]
+        total = a.new_zeros(count, *reach, self.groups, covered.shape[-1])
+        for i in range(kernel[0]):
+            for j in range(kernel[1]):
+                down, across = (
+                    slice(start * d, start * d + (n - 1) * s + 1, s)
+                    for start, d, n, s in zip((i, j), dilation, size, stride, strict=True)
+                )
+                total[:, down, across] += covered[:, :, :, :, i, j].movedim(0, 3)
+        return total.flatten(3)
+
+    def products(self, a: Tensor) -> Tensor:
+        (above, left), (rows, columns) = self.geometry.padding, self.geometry.in_size
+        total = self.spread(a.permute(0, 2, 3, 1))[:, above : above + rows, left : left + columns]
+        return F.pad(total.permute(0, 3, 1, 2), (0, columns - total.shape[2], 0, rows - total.shape[1]))
+
     def pull(self, a: Tensor) -> Tensor:
+        if a.dtype == torch.float64 and not a.is_cuda:  # PyTorch goes from map to map there, and slowly
+            return self.products(a)
         _, stride, padding, dilation, _ = self.geometry
+        skipped = self.geometry.skipped
         # These products take more memory, which is capped where no gradients are asked for.
         if a.is_cuda and len(a) >= MANY and max(stride) > 1 and self.groups == 1 and torch.is_grad_enabled():
             # Not above: Triton is not where PyTorch has been built for other devices.
             from rampart.models.pulling import pull
 
             return pull(a, self.weight, self.geometry)
-        skipped = self.geometry.skipped
         return F.conv_transpose2d(a, self.weight, None, stride, padding, skipped, self.groups, dilation)
 
     def offset(self, a: Tensor) -> Tensor:

@@ -203,7 +203,7 @@ class _Problem:
         assert self.bounds is not None
         left = (~(self.bounds > self.target)).nonzero().squeeze(1)
         if stage == "crown":
-            self.inputs = crown.preactivations(self.chain, box, self.memory)
+            self.inputs = crown.preactivations(self.chain, box, self.memory, single=True)
             check(self.inputs)
             found = crown.backward(self.chain, self.inputs, box, spec[:, left])[0]
         else:

@@ -1,0 +1,128 @@
+"""CROWN's passes back in float32, less all that they may have rounded.
+
+A pass back through a chain in float64 takes twice the time that it takes in float32, whose bounds by themselves prove
+nothing. They do when the errors of its sums and products are taken off: n roundings of terms t move their sum by no
+more than γ_n Σ|t|, in whatever order it is taken (Higham 2002, section 3.1). Where the pass replaces a · (W h + b) by
+(a W) · h + a · b, what it rounds is at most γ Σ |a| (|W| m + |b|) for |h| <= m, which intervals give.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import ceil, prod
+
+import torch
+from torch import Tensor
+
+from rampart.bounds.box import Box, lower_on
+from rampart.bounds.relaxation import Relaxation, through_relu
+from rampart.models.chain import Chain
+from rampart.models.links import Affine, Conv, Dense, Flatten, ReLU, Scale
+
+# Of one operation in float32: half a unit in the last place.
+UNIT = 2.0**-24
+# What bounds of errors round themselves, and what is of second order in them.
+MORE = 1.01
+# What products too small for float32 lose, in sum.
+SMALL = 1e-30
+
+
+@dataclass
+class Single:
+    """A chain in float64 as it is bounded in float32: `relaxed` and `lost` are filled in the chain's order.
+
+    Args:
+        chain: its weights rounded.
+        relaxed: of its ReLUs.
+        lost: by the place of each convolution or linear map, what it rounds for each unit of a coefficient of its
+            output [B, *shape].
+        alone: the same, where a row has a coefficient of 1 or -1 alone: no sum is rounded.
+        share: by the place of each ReLU, what a sum over its intercepts rounds of itself.
+    """
+
+    chain: Chain
+    relaxed: dict[int, Relaxation] = field(default_factory=dict)
+    lost: dict[int, Tensor] = field(default_factory=dict)
+    alone: dict[int, Tensor] = field(default_factory=dict)
+    share: dict[int, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, chain: Chain) -> Single | None:
+        """None where this module does not know what is rounded."""
+        # Products of matrices may be set to be less exact than float32.
+        exact = torch.get_float32_matmul_precision() == "highest"
+        known = all(_known(chain, place) for place in range(len(chain.links)))
+        return cls(chain.single()) if known and exact and chain.output.dtype == torch.float64 else None
+
+    def add(self, place: int, chain: Chain, found: dict[int, Box]) -> None:
+        """What is lost at a link of the chain in float64, by the boxes of its values."""
+        link, source = chain.links[place], found[chain.sources[place][0]]
+        if isinstance(link, ReLU):
+            self.relaxed[place] = _outward(source)
+            self.share[place] = MORE * UNIT * (int(source.unstable.flatten(1).sum(1).max()) + 2)
+        elif isinstance(link, Conv | Dense):
+            bias, read = link.bias.abs(), link.radius(torch.maximum(source.lower.abs(), source.upper.abs()))
+            bias = bias.view(-1, *(1,) * (read.dim() - 2))
+            # One rounding is the weights' own, one that of a slope before, one to spare.
+            self.alone[place] = MORE * UNIT * 3 * (read + bias)
+            rectified = place < chain.last and isinstance(chain.links[place + 1], ReLU)
+            terms, places = _terms(link, found[place] if rectified else None), prod(link.out_shape[1:])
+            self.lost[place] = self.alone[place] + MORE * UNIT * (terms * read + (places + len(bias)) * bias)
+
+
+def backward(single: Single, box: Box, image: Tensor, a: Tensor, value: int) -> tuple[Tensor, Tensor]:
+    """CROWN's lower bounds [B, K], in float64, of a · value, and what they may have rounded.
+
+    Args:
+        box: of B images, in float64.
+        image: [B] their places in what `single` holds.
+        a: [B, K, *shape of the value] in float32, one coefficient of 1 or -1 a row.
+    """
+    batch, rows = a.shape[:2]
+    bound, lost = (torch.zeros(batch, rows, dtype=torch.float64, device=a.device) for _ in range(2))
+    for place in reversed(single.chain.before(value)):
+        link = single.chain.links[place]
+        if isinstance(link, ReLU):
+            a, constant = through_relu(a, Relaxation(*(tensor[image] for tensor in single.relaxed[place])))
+            bound += constant
+            lost += single.share[place] * constant.abs()
+            continue
+        assert isinstance(link, Affine)
+        flat = a.flatten(0, 1)
+        if isinstance(link, Scale):  # of the input, in float64
+            flat = flat.double()
+        elif isinstance(link, Conv | Dense):
+            of_each = (single.alone if place == value else single.lost)[place][image]
+            lost += (a.abs().flatten(2) @ of_each.to(a.dtype).flatten(1)[:, :, None]).squeeze(2) + SMALL
+        bound += link.offset(flat).view(batch, rows)
+        a = link.products(flat).view(batch, rows, *link.in_shape)
+    return lower_on(box, a.double()) + bound - lost, lost
+
+
+def _known(chain: Chain, place: int) -> bool:
+    """Whether it is known what a link rounds."""
+    link, source = chain.links[place], chain.sources[place][0]
+    if isinstance(link, ReLU):
+        return source >= 0 and isinstance(chain.links[source], Conv | Dense)
+    return isinstance(link, Conv | Dense | Flatten) or (isinstance(link, Scale) and source == -1)
+
+
+def _terms(link: Conv | Dense, value: Box | None) -> int:
+    """Roundings of the sum that makes each coefficient of the input (`products`); what is off has coefficients of 0."""
+    channels = len(link.weight) if value is None else int((value.upper > 0).sum(1).max())
+    if isinstance(link, Dense):
+        return channels
+    kernel, stride, *_ = link.geometry
+    overlaps = prod(ceil(k / s) for k, s in zip(kernel, stride, strict=True))
+    return min(channels, len(link.weight) // link.groups) + overlaps
+
+
+def _outward(box: Box) -> Relaxation:
+    """The relaxation over a box in float64, in float32; its upper side lies as high as it must once it is rounded."""
+    low, high = box.lower.clamp(max=0), box.upper.clamp(min=0)
+    slope = torch.where(box.lower >= 0, 1.0, high / (high - low).clamp(min=torch.finfo(high.dtype).tiny))
+    single = slope.float()
+    # It must lie above the ReLU at both ends; between them it does, then.
+    needed = torch.maximum(-single.double() * low, high - single.double() * high)
+    intercept = torch.where(box.unstable, needed * (1 + 4 * UNIT), 0.0)
+    return Relaxation(single, intercept.float())

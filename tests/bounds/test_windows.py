@@ -30,7 +30,7 @@ def both_ways(chain: Chain, box: Box) -> tuple[tuple[Tensor, Tensor], tuple[Tens
     given = (chain, chain.last, relaxed, box, image, neuron)
     up = torch.ones_like(neuron)
     return tuple(
-        (bound_rows(*given, up), -bound_rows(*given, -up))
+        (bound_rows(*given, up)[0], -bound_rows(*given, -up)[0])
         for bound_rows in (windows.lower_bounds, crown._neuron_bounds)
     )
 

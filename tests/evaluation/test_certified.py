@@ -178,10 +178,10 @@ def test_bounds_that_do_not_fit_into_memory_take_less(
     plan = CertificationPlan(certify="crown", certify_eps=EPS)
     whole = certify(model, split, ledger_of(model, split), plan)
 
-    def small(*given: object) -> Tensor:
+    def small(*given: object, **named: object) -> Tensor:
         if given[6] > 8:  # MiB
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return margin_bounds(*given)
+        return margin_bounds(*given, **named)
 
     monkeypatch.setattr(certified, "margin_bounds", small)
     with caplog.at_level(logging.WARNING):
@@ -189,7 +189,7 @@ def test_bounds_that_do_not_fit_into_memory_take_less(
     assert [record.args for record in caplog.records] == [(16,), (8,)]
     pd.testing.assert_frame_equal(found, whole)
 
-    monkeypatch.setattr(certified, "margin_bounds", lambda *given: small(*given[:6], 9))
+    monkeypatch.setattr(certified, "margin_bounds", lambda *given, **_: small(*given[:6], 9))
     with pytest.raises(torch.OutOfMemoryError):
         certify(model, split, ledger_of(model, split), plan)
 

@@ -216,11 +216,11 @@ def test_an_image_that_does_not_fit_into_memory_is_begun_anew_with_half(
 ) -> None:
     whole, asked = crown.preactivations, []
 
-    def preactivations(chain: Chain, box: Box, memory: int) -> Intervals:
+    def preactivations(chain: Chain, box: Box, memory: int, single: bool) -> Intervals:
         asked.append(memory)
         if memory > 8:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return whole(chain, box, memory)
+        return whole(chain, box, memory, single)
 
     monkeypatch.setattr("rampart.bounds.crown.preactivations", preactivations)
     model, image, _ = small_net("strided", 1)
@@ -230,7 +230,7 @@ def test_an_image_that_does_not_fit_into_memory_is_begun_anew_with_half(
     assert asked == [32, 16, 8]
     assert found.status in {"safe-incomplete", "safe", "unsafe"}
     assert "memory=8" in caplog.text
-    monkeypatch.setattr("rampart.bounds.crown.preactivations", lambda *_: preactivations(*_[:2], memory=9))
+    monkeypatch.setattr("rampart.bounds.crown.preactivations", lambda *_, single: preactivations(*_[:2], 9, single))
     assert verify(model, image[0], label, 0.05, memory=32).status == "error"
 
 

@@ -16,9 +16,9 @@ from rampart.bounds.rounding import Single
 from rampart.models.chain import Chain
 from rampart.models.links import Add, Conv, Dense, ReLU
 
-# Memory in MiB for the coefficients held at once: 32 suited a CPU's caches best of 2 to 128. A GPU has so much to do at
+# Memory in MiB for the coefficients held at once: 16 suited a CPU's caches best of 4 to 64. A GPU has so much to do at
 # once only with many of them.
-MEMORY, MEMORY_OF_A_GPU = 32, 4096
+MEMORY, MEMORY_OF_A_GPU = 16, 4096
 
 # What a bound in float32 may lose at most, as a share of its distance from the value at the box's centre.
 SHARE = 0.01

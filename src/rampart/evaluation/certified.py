@@ -37,7 +37,7 @@ class CertificationPlan:
         certify_images: how many test images, the same for every model, class by class; 0: all.
         certify_timeout: seconds an image and radius that branch and bound may take.
         certify_batch: images bounded at once.
-        memory: MiB that the bounds' coefficients take at once; 0: 32 on a CPU, 4,096 on a GPU. Where there is not so
+        memory: MiB that the bounds' coefficients take at once; 0: 16 on a CPU, 4,096 on a GPU. Where there is not so
             much it is halved.
     """
 

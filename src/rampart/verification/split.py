@@ -54,7 +54,7 @@ class VerificationPlan:
         selection_seed: of the order in which images are taken.
         attack_first: whether PGD looks for a counterexample before bounds are computed.
         timeout: seconds an image after which no further stage, or batch of domains, is begun.
-        memory: MiB that the bounds' coefficients take at once; 0: 32 on a CPU, 4,096 on a GPU.
+        memory: MiB that the bounds' coefficients take at once; 0: 16 on a CPU, 4,096 on a GPU.
         complete: whether branch and bound follows where bounds do not settle an image.
         branching: which neuron it splits: `kfsb`, `babsr` or `gap` (`branch_and_bound`).
         max_domains: that it bounds at most, for one image.

@@ -63,6 +63,7 @@ def test_bad_input_ends_in_one_line_exit_code_2_and_a_failed_run(
         (["evaluate", "--model", "models:/nothing/1"], "no model"),
         (["evaluate", "--model", str(store / "two.safetensors"), "--certify", "none"], "2 classes"),
         (["train", "--width", "1e6"], "memory"),
+        (["main", "--methods", "normal", "--verify.eps", "2"], "verify of normal: eps must lie"),
         (["compare"], "nothing to compare"),
         (["compare", "--study", "0123456789abcdef0123456789abcdef"], "no run"),
     ]

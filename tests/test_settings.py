@@ -125,11 +125,16 @@ def test_eps_of_metrics_names_are_written_as_people_write_them() -> None:
     [
         ("train", {"method": "certifed"}, "did you mean 'certified'"),
         ("train", {"epohs": "1"}, "did you mean 'epochs'"),
+        ("train", {"train.epochs": "1"}, "train is the step itself, say 'epochs'"),
+        ("train", {"train.epohs": "1"}, "did you mean 'epochs'"),
+        ("train", {"certify": "crown"}, "unknown setting 'certify' of train: it is one of evaluate"),
+        ("evaluate", {"model": "x", "epochs": "1"}, "it is one of train"),
         ("train", {"profile": "papr"}, "did you mean 'paper'"),
         ("train", {"profile": "missing.yaml"}, "cannot be read"),
         ("train", {"eps": "-0.1"}, "between 0 and 1"),
         ("train", {"eps": "1.5"}, "between 0 and 1"),
         ("train", {"eps": "nan"}, "between 0 and 1"),
+        ("train", {"eps": "8"}, "between 0 and 1 (pixels), not '8': 8/255, say"),
         ("train", {"eps": "much"}, "number or a fraction"),
         ("train", {"eps": "1/0"}, "number or a fraction"),
         ("train", {"eps": "1/255,2/255"}, "one value"),
@@ -184,6 +189,18 @@ def test_a_section_may_not_set_what_it_would_not_tell(step: str, section: str, n
     resolve("train", {"profile": str(file)})  # which has nothing to do with it
     file.write_text("main: {device: cpu, seed: 3, threads: 2, methods: normal}")
     assert resolve("main", {"profile": str(file)}).seed == 3
+
+
+def test_a_bad_value_of_a_profile_names_it_and_one_of_the_user_does_not(tmp_path: Path) -> None:
+    file = tmp_path / "own.yaml"
+    file.write_text("train: {lr: fast}")
+    with pytest.raises(SettingsError, match=r"^profile '.*own.yaml': lr: .* number.*, not 'fast'$"):
+        resolve("train", {"profile": str(file), "epochs": "2"})
+    with pytest.raises(SettingsError, match=r"^lr: .* number.*, not 'slow'$"):
+        resolve("train", {"profile": str(file), "lr": "slow"})
+    file.write_text("train: {width: 1}")
+    with pytest.raises(SettingsError, match=r"^lr: "):
+        resolve("train", {"profile": str(file), "lr": "slow"})
 
 
 def test_a_profile_with_an_unknown_setting_is_refused(tmp_path: Path) -> None:

@@ -70,6 +70,9 @@ def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     try:
         cli.main(words, prog_name="rampart", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.ctx.get_help(), err=True)
+        return 2
     except click.NoSuchOption as error:
         return _reject(words, error.option_name.lstrip("-"))
     except click.ClickException as error:

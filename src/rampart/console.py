@@ -14,7 +14,10 @@ def configure_logging(quiet: bool = False) -> None:
     """Our own messages on stderr (warnings only if `quiet`); of libraries, warnings."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    # MLflow logs each migration of a fresh database, and the connections each try at a server that is away.
+    # MLflow sets its own level when it is imported: it tells of each migration of a fresh database, and of the
+    # machine's metrics.
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    # Connections log each try at a server that is away.
     for noisy, level in (("mlflow", logging.WARNING), ("alembic", logging.WARNING), ("urllib3", logging.ERROR)):
         logging.getLogger(noisy).setLevel(level)
     logging.getLogger("rampart").setLevel(logging.WARNING if quiet else logging.INFO)

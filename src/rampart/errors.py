@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
+from numbers import Real
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
@@ -89,6 +90,12 @@ def require_choices(settings: object) -> None:
     for name, kind in get_type_hints(type(settings)).items():
         if get_origin(kind) is Literal:
             require(getattr(settings, name) in get_args(kind), unknown(name, getattr(settings, name), get_args(kind)))
+
+
+def require_numbers(**values: object) -> None:
+    """Raises SettingsError where one of the values, by its name, is no number: a text, say, or a list."""
+    for name, value in values.items():
+        require(isinstance(value, Real), f"{name} must be one number, not {value!r}")
 
 
 def require_radii(smallest: float, largest: float) -> None:

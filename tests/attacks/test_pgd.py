@@ -424,6 +424,8 @@ def test_frozen_parameters_can_be_attacked(network, images, labels) -> None:
         (0.1, {"norm": "Linf"}, "did you mean 'linf'"),
         (0.1, {"schedule": "linear"}, "schedule"),
         (8.0, {}, "8/255, say, instead of 8"),
+        ("8/255", {}, "eps must be a number of pixels, or several, not '8/255'"),
+        (["0.1", "0.2"], {}, "eps must be a number of pixels"),
     ],
 )
 def test_bad_arguments_are_named(network, images, labels, eps, change, mentions: str) -> None:
@@ -484,6 +486,8 @@ def test_perturb_draws_its_start_from_the_generator(network, images, labels) -> 
         (lambda y: y - 1000, "from 0 to"),
         (lambda y: y.int(), "whole numbers"),
         (lambda y: y.float(), "whole numbers"),
+        (lambda y: y.numpy(), "labels must be a tensor, not ndarray"),
+        (lambda y: y.tolist(), "labels must be a tensor, not list"),
     ],
 )
 def test_labels_that_are_none_are_refused(network, images, labels, change, says: str) -> None:

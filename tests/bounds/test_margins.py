@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -179,12 +180,16 @@ def test_the_model_and_the_images_stay_as_they_are(engine: str) -> None:
         ({"eps": -0.1}, "-0.1"),
         ({"eps": float("nan")}, "eps"),
         ({"eps": -0.1, "engine": "auto_lirpa"}, "-0.1"),
+        ({"eps": "4/255"}, "eps must be one number, not '4/255'"),
+        ({"eps": [0.1, 0.2], "engine": "auto_lirpa"}, "eps must be one number"),
+        ({"x": np.zeros((2, 3, 2, 2), np.float32)}, "images must be a tensor, not ndarray"),
+        ({"y": [0, 1]}, "labels must be a tensor, not list"),
     ],
 )
 def test_bad_arguments_are_named(change: dict[str, object], mentions: str) -> None:
     model, x, y = small_net("dense")
     with pytest.raises(SettingsError, match=mentions):
-        margin_bounds(model, x, y, **{"eps": EPS, **change})
+        margin_bounds(model, **{"x": x, "y": y, "eps": EPS, **change})
 
 
 @pytest.mark.parametrize("engine", ["native", "auto_lirpa"])

@@ -137,6 +137,20 @@ def test_where_much_is_lost_bounds_are_those_of_float64(monkeypatch: pytest.Monk
         assert torch.equal(exact[place].upper, found[place].upper)
 
 
+class Idle(nn.Module):
+    """With a layer that leads nowhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.idle, self.last = nn.Conv2d(3, 2, 3), nn.Conv2d(2, 2, 1), nn.Linear(8, 2)
+        self.relu, self.flatten = nn.ReLU(), nn.Flatten()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.relu(self.first(x))
+        self.idle(h)
+        return self.last(self.flatten(h))
+
+
 def test_of_what_is_not_known_bounds_are_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sums of branches, scales between layers, ReLUs of the input, products of matrices that may be less exact."""
     x = torch.rand(1, 3, 4, 4)
@@ -148,6 +162,7 @@ def test_of_what_is_not_known_bounds_are_in_float64(monkeypatch: pytest.MonkeyPa
         assert Single.of(in_float64(nn.Sequential(*layers, nn.Flatten()).eval(), x)) is None
     residual, images, _ = small_net("residual")
     assert Single.of(in_float64(residual, images)) is None
+    assert Single.of(in_float64(Idle(), x)) is None
     model, images, _ = small_net("strided")
     chain = in_float64(model, images)
     assert Single.of(chain) is not None

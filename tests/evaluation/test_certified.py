@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rampart.attacks import pgd
-from rampart.bounds import METHODS, margin_bounds
+from rampart.bounds import METHODS, exact, margin_bounds
 from rampart.bounds.margins import PROVED
 from rampart.data import Split, to_pixels
 from rampart.errors import SettingsError
@@ -95,7 +95,7 @@ def test_an_image_that_an_attack_broke_is_not_bounded_there_or_beyond(
     success = torch.ones(1, len(split), dtype=torch.bool)
     asked = []
     monkeypatch.setattr(
-        "rampart.evaluation.certified.margin_bounds",
+        "rampart.bounds.exact.margin_bounds",
         lambda m, x, y, eps, *a, **k: asked.append(eps) or margin_bounds(m, x, y, eps, *a, **k),
     )
     found = certify(
@@ -183,13 +183,13 @@ def test_bounds_that_do_not_fit_into_memory_take_less(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return margin_bounds(*given, **named)
 
-    monkeypatch.setattr(certified, "margin_bounds", small)
+    monkeypatch.setattr(exact, "margin_bounds", small)
     with caplog.at_level(logging.WARNING):
         found = certify(model, split, ledger_of(model, split), plan)
     assert [record.args for record in caplog.records] == [(16,), (8,)]
     pd.testing.assert_frame_equal(found, whole)
 
-    monkeypatch.setattr(certified, "margin_bounds", lambda *given, **_: small(*given[:6], 9))
+    monkeypatch.setattr(exact, "margin_bounds", lambda *given, **_: small(*given[:6], 9))
     with pytest.raises(torch.OutOfMemoryError):
         certify(model, split, ledger_of(model, split), plan)
 

@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import logging
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -340,6 +341,9 @@ def test_bounds_that_overflow_give_an_error() -> None:
         ({"eps": -0.1}, "eps"),
         ({"eps": 1.5}, "eps"),
         ({"eps": float("nan")}, "eps"),
+        ({"eps": "1/255"}, "eps must be one number, not '1/255'"),
+        ({"timeout": "10"}, "timeout must be one number"),
+        ({"image": np.zeros((1, 1, 2), np.float32)}, "image must be a tensor, not ndarray"),
         ({"timeout": 0.0}, "timeout"),
         ({"engine": "natve"}, "did you mean 'native'"),
         ({"branching": "kfbs"}, "did you mean 'kfsb'"),
@@ -348,7 +352,7 @@ def test_bounds_that_overflow_give_an_error() -> None:
 )
 def test_bad_arguments_are_named(change: dict[str, object], mentions: str) -> None:
     with pytest.raises(SettingsError, match=mentions) as raised:
-        verify(tiny_net((3,)), torch.rand(1, 1, 2), **{"label": 0, "eps": 0.1, **change})
+        verify(tiny_net((3,)), **{"image": torch.rand(1, 1, 2), "label": 0, "eps": 0.1, **change})
     assert "\n" not in str(raised.value)
 
 

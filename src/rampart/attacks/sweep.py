@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from rampart.attacks.ball import Ball, Norm, with_gradients
 from rampart.attacks.objectives import OBJECTIVES, Loss, margin
-from rampart.errors import require, require_radii, unknown
-from rampart.models import checked_logits, classes_of, require_fixed, require_labels
+from rampart.errors import SettingsError, require, require_radii, unknown
+from rampart.models import checked_logits, classes_of, require_fixed, require_labels, require_tensors
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,7 @@ def sweep(
     require(norm in get_args(Norm), unknown("norm", norm, get_args(Norm)))
     radii = radii_of(eps, norm)
     require_fixed(model, "an attack is on")
+    require_tensors(images=x, labels=y)
     x, y = with_gradients(x), with_gradients(y)
     adversarial = x.expand(len(radii), *x.shape).clone()
     success = torch.zeros(len(radii), len(x), dtype=torch.bool, device=x.device)
@@ -131,7 +132,10 @@ def require_budget(steps: int, restarts: int, loss: Loss) -> None:
 
 def radii_of(eps: float | Sequence[float] | Tensor, norm: Norm) -> tuple[float, ...]:
     """As a tuple; raises SettingsError where one is none."""
-    radii = tuple(torch.as_tensor(eps, dtype=torch.float64).flatten().tolist())
+    try:
+        radii = tuple(torch.as_tensor(eps, dtype=torch.float64).flatten().tolist())
+    except (TypeError, ValueError, RuntimeError):
+        raise SettingsError(f"eps must be a number of pixels, or several, not {eps!r}") from None
     require(len(radii) > 0 and all(e >= 0 for e in radii), f"eps must be 0 or more, not {eps}")
     if norm == "linf":
         require_radii(min(radii), max(radii))

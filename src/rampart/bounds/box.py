@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rampart.errors import SettingsError, require, require_radii
+from rampart.errors import SettingsError, require, require_numbers, require_radii
 from rampart.kernels import Kernel
 
 
@@ -104,6 +104,7 @@ def pixel_box(x: Tensor, eps: float | Tensor) -> Box:
             shapes = f"shape {tuple(eps.shape)} does not broadcast to images of shape {tuple(x.shape)}"
             raise SettingsError(f"eps of {shapes}") from None
     else:
+        require_numbers(eps=eps)
         require_radii(eps, eps)
     return Box((x - eps).clamp(0, 1), (x + eps).clamp(0, 1))
 

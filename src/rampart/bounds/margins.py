@@ -18,6 +18,7 @@ from rampart.models.classifier import (
     require_fixed,
     require_labels,
     require_pixels,
+    require_tensors,
 )
 
 Method = Literal["ibp", "crown-ibp", "crown", "alpha-crown"]
@@ -123,6 +124,7 @@ def margin_bounds(
     require(method in METHODS, unknown("bound method", method, METHODS))
     require(engine in ENGINES, unknown("engine", engine, ENGINES))
     require_fixed(model, "bounds hold for")
+    require_tensors(images=x, labels=y)
     require_exact(x)
     if not len(x):  # nothing to bound, nothing to cut into parts
         classes = logits_of(model, x.new_zeros(1, *x.shape[1:])).shape[1]

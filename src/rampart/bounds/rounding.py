@@ -21,8 +21,8 @@ from rampart.models.links import Affine, Conv, Dense, Flatten, ReLU, Scale
 
 # Of one operation in float32: half a unit in the last place.
 UNIT = 2.0**-24
-# What bounds of errors round themselves, and what is of second order in them.
-MORE = 1.01
+# What bounds of errors round themselves, in sums of up to half a million terms, and what is of second order in them.
+MORE = 1.05
 # What products too small for float32 lose, in sum.
 SMALL = 1e-30
 
@@ -100,11 +100,13 @@ def backward(single: Single, box: Box, image: Tensor, a: Tensor, value: int) -> 
 
 
 def _known(chain: Chain, place: int) -> bool:
-    """Whether it is known what a link rounds."""
-    link, source = chain.links[place], chain.sources[place][0]
+    """Whether it is known what a link rounds: where each reads the one before it."""
+    link = chain.links[place]
+    if chain.sources[place] != (place - 1,):
+        return False
     if isinstance(link, ReLU):
-        return source >= 0 and isinstance(chain.links[source], Conv | Dense)
-    return isinstance(link, Conv | Dense | Flatten) or (isinstance(link, Scale) and source == -1)
+        return place > 0 and isinstance(chain.links[place - 1], Conv | Dense)
+    return isinstance(link, Conv | Dense | Flatten) or (isinstance(link, Scale) and place == 0)
 
 
 def _terms(link: Conv | Dense, value: Box | None) -> int:

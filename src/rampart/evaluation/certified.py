@@ -12,15 +12,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from rampart.bounds import METHODS, find_layout, margin_bounds
-from rampart.bounds.box import covering
+from rampart.bounds import METHODS
 from rampart.bounds.crown import memory_on
-from rampart.bounds.margins import Engine, Method, proof_tolerance
+from rampart.bounds.exact import Exact
+from rampart.bounds.margins import Method, proof_tolerance
 from rampart.data import Split, stratified_order, to_pixels
 from rampart.errors import is_out_of_memory, require, require_choices
 from rampart.ledger import PROVED as PROVED_VERDICTS
 from rampart.ledger import attacked_by, eps_key, mark_attacked
-from rampart.models import double_copy
 from rampart.verification import verify
 
 log = logging.getLogger(__name__)
@@ -97,12 +96,7 @@ class _Certification:
 
     def __init__(self, model: nn.Module, split: Split, ledger: pd.DataFrame, plan: CertificationPlan) -> None:
         self.model, self.split, self.ledger, self.plan = model, split, ledger, plan
-        first = to_pixels(split.images[:1])
-        self.layout = find_layout(model, first)
-        # What is bounded: in its own type where it cannot be run in float64.
-        exact = double_copy(model, first)
-        self.bounded, self.dtype = (model, first.dtype) if exact is None else (exact, torch.float64)
-        self.bounded_layout = self.layout.double() if self.layout and exact is not None else self.layout
+        self.exact = Exact.of(model, to_pixels(split.images[:1]))
         self.memory = memory_on(split.labels.device, plan.memory)
         self.chosen = torch.zeros(len(split), dtype=torch.bool)
         self.chosen[stratified_order(split, 0)[: plan.certify_images or None]] = True
@@ -146,15 +140,11 @@ class _Certification:
     def proved_by(self, method: Method, images: Tensor, eps: float) -> Tensor:
         """Which of the images a bound proves, [N]."""
         batch = self.split[images.to(self.split.labels.device)]
-        engine: Engine = "native" if self.layout else "auto_lirpa"
-        x, radius, layout = to_pixels(batch.images).to(self.dtype), covering(eps), self.bounded_layout
+        x = to_pixels(batch.images)
         while True:
             try:
-                bounds = margin_bounds(
-                    self.bounded, x, batch.labels, radius, method, engine, self.memory, layout, single=True
-                )
-                with torch.no_grad():
-                    return (bounds.amin(1) > proof_tolerance(self.bounded(x))).cpu()
+                bounds = self.exact.bounds(x, batch.labels, eps, method, self.memory)
+                return (bounds.amin(1) > proof_tolerance(self.exact.logits(x))).cpu()
             except RuntimeError as error:
                 if not is_out_of_memory(error) or self.memory == 1:
                     raise
@@ -164,7 +154,7 @@ class _Certification:
     def search(self, index: int, eps: float) -> None:
         image, label = to_pixels(self.split.images[index]), int(self.split.labels[index])
         timeout = self.plan.certify_timeout
-        found = verify(self.model, image, label, eps, timeout, memory=self.memory, layout=self.layout)
+        found = verify(self.model, image, label, eps, timeout, memory=self.memory, exact=self.exact)
         self.proved[index] = found.status in PROVED_VERDICTS
         if found.status == "unsafe":
             mark_attacked(self.ledger, index, eps)

@@ -13,6 +13,7 @@ from rampart.models.classifier import (
     predict,
     require_fixed,
     require_labels,
+    require_tensors,
 )
 from rampart.models.folded import Folded
 
@@ -34,6 +35,7 @@ __all__ = [
     "read_beside",
     "require_fixed",
     "require_labels",
+    "require_tensors",
     "save_model",
     "weights_digest",
 ]

@@ -83,6 +83,13 @@ def logits_of(model: nn.Module, x: Tensor) -> Tensor:
         raise ModelError(f"the model does not take images of {shape} ({reason}): wrong dataset or model?") from error
 
 
+def require_tensors(**values: object) -> None:
+    """Raises SettingsError where one of the values, by its name, is no tensor but an array, say, or a list."""
+    for name, value in values.items():
+        given = type(value).__name__
+        require(isinstance(value, Tensor), f"{name} must be a tensor, not {given}: torch.as_tensor makes one of it")
+
+
 # What float32 loses of a pixel that is normalised and brought back.
 ROUNDING = 1e-6
 
@@ -126,7 +133,7 @@ def classes_of(logits: Tensor) -> Tensor:
 def double_logits(model: nn.Module, x: Tensor) -> Tensor | None:
     """The logits [B, K] of images x computed in float64; None of a model that converts to another type itself."""
     try:
-        logits = copy.deepcopy(model).double()(x.double())
+        logits = _double(model)(x.double())
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise
@@ -137,7 +144,15 @@ def double_logits(model: nn.Module, x: Tensor) -> Tensor | None:
 def double_copy(model: nn.Module, x: Tensor) -> nn.Module | None:
     """The model in float64; None where `double_logits` of images x are."""
     with torch.no_grad():
-        return None if double_logits(model, x) is None else copy.deepcopy(model).double()
+        return None if double_logits(model, x) is None else _double(model)
+
+
+def _double(model: nn.Module) -> nn.Module:
+    """A copy in float64, or the model where it is that itself."""
+    held = [*model.parameters(), *model.buffers()]
+    if all(value.dtype == torch.float64 for value in held if value.is_floating_point()):
+        return model
+    return copy.deepcopy(model).double()
 
 
 def predict(model: nn.Module, x: Tensor) -> Tensor:

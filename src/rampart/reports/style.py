@@ -41,6 +41,7 @@ VEGA: dict[str, Any] = {
     "axis": {"gridColor": "#E3E3E3", "domainColor": "#888888", "tickColor": "#888888", "titleFontWeight": "normal"},
     "axisX": {"grid": False},
     "legend": {
+        "symbolOpacity": 1,
         "orient": "bottom",
         "columns": 3,
         "labelLimit": 260,

@@ -29,7 +29,7 @@ def resolve(step: str, given: Mapping[str, str]) -> Settings:
         SettingsError: an unknown name (the nearest valid one is named), or a value that does not fit.
     """
     for name in given:
-        require(name in names(step), unknown("setting", name, names(step)))
+        require(name in names(step), _stranger(step, name))
     called = profile_name(given.get("profile", DEFAULT_PROFILE))
     profile = load_profile(called)
     for name in profile[step]:
@@ -57,8 +57,32 @@ def resolve(step: str, given: Mapping[str, str]) -> Settings:
             values |= _parsed(layer, space, largest)
         except SettingsError as error:
             raise SettingsError(f"profile '{called}': {error}") from None
-    values |= _parsed(own, _scale(own, section.get("eps_space", "pixel")), largest)
-    return _validated(step, {**values, "profile": called})
+    mine = _parsed(own, _scale(own, section.get("eps_space", "pixel")), largest)
+    try:
+        return _validated(step, {**values, **mine, "profile": called})
+    except SettingsError as error:
+        if _fault(step, {**values, "profile": called}) == str(error):
+            raise SettingsError(f"profile '{called}': {error}") from None
+        raise
+
+
+def _stranger(step: str, name: str) -> str:
+    """What to say of a setting that the step does not have."""
+    section, _, bare = name.rpartition(".")
+    if section == step and bare in names(step):
+        return f"unknown setting '{name}': {step} is the step itself, say '{bare}'"
+    others = [other for other in STEPS if name in own_names(other)]
+    of = f": it is one of {', '.join(others)}" if others else ""
+    return f"unknown setting '{name}' of {step}{of}" if of else unknown("setting", name, names(step))
+
+
+def _fault(step: str, values: dict[str, Any]) -> str:
+    """What is wrong with a step's settings."""
+    try:
+        _validated(step, values)
+    except SettingsError as error:
+        return str(error)
+    return ""
 
 
 def nested(given: Mapping[str, str], step: str) -> dict[str, str]:

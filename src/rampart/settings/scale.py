@@ -36,5 +36,6 @@ def parse_eps(name: str, text: Any, space: str, largest: float = 1.0) -> float:
         raise SettingsError(f"{name} must be a number or a fraction such as 8/255, not '{text}'") from None
     if not (math.isfinite(value) and 0 <= value <= largest):
         top = f"{largest / PIXELS[space]:g} ({'pixels' if space == 'pixel' else space})"
-        raise SettingsError(f"{name} must lie between 0 and {top}, not '{text}'")
+        whole = f": {text}/255, say" if str(text).isdigit() and 0 < int(text) <= 255 else ""
+        raise SettingsError(f"{name} must lie between 0 and {top}, not '{text}'{whole}")
     return value

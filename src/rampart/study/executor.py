@@ -19,7 +19,7 @@ from rampart.settings.kinds import own_names
 from rampart.study.cluster import RayWorkers
 from rampart.study.graph import Done, Shared, Task, graph
 from rampart.study.opening import open_data
-from rampart.study.plan import OUTDATED, plan, said, table
+from rampart.study.plan import OUTDATED, counted, plan, said, table
 from rampart.study.scheduler import Scheduler
 from rampart.study.steps import run_step
 from rampart.study.workers import LocalWorkers, Workers
@@ -51,7 +51,8 @@ def run_study(run: Run, settings: StudySettings, given: Mapping[str, str]) -> No
         # Data that cannot be read, too; and a folder is decoded once, not in every worker.
         open_data(run, settings)
         arms = len(jobs) // settings.seeds
-        log.info("study %s: %d arms x %d seeds, %d at a time", settings.profile, arms, settings.seeds, workers.count)
+        size = f"{counted(arms, 'arm')} x {counted(settings.seeds, 'seed')}"
+        log.info("study %s: %s, %d at a time", settings.profile, size, workers.count)
         steps = plan(shared, jobs, settings.tuned)
         log.info("%s", said(steps, workers.count))
         if settings.dry_run:
@@ -92,7 +93,10 @@ def _check(shared: Shared, settings: StudySettings, jobs: list[tuple[Arm, int]])
         require(not idle, f"{', '.join(idle)}: nothing is tuned in this study, give tuned=true, too")
     for arm, seed in jobs:
         for step in ARM_STEPS:
-            resolve(step, shared.texts(Task(arm, seed, step), "checked"))
+            try:
+                resolve(step, shared.texts(Task(arm, seed, step), "checked"))
+            except SettingsError as error:
+                raise SettingsError(f"{step} of {arm.name}: {error}") from None
         if settings.tuned:
             check(shared.texts(Task(arm, seed, "tune")))
 

@@ -68,6 +68,10 @@ def _earlier(experiment: str, step: str) -> pd.DataFrame:
 _TAGS = ("identity", "arm", "method", "seed")
 
 
+def counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def said(steps: pd.DataFrame, workers: int) -> str:
     """The plan in one sentence."""
     left = steps[steps["state"] != DONE]
@@ -81,7 +85,7 @@ def said(steps: pd.DataFrame, workers: int) -> str:
     counts = left["state"].value_counts()
     again = ", ".join(f"{counts[state]} of them {state}" for state in (STALE, OUTDATED) if state in counts)
     count = f"{len(left)} of {len(steps)} steps to do{f' ({again})' if again else ''}"
-    return f"{count}: {minutes} with {workers} workers{others}"
+    return f"{count}: {minutes} with {counted(workers, 'worker')}{others}"
 
 
 def table(steps: pd.DataFrame) -> pd.DataFrame:

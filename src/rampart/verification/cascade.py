@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from rampart.attacks import pgd
 from rampart.attacks.ball import with_gradients
-from rampart.bounds import crown, find_layout, ibp, margin_bounds, reduced
+from rampart.bounds import crown, ibp, reduced
 from rampart.bounds.box import covering, pixel_box
 from rampart.bounds.domains import Domains, Optimised, optimise
+from rampart.bounds.exact import Exact
 from rampart.bounds.margins import Method, chain_bounds, check, margin_spec, proof_tolerance, require_exact
 from rampart.bounds.reduced import Reduced
-from rampart.errors import BoundError, UnsupportedLayer, is_out_of_memory, require, unknown
-from rampart.models import Chain, Layout, checked_logits, double_copy, require_fixed
+from rampart.errors import BoundError, UnsupportedLayer, is_out_of_memory, require, require_numbers, unknown
+from rampart.models import Chain, checked_logits, require_fixed, require_tensors
 from rampart.verification.branching import Outcome, branch_and_bound
 from rampart.verification.splitting import Branching
 from rampart.verification.verdict import Verdict, is_counterexample
@@ -48,7 +49,7 @@ def verify(
     complete: bool = True,
     branching: Branching = "kfsb",
     max_domains: int = 1_000_000,
-    layout: Layout | None = None,
+    exact: Exact | None = None,
 ) -> Verdict:
     """Whether the model gives `label` on the whole L∞ ball of radius eps (pixels) around `image`, cut to [0, 1].
 
@@ -63,18 +64,20 @@ def verify(
         complete: whether branch and bound follows where bounds do not settle the image.
         branching: its rule (`branch_and_bound`).
         max_domains: that it bounds at most.
-        layout: the model's (`find_layout`), where it is known already.
+        exact: the model as it is bounded, where that is known already.
 
     Raises:
         SettingsError: a bad ε, label, time limit, engine or image. ModelError: the model does not take the image, or
             overwrites it. UnsupportedLayer: no engine can bound the model.
     """
     require(engine in ENGINES, unknown("verification engine", engine, ENGINES))
-    require(timeout > 0, f"timeout must be above 0 seconds, not {timeout:g}")
     require(branching in get_args(Branching), unknown("branching rule", branching, get_args(Branching)))
     require(memory >= 1, f"memory must be 1 MiB or more, not {memory}")
+    require_numbers(eps=eps, timeout=timeout)
+    require(timeout > 0, f"timeout must be above 0 seconds, not {timeout:g}")
     require(0 <= eps <= 1, f"eps must lie between 0 and 1 (pixels), not {eps:g}")
     require_fixed(model, "a verdict is on")
+    require_tensors(image=image)
     require_exact(image)
     image = with_gradients(image)
     with torch.no_grad():
@@ -86,7 +89,7 @@ def verify(
 
         return abcrown.verify(model, image, label, eps, timeout)
     deadline = time.perf_counter() + timeout
-    problem = _Problem(model, layout or find_layout(model, image[None]), image, label, eps, deadline, memory)
+    problem = _Problem(model, exact or Exact.of(model, image[None]), image, label, eps, deadline, memory)
     if not finite:
         log.error("verification failed: the network's output is NaN or infinite on the image itself")
         return problem.verdict("error")
@@ -102,13 +105,12 @@ def verify(
 
 
 class _Problem:
-    """One image on its way through the stages: bounds are in float64, since float32 loses what cancels in a network,
-    wherever in the ball it does."""
+    """One image on its way through the stages: what float32 rounds, wherever in the ball, is no proof (`Exact`)."""
 
     def __init__(
         self,
         model: nn.Module,
-        layout: Layout | None,
+        exact: Exact,
         image: Tensor,
         label: int,
         eps: float,
@@ -118,10 +120,7 @@ class _Problem:
         self.model, self.image, self.label, self.eps = model, image, label, eps
         self.deadline, self.memory, self.started = deadline, memory, time.perf_counter()
         self.stage = ""
-        # What auto_LiRPA bounds where there is no layout: in its own type if it cannot be run in another.
-        exact = None if layout else double_copy(model, image[None])
-        self.bounded = model if exact is None else exact
-        self.x = image[None].double() if layout or exact is not None else image[None]
+        self.exact, self.x = exact, image[None].to(exact.dtype)
         self.y = torch.tensor([label], device=image.device)
         self.seconds: dict[str, float] = {}
         self.bounds: Tensor | None = None  # [K], +inf at the label
@@ -131,8 +130,8 @@ class _Problem:
         self.roots: Optimised | None = None
         self.inputs: ibp.Intervals = {}
         with torch.no_grad():
-            self.chain: Chain | None = layout.double().resolve(self.x) if layout else None
-            logits = self.chain.output if self.chain else self.bounded(self.x)
+            self.chain: Chain | None = exact.layout.resolve(self.x) if exact.layout else None
+            logits = self.chain.output if self.chain else exact.logits(self.x)
         self.target = proof_tolerance(logits).item()  # what a bound must exceed
 
     def settle(self, attack_first: bool, complete: bool, branching: Branching, max_domains: int) -> Verdict:
@@ -187,7 +186,7 @@ class _Problem:
         """Bounds the classes that are left by the stage's method."""
         if self.chain is None:
             try:
-                bounds = margin_bounds(self.bounded, self.x, self.y, covering(self.eps), stage, "auto_lirpa")[0]
+                bounds = self.exact.bounds(self.x, self.y, self.eps, stage)[0]
             except UnsupportedLayer as beyond:  # for this method, or all
                 self.beyond = beyond
             else:
@@ -240,7 +239,7 @@ class _Problem:
         return example if example is not None and self.holds(example) else None
 
     def holds(self, example: Tensor) -> bool:
-        return is_counterexample(self.model, example, self.image, self.label, self.eps)
+        return is_counterexample(self.exact.model, example, self.image, self.label, self.eps)
 
     def refute(self, points: Tensor) -> Tensor | None:
         """A point that the model gets wrong, [I], among the points [N, I] of the ball or near the best of them."""

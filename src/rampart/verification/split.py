@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from rampart.attacks import pgd
-from rampart.bounds import find_layout
 from rampart.bounds.crown import memory_on
+from rampart.bounds.exact import Exact
 from rampart.data import Split, to_pixels
 from rampart.errors import Contradiction, require, require_choices, unknown
 from rampart.ledger import PROVED
-from rampart.models import Layout, predict
+from rampart.models import predict
 from rampart.verification import exchange
 from rampart.verification.answers import read_results
 from rampart.verification.cascade import ENGINES, STAGES, attack, verify
@@ -143,13 +143,13 @@ def verify_split(
     elif plan.attack_first:
         known = _attacked(model, split, left, plan)
 
-    layout = find_layout(model, to_pixels(split.images[:1])) if plan.engine == "native" else None
+    exact = Exact.of(model, to_pixels(split.images[:1])) if plan.engine == "native" else None
 
     def settle(index: int) -> Settled:
-        return _settle(model, layout, split, plan, index, known.get(index))
+        return _settle(model, exact, split, plan, index, known.get(index))
 
     # Neither auto_LiRPA nor another verifier is made for threads.
-    at_once = plan.images_at_once if layout else 1
+    at_once = plan.images_at_once if exact and exact.layout else 1
     counts = Counter(progress.ledger["verdict"].fillna("misclassified"))
     with tqdm(total=len(chosen), initial=len(done), desc="verify", unit="image", disable=None, leave=False) as bar:
         for row, example in _side_by_side(settle, left, at_once):
@@ -186,7 +186,7 @@ def _attacked(model: nn.Module, split: Split, images: list[int], plan: Verificat
 
 def _settle(
     model: nn.Module,
-    layout: Layout | None,
+    exact: Exact | None,
     split: Split,
     plan: VerificationPlan,
     index: int,
@@ -212,7 +212,7 @@ def _settle(
             complete=plan.complete,
             branching=plan.branching,
             max_domains=plan.max_domains,
-            layout=layout,
+            exact=exact,
         )
 
     found = known or ask(plan.eps, plan.timeout)

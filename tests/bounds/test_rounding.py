@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from rampart.bounds import crown, ibp, margin_bounds, windows
 from rampart.bounds.box import Box, pixel_box
 from rampart.bounds.relaxation import relax
-from rampart.bounds.rounding import UNIT, Single, _outward
+from rampart.bounds.rounding import UNIT, Single, _outward, _terms
 from rampart.models import Chain, Layout, build_model
 from rampart.models.links import Conv, Dense
+from rampart.verification import verify
+from rampart.verification.verdict import is_counterexample
 from tests.nets import NETS, convolutions, points_in_ball, randomised, small_net
 
 KNOWN = ["dense", "strided", "grouped", "dilated"]
@@ -213,3 +215,82 @@ def test_as_much_is_taken_off_as_a_sum_may_round(kind: str) -> None:
             a = torch.where(row < 0, slope, (slope > 0.5).double()).mul(row)
             terms = a.abs()[:, None] * first.weight.flatten(1).abs() * x.flatten()
             assert float(lost[number]) >= UNIT * int((a != 0).sum()) * float(terms.sum())
+
+
+@settings(max_examples=100, deadline=None)
+@given(convolutions())
+def test_no_place_is_covered_by_more_of_a_kernel_than_is_counted(geometry) -> None:
+    """What is summed up in a place of the input: with a stride and a dilation, kernels meet where these do."""
+    conv = Conv(torch.ones(1, 1, *geometry.kernel), torch.zeros(1), geometry)
+    covered = conv.products(torch.ones(1, *conv.out_shape))
+    assert int(covered.max()) <= _terms(conv, None) - 1  # of one channel
+
+
+def test_neurons_that_are_0_all_over_the_ball_are_off() -> None:
+    """As they are counted."""
+    ends = torch.tensor([[-1.0, 0.0, 0.0, 1.0, -1.0]]), torch.tensor([[0.0, 0.0, 1.0, 2.0, 1.0]])
+    slope, intercept = _outward(Box(*(end.double() for end in ends)))
+    assert slope[0, :4].tolist() == [0, 0, 1, 1]
+    assert intercept[0, :4].tolist() == [0, 0, 0, 0]
+
+
+def dense(*weights: list[list[float]]) -> nn.Sequential:
+    """Linear maps, and ReLUs between them."""
+    layers: list[nn.Module] = [nn.Flatten()]
+    for rows in weights:
+        *held, bias = torch.tensor(rows).T
+        layer = nn.Linear(len(held), len(rows))
+        layer.weight.data, layer.bias.data = torch.stack(held, 1), bias
+        layers += [layer, nn.ReLU()]
+    return nn.Sequential(*layers[:-1]).eval()
+
+
+def too_large() -> nn.Sequential:
+    """Coefficients go through infinity, where their sum is finite."""
+    row = [1e19, 1e19, -0.95e19, -1.1e19, -3e16]
+    return dense(
+        [[1.0, 0.0, -0.4], [0.0, 1.0, 0.0]],
+        [*[[3e19, 0.0, 0.0]] * 4, [0.0, 1e19, 0.0]],
+        [[*row, 5e35], [*row, 3e36]],
+        [[-1e-35, 1e-35, -24.8], [0.0, 0.0, 0.0]],
+    )
+
+
+def too_small() -> nn.Sequential:
+    """Coefficients go through numbers that float32 takes for 0."""
+    return dense(
+        [[1e20, 0.0, 0.0], [0.0, 1.0, 0.0]],
+        [[1e-20, 0.0, 0.0], [0.0, 1.0, 0.0]],
+        [[-1e-26, -1e-25, 7.8e-26], [-1e-26, -1e-25, 13e-26]],
+        [[-1e26, 1e26, -5.1], [0.0, 0.0, 0.0]],
+    )
+
+
+def many_at_0() -> nn.Sequential:
+    """A thousand neurons that are 0 all over the ball, of which nothing is left."""
+    row = [1.0, *[2.0**-24] * 999, -0.02]
+    return dense(
+        [[0.0, 1.0], [0.0, 3.0], [1.0, 0.0]],
+        [*[[3.0, -1.0, 0.0, 0.0]] * 1000, [0.0, 0.0, 1.0, 0.0]],
+        [[*row, 0.0159], [*row, 0.0179]],
+        [[-1e4, 1e4, -19.5], [0.0, 0.0, 0.0]],
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "center", "corner"),
+    [
+        (too_large(), [0.25, 0.5], [0.5, 0.5]),
+        (too_small(), [0.25, 0.5], [0.5, 0.75]),
+        (many_at_0(), [0.5], [0.8]),
+    ],
+    ids=["too-large", "too-small", "many-at-0"],
+)
+def test_numbers_at_the_ends_of_float32_prove_nothing(
+    model: nn.Module, center: list[float], corner: list[float]
+) -> None:
+    image, point = torch.tensor([[center]]), torch.tensor([[corner]])
+    eps = float((point - image).abs().max())
+    assert int(model(image[None]).argmax()) == 0
+    assert is_counterexample(model, point, image, 0, eps)
+    assert verify(model, image, 0, eps).status == "unsafe"

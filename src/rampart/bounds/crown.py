@@ -197,10 +197,10 @@ class _Pass:
     def bounds(self, image: Tensor, neuron: Tensor, sign: Tensor, center: Tensor) -> Tensor:
         """Lower bounds [R] of neurons times their signs, whose values at the box's centre are given; in float32 where
         little is lost by that."""
-        if not self.single:
+        if not self.single or not self.single.fits:
             return self._bounds(image, neuron, sign, None)[0]
         bounds, lost = self._bounds(image, neuron, sign, self.single)
-        much = ~(lost <= SHARE * (sign * center - bounds))  # or NaN
+        much = ~((lost <= SHARE * (sign * center - bounds)) & bounds.isfinite())  # or NaN
         if bool(much.any()):
             bounds[much] = self._bounds(image[much], neuron[much], sign[much], None)[0]
         return bounds

@@ -9,7 +9,7 @@ more than γ_n Σ|t|, in whatever order it is taken (Higham 2002, section 3.1). 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import ceil, prod
+from math import ceil, gcd, prod
 
 import torch
 from torch import Tensor
@@ -23,8 +23,11 @@ from rampart.models.links import Affine, Conv, Dense, Flatten, ReLU, Scale
 UNIT = 2.0**-24
 # What bounds of errors round themselves, in sums of up to half a million terms, and what is of second order in them.
 MORE = 1.05
-# What products too small for float32 lose, in sum.
-SMALL = 1e-30
+# Below it a number may be taken for 0.
+TINY = 2.0**-126
+# Up to where values and coefficients may grow: no sum of theirs overflows, and what of them is taken for 0 is, in sum,
+# less than SMALL a link.
+VALUES, COEFFICIENTS, SMALL = 2.0**40, 2.0**80, 2.0**-50
 
 
 @dataclass
@@ -38,6 +41,8 @@ class Single:
             output [B, *shape].
         alone: the same, where a row has a coefficient of 1 or -1 alone: no sum is rounded.
         share: by the place of each ReLU, what a sum over its intercepts rounds of itself.
+        growth: that coefficients may have grown by.
+        fits: whether no value or coefficient may be too large for that.
     """
 
     chain: Chain
@@ -45,6 +50,8 @@ class Single:
     lost: dict[int, Tensor] = field(default_factory=dict)
     alone: dict[int, Tensor] = field(default_factory=dict)
     share: dict[int, float] = field(default_factory=dict)
+    growth: float = 1.0
+    fits: bool = True
 
     @classmethod
     def of(cls, chain: Chain) -> Single | None:
@@ -61,13 +68,18 @@ class Single:
             self.relaxed[place] = _outward(source)
             self.share[place] = MORE * UNIT * (int(source.unstable.flatten(1).sum(1).max()) + 2)
         elif isinstance(link, Conv | Dense):
-            bias, read = link.bias.abs(), link.radius(torch.maximum(source.lower.abs(), source.upper.abs()))
-            bias = bias.view(-1, *(1,) * (read.dim() - 2))
+            weight, reach = link.weight.abs(), torch.maximum(source.lower.abs(), source.upper.abs())
+            read = link.radius(reach)
+            bias = link.bias.abs().view(-1, *(1,) * (read.dim() - 2))
+            largest, inputs = float(reach.max()), weight[0].numel()
             # One rounding is the weights' own, one that of a slope before, one to spare.
-            self.alone[place] = MORE * UNIT * 3 * (read + bias)
+            self.alone[place] = MORE * (3 * UNIT * (read + bias) + TINY * (inputs * largest + 1))
             rectified = place < chain.last and isinstance(chain.links[place + 1], ReLU)
             terms, places = _terms(link, found[place] if rectified else None), prod(link.out_shape[1:])
             self.lost[place] = self.alone[place] + MORE * UNIT * (terms * read + (places + len(bias)) * bias)
+            self.growth *= max(1.0, float(weight.transpose(0, 1).flatten(1).sum(1).max()))
+            largest = max(largest, float((read + bias).max()))
+            self.fits = self.fits and largest <= VALUES and self.growth <= COEFFICIENTS
 
 
 def backward(single: Single, box: Box, image: Tensor, a: Tensor, value: int) -> tuple[Tensor, Tensor]:
@@ -114,8 +126,9 @@ def _terms(link: Conv | Dense, value: Box | None) -> int:
     channels = len(link.weight) if value is None else int((value.upper > 0).sum(1).max())
     if isinstance(link, Dense):
         return channels
-    kernel, stride, *_ = link.geometry
-    overlaps = prod(ceil(k / s) for k, s in zip(kernel, stride, strict=True))
+    kernel, stride, _, dilation, _ = link.geometry
+    # Places of a kernel that cover one place of the input lie as far apart as stride and dilation meet.
+    overlaps = prod(ceil(k * gcd(s, d) / s) for k, s, d in zip(kernel, stride, dilation, strict=True))
     return min(channels, len(link.weight) // link.groups) + overlaps
 
 
@@ -123,8 +136,9 @@ def _outward(box: Box) -> Relaxation:
     """The relaxation over a box in float64, in float32; its upper side lies as high as it must once it is rounded."""
     low, high = box.lower.clamp(max=0), box.upper.clamp(min=0)
     slope = torch.where(box.lower >= 0, 1.0, high / (high - low).clamp(min=torch.finfo(high.dtype).tiny))
-    single = slope.float()
+    slope = slope.masked_fill(box.upper <= 0, 0.0).float()
+    slope = slope.masked_fill(slope < SMALL, 0.0)
     # It must lie above the ReLU at both ends; between them it does, then.
-    needed = torch.maximum(-single.double() * low, high - single.double() * high)
-    intercept = torch.where(box.unstable, needed * (1 + 4 * UNIT), 0.0)
-    return Relaxation(single, intercept.float())
+    needed = torch.maximum(-slope.double() * low, high - slope.double() * high)
+    intercept = torch.where(box.unstable, (needed * (1 + 4 * UNIT)).clamp(min=TINY / UNIT), 0.0)
+    return Relaxation(slope, intercept.float())

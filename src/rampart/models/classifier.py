@@ -132,27 +132,27 @@ def classes_of(logits: Tensor) -> Tensor:
 
 def double_logits(model: nn.Module, x: Tensor) -> Tensor | None:
     """The logits [B, K] of images x computed in float64; None of a model that converts to another type itself."""
+    found = _doubled(model, x)
+    return found[1] if found else None
+
+
+def double_copy(model: nn.Module, x: Tensor) -> nn.Module | None:
+    """A copy of the model in float64, or itself where it is that; None where `double_logits` of images x are."""
+    with torch.no_grad():
+        found = _doubled(model, x)
+    return found[0] if found else None
+
+
+def _doubled(model: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor] | None:
+    held = [value for value in (*model.parameters(), *model.buffers()) if value.is_floating_point()]
     try:
-        logits = _double(model)(x.double())
+        copied = model if all(value.dtype == torch.float64 for value in held) else copy.deepcopy(model).double()
+        logits = copied(x.double())
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise
         return None
-    return logits if logits.dtype == torch.float64 else None
-
-
-def double_copy(model: nn.Module, x: Tensor) -> nn.Module | None:
-    """The model in float64; None where `double_logits` of images x are."""
-    with torch.no_grad():
-        return None if double_logits(model, x) is None else _double(model)
-
-
-def _double(model: nn.Module) -> nn.Module:
-    """A copy in float64, or the model where it is that itself."""
-    held = [*model.parameters(), *model.buffers()]
-    if all(value.dtype == torch.float64 for value in held if value.is_floating_point()):
-        return model
-    return copy.deepcopy(model).double()
+    return (copied, logits) if logits.dtype == torch.float64 else None
 
 
 def predict(model: nn.Module, x: Tensor) -> Tensor:

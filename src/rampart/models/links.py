@@ -89,7 +89,7 @@ class Conv(Affine):
         kernel, stride, _, dilation, _ = self.geometry
         by_group = a.reshape(-1, self.groups, channels // self.groups).transpose(0, 1)
         weight = self.weight.permute(0, 2, 3, 1).reshape(self.groups, channels // self.groups, -1)
-        covered = (by_group @ weight).view(self.groups, count, *size, *kernel, -1)
+        covered = (by_group @ weight).view(self.groups, count, *size, *kernel, self.weight.shape[1])
         reach = [(n - 1) * s + span for n, s, span in zip(size, stride, self.geometry.spans, strict=True)]
         total = a.new_zeros(count, *reach, self.groups, covered.shape[-1])
         for i in range(kernel[0]):

@@ -107,6 +107,11 @@ def test_help_lists_settings_with_their_meaning(capsys: pytest.CaptureFixture[st
     assert "Adam's learning rate" in " ".join(shown.split())
 
 
+def test_without_a_step_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert capsys.readouterr().err.startswith("Usage: rampart")
+
+
 @pytest.mark.parametrize(("words", "expected"), [([], "double"), (["--contrastive", "single"], "single")])
 def test_contrastive_is_train_with_supcon(store: Path, words: list[str], expected: str) -> None:
     short = ["--encoder_epochs", "1", "--head_epochs", "1", "--epochs", "1", "--width", "0.125"]

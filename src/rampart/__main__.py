@@ -70,13 +70,11 @@ def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     try:
         cli.main(words, prog_name="rampart", standalone_mode=False)
-    except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.ctx.get_help(), err=True)
-        return 2
     except click.NoSuchOption as error:
         return _reject(words, error.option_name.lstrip("-"))
     except click.ClickException as error:
-        click.echo(f"error: {error.format_message()}", err=True)
+        # Where no step is named, that is the help.
+        click.echo(f"error: {error.format_message()}" if words else error.format_message(), err=True)
         return 2
     except RampartError as error:
         click.echo(f"error: {error}", err=True)

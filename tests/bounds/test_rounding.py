@@ -34,8 +34,7 @@ def of_all_neurons(chain: Chain, box: Box, value: int) -> tuple[Tensor, Tensor, 
     found = ibp.intervals(chain, box, value)
     single = Single.of(chain)
     assert single is not None
-    for place in range(value + 1):
-        single.add(place, chain, found)
+    single.learn(value, chain, found)
     relaxed = {place: relax(b) for place, b in ibp.inputs(chain, found).items() if place < value}
     count, size = len(box.lower), prod(chain.links[value].out_shape)
     image = torch.arange(count).repeat_interleave(2 * size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 import torch
@@ -138,7 +139,6 @@ def preactivations(chain: Chain, box: Box, memory: int = MEMORY, single: bool = 
     relaxed: dict[int, Relaxation] = {}
     middle: ibp.Intervals = {}
     rounded = Single.of(chain) if single else None
-    first = 0  # of the links of which `rounded` does not know all
     for place in chain.relus:
         value = chain.sources[place][0]
         # Forward from the bounds found so far: the tighter these intervals, the fewer neurons are left to CROWN.
@@ -149,9 +149,7 @@ def preactivations(chain: Chain, box: Box, memory: int = MEMORY, single: bool = 
         if maps > 1 or any(isinstance(link, Add) for link in before):
             middle = ibp.intervals(chain, Box(box.center, box.center), value, middle)
             if rounded:
-                for earlier in range(first, value + 1):
-                    rounded.add(earlier, chain, found)
-                first = value  # once more when its bounds are tighter
+                rounded.learn(value, chain, found)
             pass_back = _Pass(chain, value, relaxed, box, memory, rounded)
             found[value] = _tighten(pass_back, found[value], middle[value].center)
         inputs[place] = found[value]
@@ -194,6 +192,14 @@ class _Pass:
     memory: int
     single: Single | None
 
+    @cached_property
+    def row(self) -> tuple[int, bool]:
+        """The most coefficients that a row has, and whether they are those of a window."""
+        whole = widest(self.chain, self.value)
+        field = windows.receptive_field(self.chain, self.value) or whole
+        # Of neurons deep in a network, windows are larger than the maps: they lie on padding for the greater part.
+        return min(field, whole), field < whole
+
     def bounds(self, image: Tensor, neuron: Tensor, sign: Tensor, center: Tensor) -> Tensor:
         """Lower bounds [R] of neurons times their signs, whose values at the box's centre are given; in float32 where
         little is lost by that."""
@@ -207,12 +213,9 @@ class _Pass:
 
     def _bounds(self, image: Tensor, neuron: Tensor, sign: Tensor, single: Single | None) -> tuple[Tensor, Tensor]:
         """And what they have lost, [R]."""
-        whole = widest(self.chain, self.value)
-        field = windows.receptive_field(self.chain, self.value) or whole
-        # Of neurons deep in a network, windows are larger than the maps: they lie on padding for the greater part.
-        windowed = field < whole
+        length, windowed = self.row
         dtype = torch.float32 if single else self.box.lower.dtype
-        size = max(rows_at_once(min(field, whole), self.memory, dtype), 1)
+        size = max(rows_at_once(length, self.memory, dtype), 1)
         bound_rows = windows.lower_bounds if windowed else _neuron_bounds
         lengths = size if windowed else _lengths(image, size)
         found = [

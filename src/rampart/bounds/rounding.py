@@ -32,7 +32,7 @@ VALUES, COEFFICIENTS, SMALL = 2.0**40, 2.0**80, 2.0**-50
 
 @dataclass
 class Single:
-    """A chain in float64 as it is bounded in float32: `relaxed` and `lost` are filled in the chain's order.
+    """A chain in float64 as it is bounded in float32: the rest is filled in by `learn`, in the chain's order.
 
     Args:
         chain: its weights rounded.
@@ -41,8 +41,9 @@ class Single:
             output [B, *shape].
         alone: the same, where a row has a coefficient of 1 or -1 alone: no sum is rounded.
         share: by the place of each ReLU, what a sum over its intercepts rounds of itself.
-        growth: that coefficients may have grown by.
-        fits: whether no value or coefficient may be too large for that.
+        largest: by the place of each convolution or linear map, the largest of the values that it reads and makes.
+        growth: by how much it may make coefficients grow.
+        learned: the first link of which not all is known.
     """
 
     chain: Chain
@@ -50,8 +51,9 @@ class Single:
     lost: dict[int, Tensor] = field(default_factory=dict)
     alone: dict[int, Tensor] = field(default_factory=dict)
     share: dict[int, float] = field(default_factory=dict)
-    growth: float = 1.0
-    fits: bool = True
+    largest: dict[int, float] = field(default_factory=dict)
+    growth: dict[int, float] = field(default_factory=dict)
+    learned: int = 0
 
     @classmethod
     def of(cls, chain: Chain) -> Single | None:
@@ -61,8 +63,23 @@ class Single:
         known = all(_known(chain, place) for place in range(len(chain.links)))
         return cls(chain.single()) if known and exact and chain.output.dtype == torch.float64 else None
 
-    def add(self, place: int, chain: Chain, found: dict[int, Box]) -> None:
-        """What is lost at a link of the chain in float64, by the boxes of its values."""
+    @property
+    def fits(self) -> bool:
+        """Whether no value or coefficient may be too large for what is `lost`; of NaN that is not so."""
+        values = all(largest <= VALUES for largest in self.largest.values())
+        return values and prod(self.growth.values()) <= COEFFICIENTS
+
+    def of_unit(self, place: int, value: int) -> Tensor:
+        """What a convolution or linear map rounds for each unit of a coefficient, in passes back from `value`."""
+        return (self.alone if place == value else self.lost)[place]
+
+    def learn(self, value: int, chain: Chain, found: dict[int, Box]) -> None:
+        """What is lost at the links up to a value of the chain in float64, by the boxes of its values."""
+        for place in range(self.learned, value + 1):
+            self._learn(place, chain, found)
+        self.learned = value  # once more, when its own box is tighter
+
+    def _learn(self, place: int, chain: Chain, found: dict[int, Box]) -> None:
         link, source = chain.links[place], found[chain.sources[place][0]]
         if isinstance(link, ReLU):
             self.relaxed[place] = _outward(source)
@@ -71,15 +88,14 @@ class Single:
             weight, reach = link.weight.abs(), torch.maximum(source.lower.abs(), source.upper.abs())
             read = link.radius(reach)
             bias = link.bias.abs().view(-1, *(1,) * (read.dim() - 2))
-            largest, inputs = float(reach.max()), weight[0].numel()
+            read_most, inputs = float(reach.max()), weight[0].numel()
             # One rounding is the weights' own, one that of a slope before, one to spare.
-            self.alone[place] = MORE * (3 * UNIT * (read + bias) + TINY * (inputs * largest + 1))
+            self.alone[place] = MORE * (3 * UNIT * (read + bias) + TINY * (inputs * read_most + 1))
             rectified = place < chain.last and isinstance(chain.links[place + 1], ReLU)
             terms, places = _terms(link, found[place] if rectified else None), prod(link.out_shape[1:])
             self.lost[place] = self.alone[place] + MORE * UNIT * (terms * read + (places + len(bias)) * bias)
-            self.growth *= max(1.0, float(weight.transpose(0, 1).flatten(1).sum(1).max()))
-            largest = max(largest, float((read + bias).max()))
-            self.fits = self.fits and largest <= VALUES and self.growth <= COEFFICIENTS
+            self.growth[place] = max(float(weight.transpose(0, 1).flatten(1).sum(1).max()), 1.0)
+            self.largest[place] = max(float((read + bias).max()), read_most)
 
 
 def backward(single: Single, box: Box, image: Tensor, a: Tensor, value: int) -> tuple[Tensor, Tensor]:
@@ -104,7 +120,7 @@ def backward(single: Single, box: Box, image: Tensor, a: Tensor, value: int) -> 
         if isinstance(link, Scale):  # of the input, in float64
             flat = flat.double()
         elif isinstance(link, Conv | Dense):
-            of_each = (single.alone if place == value else single.lost)[place][image]
+            of_each = single.of_unit(place, value)[image]
             lost += (a.abs().flatten(2) @ of_each.to(a.dtype).flatten(1)[:, :, None]).squeeze(2) + SMALL
         bound += link.offset(flat).view(batch, rows)
         a = link.products(flat).view(batch, rows, *link.in_shape)

@@ -150,7 +150,7 @@ def lower_bounds(
                 ones = a.new_ones(1, *link.out_shape).expand(len(box.lower), -1, -1, -1)
                 a = a * cut(ones, window)
             if single and isinstance(link, Conv):
-                of_each = (single.alone if place == value else single.lost)[place].amax((2, 3)).to(a.dtype)
+                of_each = single.of_unit(place, value).amax((2, 3)).to(a.dtype)
                 lost += (a.abs().sum((1, 2)) * of_each[image[shared]]).sum(1) + SMALL
             elif single:  # of the input, in float64
                 a = a.double()

@@ -7,6 +7,7 @@ import json
 import logging
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import jinja2
@@ -21,7 +22,7 @@ from rampart.reports.joining import gathered
 from rampart.reports.record import keep
 from rampart.reports.registry import name_best
 from rampart.reports.sections import Section, material_of, sections
-from rampart.settings import CompareSettings, load_profile
+from rampart.settings import CompareSettings, Settings, load_profile
 from rampart.tracking import Run
 from rampart.tracking.queries import artifact_place, find_models, run_page
 from rampart.tracking.ui import MOST
@@ -33,13 +34,15 @@ REPORT = "report.html"
 ROOM = 6500
 
 
-def compare(run: Run, settings: CompareSettings) -> None:
+def run_comparison(run: Run, settings: Settings, given: Mapping[str, str]) -> None:
     """Prints the main tables and logs all as CSV, Markdown, LaTeX, PNG and PDF, and report.html, to `run`; gives the
     arms' best models their aliases in the Model Registry.
 
     Raises:
         RampartError: there is nothing to compare, or it contradicts itself, or the baseline cannot be read.
     """
+    assert isinstance(settings, CompareSettings)
+    run.name(f"compare {settings.profile}")
     baseline, said = read_baseline(settings.baseline) if settings.baseline else (None, [])
     evidence, published = gathered(run.experiment, settings)
     if baseline is not None:

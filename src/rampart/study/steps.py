@@ -6,13 +6,8 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from rampart.reports.compare import compare
-from rampart.settings import Common, CompareSettings, Settings, StudySettings, TuneSettings, as_text, resolve
-from rampart.study.embedding import run_embedding
-from rampart.study.evaluating import run_evaluation
+from rampart.settings import Common, as_text, resolve
 from rampart.study.opening import prepare
-from rampart.study.training import run_training
-from rampart.study.verifying import run_verification
 from rampart.tracking import Run, open_run
 
 log = logging.getLogger(__name__)
@@ -31,37 +26,38 @@ def run_step(step: str, given: Mapping[str, str], study: str | None = None, task
         run.tags({"profile": settings.profile})
         if isinstance(settings, Common):
             prepare(settings)
-        BODIES[step](run, settings, given)
+        _body(step)(run, settings, given)
         log.info("%s: done; open run %s (experiment %s) in the MLflow UI: make ui", step, run.id, run.experiment)
     return run.id
 
 
-def _compare(run: Run, settings: Settings, given: Mapping[str, str]) -> None:
-    assert isinstance(settings, CompareSettings)
-    run.name(f"compare {settings.profile}")
-    compare(run, settings)
+def _body(step: str) -> Callable[[Run, Any, Mapping[str, str]], None]:
+    """The step's own code; that of the others is not imported, since figures and statistics take seconds."""
+    match step:
+        case "train":
+            from rampart.study.training import run_training
 
+            return run_training
+        case "evaluate":
+            from rampart.study.evaluating import run_evaluation
 
-def _tune(run: Run, settings: Settings, given: Mapping[str, str]) -> None:
-    assert isinstance(settings, TuneSettings)
-    from rampart.tuning import tune
+            return run_evaluation
+        case "verify":
+            from rampart.study.verifying import run_verification
 
-    tune(run, settings, given)
+            return run_verification
+        case "embed":
+            from rampart.study.embedding import run_embedding
 
+            return run_embedding
+        case "compare":
+            from rampart.reports.compare import run_comparison
 
-def _main(run: Run, settings: Settings, given: Mapping[str, str]) -> None:
-    assert isinstance(settings, StudySettings)
+            return run_comparison
+        case "tune":
+            from rampart.tuning.driver import run_tuning
+
+            return run_tuning
     from rampart.study.executor import run_study
 
-    run_study(run, settings, given)
-
-
-BODIES: dict[str, Callable[[Run, Any, Mapping[str, str]], None]] = {
-    "train": run_training,
-    "evaluate": run_evaluation,
-    "verify": run_verification,
-    "embed": run_embedding,
-    "compare": _compare,
-    "tune": _tune,
-    "main": _main,
-}
+    return run_study

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rampart.arms import Arm
 from rampart.data import Dataset, Split
 from rampart.errors import ModelError
 from rampart.models import Classifier, weights_digest
 from rampart.models.released import CLASSES, PREFIX, SEED, meant
-from rampart.reports.drawing import Drawing, save
 from rampart.settings import EmbedSettings, EvaluateSettings, ModelSettings, VerifySettings
 from rampart.study.identity import identity
 from rampart.study.opening import open_data, prepare
 from rampart.tracking import Run, fetch_model, source_of
 from rampart.tracking.queries import run_tags
 from rampart.tracking.runs import class_names, class_text
+
+if TYPE_CHECKING:
+    from rampart.reports.drawing import Drawing
 
 # Tags that tell which arm a run is of; a step on a model takes them over from the run that trained it.
 ARM_TAGS = ("method", "augment", "contrastive", "arm", "seed", "train_profile")
@@ -93,5 +96,7 @@ def finish(run: Run, settings: EvaluateSettings | VerifySettings | EmbedSettings
 
 def draw(run: Run, name: str, drawing: Drawing, home: str | None = None) -> None:
     """A figure as NAME.png of a run, of `run` where no other is given."""
+    from rampart.reports.drawing import save  # takes seconds, which most runs can do without
+
     save({name: drawing}, run.scratch)
     run.file(run.scratch / f"{name}.png", home)

@@ -13,7 +13,7 @@ import torch
 from rampart.data import to_pixels
 from rampart.errors import Contradiction
 from rampart.ledger import verdict_counts
-from rampart.reports import describing, pictures
+from rampart.reports import describing
 from rampart.settings import Settings, VerifySettings, as_text
 from rampart.study.identity import identity
 from rampart.study.resuming import Paced, interrupted, salvaged
@@ -52,6 +52,8 @@ def run_verification(run: Run, settings: Settings, given: Mapping[str, str]) -> 
         return
     run.evidence(ledger)
     if examples:
+        from rampart.reports import pictures
+
         shown = ledger[ledger["image"].isin(examples)].head(SHOWN)
         chosen = torch.tensor(shown["image"].tolist())
         picture = pictures.twins(

@@ -26,7 +26,7 @@ from rampart.arms import Arm
 from rampart.console import configure_logging
 from rampart.data import Dataset, Split
 from rampart.errors import RampartError
-from rampart.settings import TrainSettings, TuneSettings, names, resolve
+from rampart.settings import Settings, TrainSettings, TuneSettings, names, resolve
 from rampart.study.opening import data_of, prepare
 from rampart.tracking import Run
 from rampart.tracking.lifecycle import exists, fail_run, reopened
@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 PAUSE = 2.0
 
 
-def tune(run: Run, settings: TuneSettings, given: Mapping[str, str]) -> None:
+def run_tuning(run: Run, settings: Settings, given: Mapping[str, str]) -> None:
     """Brings the Optuna study of an arm to `settings.trials` finished or pruned trials, and publishes what was found.
 
     The study's home is the run that began it: later commands go on there, under a run of their own.
@@ -52,6 +52,7 @@ def tune(run: Run, settings: TuneSettings, given: Mapping[str, str]) -> None:
     Raises:
         RampartError: bad input, before any training; most trials failed.
     """
+    assert isinstance(settings, TuneSettings)
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # each trial is told of by us
     worker = Worker(settings, dict(given), run.experiment)
     arm = worker.arm

@@ -20,6 +20,10 @@ from pathlib import Path
 import pytest
 import torch
 
+# Beside other workers of pytest-xdist each has a core to itself, and shares it with the processes that it starts.
+ALONE = "PYTEST_XDIST_WORKER" not in os.environ
+if not ALONE:
+    os.environ["OMP_NUM_THREADS"] = "1"
 # Where there is no GPU, its programs are interpreted; Triton asks when it is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -35,8 +39,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 @pytest.fixture(autouse=True)
 def _threads() -> None:
-    # Beside other workers of pytest-xdist each has a core to itself.
-    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+    torch.set_num_threads(2 if ALONE else 1)
 
 
 @pytest.fixture(autouse=True)
@@ -197,7 +200,7 @@ class Study:
 def finished_study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     base = tmp_path_factory.getbasetemp()
     # One study for all workers of pytest-xdist, whose folders lie side by side: the first makes it, the others wait.
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "study"
+    folder = (base if ALONE else base.parent) / "study"
     output = folder / "output.txt"
     with FileLock(f"{folder}.lock"):
         if not output.exists():

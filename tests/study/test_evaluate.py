@@ -37,7 +37,7 @@ def weights(digits: Dataset, folder: Path, seed: int) -> str:
 
 def settings(model: str, **more: str) -> dict[str, str]:
     given = {"model": model, "eps": "4/255,1/255,4/255", "steps": "5", "batch_size": "100", "trust_images": "40"}
-    return {**given, "threads": "2", **more}
+    return {**given, "certify_images": "20", "threads": "1", **more}
 
 
 def test_an_interrupted_evaluation_is_gone_on_with(

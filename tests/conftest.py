@@ -21,8 +21,7 @@ import pytest
 import torch
 
 # Beside other workers of pytest-xdist each has a core to itself, and shares it with the processes that it starts.
-ALONE = "PYTEST_XDIST_WORKER" not in os.environ
-if not ALONE:
+if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 # Where there is no GPU, its programs are interpreted; Triton asks when it is imported.
 if not torch.cuda.is_available():
@@ -34,6 +33,7 @@ from torch import Tensor
 
 from rampart.data import Dataset, Split, load_dataset
 
+ALONE = "PYTEST_XDIST_WORKER" not in os.environ
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 

@@ -11,7 +11,7 @@ import pytest
 from mlflow import MlflowClient
 from PIL import Image
 
-from rampart.__main__ import main
+from rampart.__main__ import ABOUT, defaults, main
 from rampart.models import build_model, save_model
 
 
@@ -104,7 +104,14 @@ def test_help_lists_settings_with_their_meaning(capsys: pytest.CaptureFixture[st
     assert main(["train", "--help"]) == 0
     shown = capsys.readouterr().out
     assert "--lr" in shown
-    assert "Adam's learning rate" in " ".join(shown.split())
+    assert "Adam's learning rate, and Muon's, whose steps are as large. [0.005]" in " ".join(shown.split())
+
+
+@pytest.mark.parametrize("step", [*ABOUT])
+def test_help_of_every_step_shows_its_defaults(step: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([step, "--help"]) == 0
+    assert "[quick]" in capsys.readouterr().out
+    assert defaults(step)["profile"] == "quick"
 
 
 def test_without_a_step_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,8 @@ import click
 
 from rampart.console import configure_logging
 from rampart.errors import RampartError, is_out_of_memory, require
-from rampart.settings import STEPS, names, resolve
+from rampart.settings import STEPS, as_text, names, resolve
+from rampart.settings.kinds import DEFAULT_PROFILE
 
 ABOUT = {
     "main": "The whole study: every arm trained, attacked, verified, embedded, and all of them compared.",
@@ -39,6 +40,25 @@ def documentation(step: str) -> dict[str, str]:
     return found
 
 
+def defaults(entry: str) -> dict[str, str]:
+    """What each setting of an entry point is where none, but perhaps a model, is given."""
+    step, preset = ENTRIES.get(entry, (entry, {}))
+    needed = {"model": "needed"} if "model" in names(step) else {}
+    return as_text(resolve(step, preset | needed), {})
+
+
+class Step(click.Command):
+    """A subcommand that shows its settings' defaults, which it reads from the profile when it is asked for help."""
+
+    def get_help(self, ctx: click.Context) -> str:
+        known = defaults(str(self.name))
+        for option in self.params:
+            value = known.get(option.opts[0].removeprefix("--"))
+            if isinstance(option, click.Option) and value:
+                option.help = f"{option.help}  [{value}]"
+        return super().get_help(ctx)
+
+
 def command(entry: str) -> click.Command:
     """A subcommand whose options are its step's settings. Values stay texts: `resolve` gives them their types."""
     step, preset = ENTRIES.get(entry, (entry, {}))
@@ -55,8 +75,11 @@ def command(entry: str) -> click.Command:
 
         run_step(step, preset | {name.replace("__", "."): text for name, text in values.items() if text is not None})
 
-    about = ABOUT[entry] + " Defaults come from the profile; -P name=value of `mlflow run` is --name value here."
-    return click.Command(entry, params=options, callback=callback, help=about)
+    about = (
+        f"{ABOUT[entry]} In brackets: defaults, which are those of profile {DEFAULT_PROFILE}; other profiles, and some "
+        "arms, have others. -P name=value of `mlflow run` is --name value here."
+    )
+    return Step(entry, params=options, callback=callback, help=about)
 
 
 cli = click.Group("rampart", commands=[command(entry) for entry in ABOUT], help=__doc__)

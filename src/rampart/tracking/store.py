@@ -92,7 +92,10 @@ def _unanswered(uri: str, error: Exception) -> RampartError:
         return refused
     if "readonly" in reason:
         return RampartError(f"the tracking store {uri} cannot be written ({reason}): make it writable")
-    return StoreAway(f"the tracking store {uri} does not answer ({reason}): check MLFLOW_TRACKING_URI")
+    return StoreAway(
+        f"the tracking store {uri} does not answer ({reason}): check MLFLOW_TRACKING_URI, which is an address as in "
+        "http://host:5000 or sqlite:///mlflow.db"
+    )
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from rampart.bounds import crown, ibp, margin_bounds, windows
+from rampart.bounds import crown, ibp, margin_bounds, reduced, windows
 from rampart.bounds.box import Box, pixel_box
 from rampart.bounds.relaxation import relax
 from rampart.models import Chain, Layout, Normalize, build_model
@@ -35,10 +35,23 @@ def both_ways(chain: Chain, box: Box) -> tuple[tuple[Tensor, Tensor], tuple[Tens
     )
 
 
+def assert_same_forms(chain: Chain, box: Box) -> None:
+    """Of every output neuron of the second image, read from the input and the unstable neurons."""
+    shape = chain.links[-1].out_shape
+    puller = reduced._Puller(chain, ibp.inputs(chain, ibp.intervals(chain, box)), box, 1, 1)
+    full = puller._pull(chain.last, torch.eye(prod(shape)).view(-1, *shape))
+    neurons = torch.arange(prod(shape))
+    for whole, part in zip(
+        full, windows.pulled(chain, chain.last, neurons, puller.on, puller.numbers, puller.count), strict=True
+    ):
+        assert torch.allclose(part, whole, rtol=1e-4, atol=1e-5)
+
+
 def assert_same(layers: list[nn.Module], x: Tensor, eps: float = 0.1) -> None:
     with torch.no_grad():
         chain = Layout(randomised(nn.Sequential(*layers))).resolve(x)
         (lower, upper), (full_lower, full_upper) = both_ways(chain, pixel_box(x, eps))
+        assert_same_forms(chain, pixel_box(x, eps))
     assert torch.allclose(lower, full_lower, rtol=1e-4, atol=1e-5)
     assert torch.allclose(upper, full_upper, rtol=1e-4, atol=1e-5)
 

@@ -115,6 +115,14 @@ def widest(chain: Chain, value: int | None = None) -> int:
     return max(max(prod(chain.links[place].out_shape), _inputs_of(chain.links[place])) for place in places)
 
 
+def row(chain: Chain, value: int) -> tuple[int, bool]:
+    """The most coefficients that a single neuron of a value has on the way back, and whether those of a window do."""
+    whole = widest(chain, value)
+    field = windows.receptive_field(chain, value) or whole
+    # Of neurons deep in a network, windows are larger than the maps: they lie on padding for the greater part.
+    return min(field, whole), field < whole
+
+
 def _inputs_of(link: object) -> int:
     return prod(getattr(link, "in_shape", (1,)))
 
@@ -194,11 +202,7 @@ class _Pass:
 
     @cached_property
     def row(self) -> tuple[int, bool]:
-        """The most coefficients that a row has, and whether they are those of a window."""
-        whole = widest(self.chain, self.value)
-        field = windows.receptive_field(self.chain, self.value) or whole
-        # Of neurons deep in a network, windows are larger than the maps: they lie on padding for the greater part.
-        return min(field, whole), field < whole
+        return row(self.chain, self.value)
 
     def bounds(self, image: Tensor, neuron: Tensor, sign: Tensor, center: Tensor) -> Tensor:
         """Lower bounds [R] of neurons times their signs, whose values at the box's centre are given; in float32 where

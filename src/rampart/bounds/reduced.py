@@ -12,7 +12,7 @@ matrices over U neurons in the place of convolutions over all of them.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate
 from math import prod
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rampart.bounds import crown, ibp
+from rampart.bounds import crown, ibp, windows
 from rampart.bounds.banded import Banded
 from rampart.bounds.box import Box
 from rampart.models.chain import Chain
@@ -187,8 +187,8 @@ def reduce(
         spec: [B, K, out]: what is bounded is spec @ output.
         memory: MiB of coefficients that are pulled back at once.
     """
-    puller = _Puller(chain, inputs, box, image, max(crown.rows_at_once(crown.widest(chain), memory, spec.dtype), 1))
-    kinds = [puller.neurons(place, inputs[place].lower.shape[1:]) for place in puller.unstable]
+    puller = _Puller(chain, inputs, box, image, memory)
+    kinds = [puller.neurons(place) for place in puller.unstable]
     none = spec.new_zeros(0)
     lower, upper = (
         torch.cat([none, *(getattr(inputs[p], end)[image].flatten()[which] for p, which in puller.unstable.items())])
@@ -215,35 +215,52 @@ def _by_place(unstable: Tensor) -> Tensor:
 
 
 class _Puller:
-    """Pulls rows of a value back to the input and to the unstable ReLUs, `size` at a time."""
+    """Pulls rows of a value back to the input and to the unstable ReLUs, as many at a time as `memory` (MiB) holds."""
 
-    def __init__(self, chain: Chain, inputs: ibp.Intervals, box: Box, image: int, size: int) -> None:
-        self.chain, self.size, self.count = chain, size, 0
+    def __init__(self, chain: Chain, inputs: ibp.Intervals, box: Box, image: int, memory: int) -> None:
+        self.chain, self.memory, self.count = chain, memory, 0
         self.like, self.input_shape = box.lower, box.lower.shape[1:]
+        # Maps [1, *shape] by places of ReLUs: which neurons pass on, and the columns of the unstable ones, counted from
+        # 1; at -1 those of the input.
         self.on: dict[int, Tensor] = {}
+        numbers = torch.arange(1, 1 + prod(self.input_shape), device=self.like.device)
+        self.numbers = {-1: numbers.view(1, *self.input_shape)}
         self.unstable: dict[int, Tensor] = {}
         self.columns: dict[int, slice] = {}
         for place in chain.relus:
             if place in inputs:
-                self.on[place] = (inputs[place].lower[image] >= 0).to(box.lower.dtype)
-                which = _by_place(inputs[place].unstable[image])
+                bounds = crown.at(inputs[place], slice(image, image + 1))
+                self.on[place] = (bounds.lower >= 0).to(box.lower.dtype)
+                which = _by_place(bounds.unstable[0])
                 if len(which):
                     self.unstable[place] = which
                     self.columns[place] = slice(self.count, self.count + len(which))
                     self.count += len(which)
+                    numbers = torch.zeros_like(bounds.lower, dtype=torch.int64)
+                    numbers.view(-1)[which] = torch.arange(self.count - len(which), self.count, device=which.device) + 1
+                    self.numbers[place] = numbers
 
     def rows(self, value: int, a: Tensor) -> Rows:
         """The rows a [R, *shape of the value]."""
-        return Rows.joined([self._pull(value, part) for part in a.split(self.size)])
+        return Rows.joined([self._pull(value, part) for part in a.split(self._at_once(crown.widest(self.chain)))])
 
-    def neurons(self, place: int, shape: torch.Size) -> Rows:
-        """The unstable inputs of a ReLU, which are of this shape."""
-        parts = []
-        for which in self.unstable[place].split(self.size):
+    def neurons(self, place: int) -> Rows:
+        """The unstable inputs of a ReLU."""
+        value, shape = self.chain.sources[place][0], self.on[place].shape[1:]
+        length, windowed = crown.row(self.chain, value)
+        parts = self.unstable[place].split(self._at_once(length))
+        if windowed:
+            pulled = partial(windows.pulled, self.chain, value, passing=self.on, columns=self.numbers, count=self.count)
+            return Rows.joined([Rows(*pulled(which)) for which in parts])
+        found = []
+        for which in parts:
             ones = self.like.new_zeros(len(which), prod(shape))
             ones[torch.arange(len(which), device=which.device), which] = 1
-            parts.append(self._pull(self.chain.sources[place][0], ones.view(-1, *shape)))
-        return Rows.joined(parts)
+            found.append(self._pull(value, ones.view(-1, *shape)))
+        return Rows.joined(found)
+
+    def _at_once(self, length: int) -> int:
+        return max(crown.rows_at_once(length, self.memory, self.like.dtype), 1)
 
     def none(self) -> Rows:
         return Rows(self.like.new_zeros(0, prod(self.input_shape)), self.like.new_zeros(0, 0), self.like.new_zeros(0))

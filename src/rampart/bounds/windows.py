@@ -6,6 +6,7 @@ costs five to seven times the work and memory.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from rampart.bounds.box import Box
 from rampart.bounds.relaxation import Relaxation, lower_side
 from rampart.bounds.rounding import SMALL, Single
 from rampart.models.chain import Chain
-from rampart.models.links import Add, Conv, ReLU, Scale
+from rampart.models.links import Add, Conv, Link, ReLU, Scale
 
 
 class _Extent(NamedTuple):
@@ -87,11 +88,13 @@ class _Window(NamedTuple):
             total[:, row : row + window.a.shape[1], column : column + window.a.shape[2]] += window.a
         return _Window(total, top, left, self.inside and other.inside)
 
-    def through(self, conv: Conv) -> _Window:
-        """As coefficients of the convolution's input."""
-        _, stride, padding, _, _ = conv.geometry
+    def through(self, link: Conv | Scale) -> _Window:
+        """As coefficients of the link's input."""
+        if isinstance(link, Scale):
+            return self._replace(a=self.a * link.scale)
+        _, stride, padding, _, _ = link.geometry
         top, left = self.top * stride[0] - padding[0], self.left * stride[1] - padding[1]
-        return _Window(conv.spread(self.a), top, left, False)
+        return _Window(link.spread(self.a), top, left, False)
 
 
 def lower_bounds(
@@ -118,54 +121,127 @@ def lower_bounds(
     """
     if single:
         chain, relaxed = single.chain, single.relaxed
-    channels, height, width = chain.links[value].out_shape
-    top, left = neuron // width % height, neuron % width
-    a = torch.zeros(len(neuron), 1, 1, channels, dtype=chain.output.dtype, device=box.lower.device)
-    a[torch.arange(len(neuron), device=a.device), 0, 0, neuron // (height * width)] = sign.to(a.dtype)
-    # All channels of a place of an image look through the same window: it is cut out once.
-    spot, shared = torch.unique((image * height + top) * width + left, return_inverse=True)
-    image, top, left = spot // (height * width), spot // width % height, spot % width
-    windows = {value: _Window(a, top, left, True)}
-    bound, lost = box.lower.new_zeros(len(a)), box.lower.new_zeros(len(a))
+    spots, start = _start(chain, value, image, neuron, sign)
+    bound, lost = box.lower.new_zeros(len(neuron)), box.lower.new_zeros(len(neuron))
 
-    def cut(maps: Tensor, window: _Window) -> Tensor:
-        return _gather(maps, image, window.top, window.left, window.a).index_select(0, shared)
-
-    for place in reversed(chain.before(value)):
-        window, link = windows.pop(place), chain.links[place]
+    def through(place: int, link: Link, window: _Window) -> _Window:
+        nonlocal bound, lost
         a = window.a
         if isinstance(link, ReLU):
             relaxation = relaxed[place]
             # Outside of the map both are zero, which removes what a convolution put on its padding.
-            negative, upper_slope = a.clamp(max=0), cut(relaxation.upper_slope, window)
-            constant = cut(relaxation.intercept, window).mul_(negative).sum((1, 2, 3))
+            negative, upper_slope = a.clamp(max=0), spots.cut(relaxation.upper_slope, window)
+            constant = spots.cut(relaxation.intercept, window).mul_(negative).sum((1, 2, 3))
             bound += constant
             if single:
                 lost += single.share[place] * constant.abs()
             kept = lower_side(a - negative, upper_slope)
-            window = window._replace(a=kept.addcmul_(negative, upper_slope), inside=True)
-        elif not isinstance(link, Add):
-            assert isinstance(link, Conv | Scale)
-            if not window.inside:
-                ones = a.new_ones(1, *link.out_shape).expand(len(box.lower), -1, -1, -1)
-                a = a * cut(ones, window)
-            if single and isinstance(link, Conv):
-                of_each = single.of_unit(place, value).amax((2, 3)).to(a.dtype)
-                lost += (a.abs().sum((1, 2)) * of_each[image[shared]]).sum(1) + SMALL
-            elif single:  # of the input, in float64
-                a = a.double()
-            bound += a.sum((1, 2)) @ (link.bias if isinstance(link, Conv) else link.shift)
-            if isinstance(link, Conv):
-                window = window._replace(a=a).through(link)
-            else:
-                window = window._replace(a=a * link.scale, inside=True)
-        for source in chain.sources[place]:
-            windows[source] = windows[source].joined(window) if source in windows else window
-    window = windows[-1]
+            return window._replace(a=kept.addcmul_(negative, upper_slope), inside=True)
+        assert isinstance(link, Conv | Scale)
+        window = spots.inside(window, link)
+        if single and isinstance(link, Conv):
+            of_each = single.of_unit(place, value).amax((2, 3)).to(a.dtype)
+            lost += (window.a.abs().sum((1, 2)) * of_each[image]).sum(1) + SMALL
+        elif single:  # of the input, in float64
+            window = window._replace(a=window.a.double())
+        bound += _offset(window, link)
+        return window.through(link)
+
+    window = _walked(chain, value, start, through)
     a = window.a.to(box.lower.dtype)
     window = window._replace(a=a)
-    bound += (a * cut(box.center, window) - a.abs() * cut(box.half, window)).sum((1, 2, 3))
+    bound += (a * spots.cut(box.center, window) - a.abs() * spots.cut(box.half, window)).sum((1, 2, 3))
     return bound - lost, lost
+
+
+def pulled(
+    chain: Chain, value: int, neuron: Tensor, passing: dict[int, Tensor], columns: dict[int, Tensor], count: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One image's neurons of `value` as affine forms in the input and in some ReLUs: coefficients [R, I] and
+    [R, count], and constants [R].
+
+    The value has a `receptive_field`.
+
+    Args:
+        neuron: [R] index into the flattened value [C, H, W].
+        passing: the ReLUs before it, by their places: maps [1, C, H, W] of 1 where a neuron passes on, 0 elsewhere.
+        columns: maps [1, C, H, W] of columns, counted from 1: those of the ReLUs, by their places, 0 where a neuron
+            has none, and at -1 those of the input.
+        count: of the ReLUs' columns.
+    """
+    spots, start = _start(chain, value, torch.zeros_like(neuron), neuron, torch.ones_like(neuron))
+    like = start.a
+    # A column more, in which what has none is written.
+    of_input, of_relu = (like.new_zeros(len(neuron), 1 + width) for width in (columns[-1].numel(), count))
+    constant = like.new_zeros(len(neuron))
+
+    def write(rows: Tensor, place: int, window: _Window) -> None:
+        rows.scatter_(1, spots.cut(columns[place], window).flatten(1), window.a.flatten(1))
+
+    def through(place: int, link: Link, window: _Window) -> _Window:
+        nonlocal constant
+        if isinstance(link, ReLU):
+            if place in columns:
+                write(of_relu, place, window)
+            return window._replace(a=window.a * spots.cut(passing[place], window), inside=True)
+        assert isinstance(link, Conv | Scale)
+        window = spots.inside(window, link)
+        constant += _offset(window, link)
+        return window.through(link)
+
+    write(of_input, -1, _walked(chain, value, start, through))
+    return of_input[:, 1:], of_relu[:, 1:], constant
+
+
+class _Spots(NamedTuple):
+    """Where R rows begin: all channels of a place of an image look through the same window, which is cut out once.
+
+    Args:
+        image: [G] index of the image of each place.
+        shared: [R] index of each row's place.
+    """
+
+    image: Tensor
+    shared: Tensor
+
+    def cut(self, maps: Tensor, window: _Window) -> Tensor:
+        """What maps [B, C, H, W] hold in each row's window, [R, h, w, C]; 0 outside of the map."""
+        return _gather(maps, self.image, window.top, window.left, window.a).index_select(0, self.shared)
+
+    def inside(self, window: _Window, link: Conv | Scale) -> _Window:
+        """Without what stands on the padding around the link's output."""
+        if window.inside:
+            return window
+        ones = window.a.new_ones(1, *link.out_shape).expand(int(self.image.max()) + 1, -1, -1, -1)
+        return window._replace(a=window.a * self.cut(ones, window), inside=True)
+
+
+def _start(chain: Chain, value: int, image: Tensor, neuron: Tensor, sign: Tensor) -> tuple[_Spots, _Window]:
+    """R rows of single neurons of a value, times their signs; arguments as `lower_bounds`."""
+    channels, height, width = chain.links[value].out_shape
+    top, left = neuron // width % height, neuron % width
+    a = torch.zeros(len(neuron), 1, 1, channels, dtype=chain.output.dtype, device=neuron.device)
+    a[torch.arange(len(neuron), device=a.device), 0, 0, neuron // (height * width)] = sign.to(a.dtype)
+    spot, shared = torch.unique((image * height + top) * width + left, return_inverse=True)
+    window = _Window(a, spot // width % height, spot % width, True)
+    return _Spots(spot // (height * width), shared), window
+
+
+def _walked(chain: Chain, value: int, start: _Window, through: Callable[[int, Link, _Window], _Window]) -> _Window:
+    """The windows that rows of a value have become at the input, gone `through` each ReLU and affine map on the way."""
+    windows = {value: start}
+    for place in reversed(chain.before(value)):
+        window, link = windows.pop(place), chain.links[place]
+        if not isinstance(link, Add):
+            window = through(place, link, window)
+        for source in chain.sources[place]:
+            windows[source] = windows[source].joined(window) if source in windows else window
+    return windows[-1]
+
+
+def _offset(window: _Window, link: Conv | Scale) -> Tensor:
+    """a · bias, [R]."""
+    return window.a.sum((1, 2)) @ (link.bias if isinstance(link, Conv) else link.shift)
 
 
 def _gather(maps: Tensor, image: Tensor, top: Tensor, left: Tensor, like: Tensor) -> Tensor:

@@ -236,9 +236,9 @@ class _Puller:
                     self.unstable[place] = which
                     self.columns[place] = slice(self.count, self.count + len(which))
                     self.count += len(which)
-                    numbers = torch.zeros_like(bounds.lower, dtype=torch.int64)
-                    numbers.view(-1)[which] = torch.arange(self.count - len(which), self.count, device=which.device) + 1
-                    self.numbers[place] = numbers
+                    numbers = which.new_zeros(bounds.lower.numel())
+                    numbers[which] = torch.arange(self.count - len(which), self.count, device=which.device) + 1
+                    self.numbers[place] = numbers.view(bounds.lower.shape)
 
     def rows(self, value: int, a: Tensor) -> Rows:
         """The rows a [R, *shape of the value]."""

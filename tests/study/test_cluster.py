@@ -15,11 +15,12 @@ import pandas as pd
 import pytest
 from mlflow import MlflowClient
 
+from rampart.__main__ import main
 from rampart.errors import ModelError, RampartError, SettingsError
 from rampart.study.cluster import RayWorkers
 from rampart.study.workers import WorkerLost
 from rampart.tracking.queries import find_runs
-from tests.conftest import TINY_STUDY, Study, free_port, run_rampart
+from tests.conftest import TINY_STUDY, Study, free_port
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install .[ray]")
 
@@ -88,16 +89,15 @@ def test_more_than_any_machine_has(cluster: Any, cpus: int, gpus: float, ram: fl
         RayWorkers(cluster.address, 0, cpus, gpus, ram)
 
 
-def test_a_cluster_that_does_not_answer(store: Path) -> None:
+def test_a_cluster_that_does_not_answer(capfd: pytest.CaptureFixture[str]) -> None:
     for address in (f"127.0.0.1:{free_port()}", f"ray://127.0.0.1:{free_port()}"):
         with pytest.raises(RampartError, match=f"no Ray cluster answers at '{address}' .* start one with 'ray start"):
             RayWorkers(address, 0, 1, 0, 0)
-    refused = run_rampart("main", {"executor": "ray", "address": f"127.0.0.1:{free_port()}"}, store)
-    assert refused.returncode == 2
-    assert refused.stderr.splitlines()[-1].startswith("error: no Ray cluster answers")
+    assert main(["main", "--executor", "ray", "--address", f"127.0.0.1:{free_port()}"]) == 2
+    assert capfd.readouterr().err.splitlines()[-1].startswith("error: no Ray cluster answers")
     assert list(find_runs("0", {"step": "main"}, status=None)["status"]) == ["FAILED"]
-    refused = run_rampart("main", {"address": "auto"}, store)
-    assert "give executor=ray, too" in refused.stderr
+    assert main(["main", "--address", "auto"]) == 2
+    assert "give executor=ray, too" in capfd.readouterr().err
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import socket
 from dataclasses import replace
@@ -11,6 +12,7 @@ import pandas as pd
 import pytest
 from mlflow import MlflowClient
 
+from rampart.__main__ import main
 from rampart.arms import Arm, grid
 from rampart.errors import RampartError
 from rampart.settings import ARM_STEPS
@@ -20,7 +22,7 @@ from rampart.study.identity import what
 from rampart.study.plan import DONE, MISSING, OUTDATED, STALE, plan, said, table
 from rampart.tracking import open_run
 from rampart.tracking.queries import find_runs
-from tests.conftest import TINY_STUDY, Study, run_rampart
+from tests.conftest import TINY_STUDY, Study
 
 JOBS = [(arm, 0) for arm in grid(("normal", "certified"), (False,), ("none", "double"))]
 
@@ -68,10 +70,14 @@ def test_a_dry_run_does_nothing(store: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_code_that_has_changed_since_is_asked_about(
-    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    study: Study,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    store = f"sqlite:///{shutil.copy(study.folder / 'mlflow.db', tmp_path / 'copy.db')}"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    shutil.copy(study.folder / "mlflow.db", tmp_path / "copy.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/copy.db")
     client = MlflowClient()
     done = pd.concat([find_runs("0", {"step": step}) for step in ARM_STEPS])
     for run, key in zip(done["run_id"], done["tags.rampart.identity"], strict=True):
@@ -81,13 +87,14 @@ def test_code_that_has_changed_since_is_asked_about(
     assert plan(shared(), JOBS).groupby("step")["state"].agg(set).to_dict() == {
         "train": {OUTDATED}, "evaluate": {STALE}, "verify": {STALE}, "embed": {STALE}
     }  # fmt: skip
-    refused = run_rampart("main", TINY_STUDY, study.folder, store)
-    assert refused.returncode == 2
-    assert "code has changed since 4 of this study's steps were done (train of normal, …)" in refused.stderr
-    assert "force=redo" in refused.stderr
-    kept = run_rampart("main", {**TINY_STUDY, "force": "keep"}, study.folder, store)
-    assert kept.returncode == 0, kept.stderr
-    assert kept.stderr.count("was there already") == 4
+    command = ["main", *(word for name, value in TINY_STUDY.items() for word in (f"--{name}", value))]
+    assert main(command) == 2
+    refused = capfd.readouterr().err
+    assert "code has changed since 4 of this study's steps were done (train of normal, …)" in refused
+    assert "force=redo" in refused
+    with caplog.at_level(logging.INFO):
+        assert main([*command, "--force", "keep"]) == 0
+    assert caplog.text.count("was there already") == 4
     assert len(find_runs("0", {"step": "train"})) == 4
 
 

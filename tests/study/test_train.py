@@ -228,6 +228,7 @@ def test_a_checkpoint_that_cannot_be_written_does_not_cost_the_one_before(monkey
         assert 4 in kept
 
 
+@pytest.mark.slow
 def test_of_two_processes_one_goes_on_and_the_other_begins_anew(stopped: str, store: Path) -> None:
     both = [started(store, subprocess.PIPE) for _ in range(2)]
     said = [process.communicate()[1] for process in both]

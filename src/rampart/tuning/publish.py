@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
-import matplotlib.pyplot as plt
 import optuna
 import yaml
 from optuna.study import Study
@@ -131,6 +130,8 @@ def _table(home: Run, study: Study) -> None:
 
 def _plots(home: Run, study: Study, objective: tuple[str, ...], complete: int) -> None:
     """Optuna's plots, as HTML (plotly) and PNG (matplotlib); those that need more trials are left out."""
+    from matplotlib import pyplot  # which a study's workers, who import this, can do without
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # experimental
         for name, function, options in _chosen(objective, complete):
@@ -140,7 +141,7 @@ def _plots(home: Run, study: Study, objective: tuple[str, ...], complete: int) -
             axes = drawn.ravel()[0] if hasattr(drawn, "ravel") else drawn
             axes.figure.set_size_inches(9, 5)
             home.figure(axes.figure, f"plots/{name}.png")
-            plt.close(axes.figure)
+            pyplot.close(axes.figure)
 
 
 def _chosen(objective: tuple[str, ...], complete: int) -> Iterator[tuple[str, str, dict[str, Any]]]:

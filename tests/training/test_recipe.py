@@ -40,6 +40,8 @@ from rampart.training.train import stages
         ("sam", -0.05),
         ("grad_clip", -1.0),
         ("ema", 1.0),
+        ("dropout", 1.0),
+        ("dropout", -0.1),
         ("bn_batches", -1),
         ("attack_rel_eps", 0.0),
         ("eps_warmup", -0.5),

@@ -23,7 +23,13 @@ ARMS: dict[str, dict[str, Any]] = {
     "normal": {"augment": True, "ema": 0.9, "schedule": "cosine", "sam": 0.05},
     "adversarial": {"contrastive": "double", "attack_steps": 2, "bn_batches": 2, "optimizer": "muon"},
     "certified": {"eps_warmup": 0.5, "clean_weight": (1.0, 0.5), "ibp_regularizer": 0.5, "l1": 1e-5, "grad_clip": 1.0},
-    "mtl-ibp": {"contrastive": "double", "embeddings": "attack", "encoder_supcon_weight": 0.5, "head": "method"},
+    "mtl-ibp": {
+        "contrastive": "double",
+        "embeddings": "attack",
+        "encoder_supcon_weight": 0.5,
+        "head": "method",
+        "dropout": 0.2,
+    },
 }
 
 

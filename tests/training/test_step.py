@@ -27,6 +27,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "normal": {},
     "normal, muon": {"optimizer": "muon", "weight_decay": 1e-3},
     "normal, sam": {"sam": 0.05, "grad_clip": 1.0},
+    "normal, dropout": {"dropout": 0.5, "sam": 0.05},
     "normal, supcon": {"contrastive": "single"},
     "adversarial": {"method": "adversarial", "attack_steps": 2},
     "adversarial, n-fgsm": {
@@ -115,6 +116,34 @@ def test_sam_takes_its_gradient_where_the_loss_is_larger(radius: float) -> None:
         once(x)
     for (name, ours), expected in zip(model.named_buffers(), once.buffers(), strict=True):
         assert torch.equal(ours, expected), f"{name}: BatchNorm has seen the batch once, by the weights as they were"
+
+
+def test_dropout_trains_a_thinned_network_for_a_step() -> None:
+    """Its gradients, as autograd has them of masked activations; the weights left out move by their decay alone."""
+    torch.manual_seed(0)
+    model, x, y = build_model(width=0.125), torch.rand(16, 3, 32, 32), torch.randint(10, (16,))
+    twin, before = copy.deepcopy(model).train(), copy.deepcopy(model)
+    recipe, drawn = Recipe(width=0.125, dropout=0.4), streams()
+    (stage,) = stages(recipe, model)
+    Step(stage.trained, model.train(), stage.method, stage.criterion, recipe, drawn)(x, y, 0.0, recipe.lr)
+
+    *_, flatten, projection = twin.encoder.children()
+    kept = torch.rand(projection[0].in_features, generator=streams().device) >= 0.4
+    flatten.register_forward_hook(lambda module, given, output: output * kept / 0.6)
+    nn.functional.cross_entropy(twin(x), y).backward()
+    for (name, ours), expected in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(ours.grad, expected.grad, atol=1e-6), name
+    weight, first = (network.encoder.projection[0].weight for network in (model, before))
+    assert torch.equal(weight[:, ~kept], first[:, ~kept])
+    assert not torch.equal(weight[:, kept], first[:, kept])
+
+
+def test_a_frozen_encoder_has_no_dropout(few_digits: Dataset) -> None:
+    model, recipe = build_model(width=0.125), Recipe(width=0.125, dropout=0.4, contrastive="double")
+    for parameter in model.encoder.parameters():
+        parameter.requires_grad_(False)
+    _, head = stages(recipe, model)
+    assert Step(head.trained, model, head.method, head.criterion, recipe, streams()).thinned is None
 
 
 @pytest.fixture

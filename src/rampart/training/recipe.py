@@ -70,6 +70,9 @@ class Recipe:
             embedding, and the corner of the interval bounds that raises the loss most) or `attack` (two views: its
             embedding, and that of its PGD example; `sabr` and `mtl-ibp` alone).
         l1: weight of the sum of the absolute weights of convolutions and linear maps in the loss.
+        dropout: share of the inputs of the encoder's first linear map that a step does without, the others being made
+            larger for it (Srivastava et al. 2014; there each image has its own, here a batch has them in common, so
+            that attacks and bounds are those of one thinned network).
         sam: radius ρ of Sharpness-Aware Minimization (Foret et al. 2021): a step's gradient is taken at the weights
             moved by ρ (L2 norm of all) to where the loss is larger, which takes a second pass, and, where the method
             attacks, an attack on those weights from starts of its own; 0: where they are.
@@ -121,6 +124,7 @@ class Recipe:
     init: Literal["default", "ibp"] = "default"
     embeddings: Literal["crown-ibp", "ibp", "worst", "attack"] = "crown-ibp"
     l1: float = 0.0
+    dropout: float = 0.0
     sam: float = 0.0
     grad_clip: float = 0.0
     ema: float = 0.0
@@ -153,7 +157,9 @@ class Recipe:
             "certified_loss=margin",
         )
         require(0 < self.sabr_lambda <= 1, f"sabr_lambda must be above 0 and at most 1, not {self.sabr_lambda}")
-        require(0 <= self.ema < 1, f"ema must be 0 or more and below 1, not {self.ema}")
+        for name in ("ema", "dropout"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"{name} must be 0 or more and below 1, not {value}")
         require(
             0 <= self.eps_warmup <= 1,
             f"eps_warmup must lie between 0 and 1, not {self.eps_warmup}: it is a share of the training's steps, "

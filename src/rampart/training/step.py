@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,8 @@ class Step:
         self.trained, self.model, self.method, self.criterion = trained, model, method, criterion
         self.recipe, self.streams = recipe, streams
         self.maps = [m.weight for m in trained.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+        linear = (m for m in model.encoder.modules() if isinstance(m, nn.Linear) and m.weight.requires_grad)
+        self.thinned = next(linear, None) if recipe.dropout else None
         self.stream: torch.cuda.Stream | None = None
         self.device = device = next(model.parameters()).device
         if device.type == "cuda":
@@ -104,12 +106,14 @@ class Step:
 
     def _gradients(self, x: Tensor, y: Tensor, eps: float) -> Tensor:
         """The loss, whose gradients the weights have afterwards."""
-        loss = self.method.batch_loss(x, y, self.criterion, eps, self.streams.device)
-        if self.recipe.l1:
-            loss = loss + self.recipe.l1 * sum(weight.abs().sum() for weight in self.maps)
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        draws = self.streams.device
+        with _thinned(self.thinned, self.recipe.dropout, draws) if self.thinned else nullcontext():
+            loss = self.method.batch_loss(x, y, self.criterion, eps, draws)
+            if self.recipe.l1:
+                loss = loss + self.recipe.l1 * sum(weight.abs().sum() for weight in self.maps)
+            for optimizer in self.optimizers:
+                optimizer.zero_grad(set_to_none=True)
+            loss.backward()
         return loss.detach()
 
 
@@ -147,6 +151,24 @@ def _sharpest(trained: nn.Module, radius: float) -> Iterator[None]:
     finally:
         with torch.no_grad():
             torch._foreach_copy_(moved, kept)
+
+
+@contextmanager
+def _thinned(layer: nn.Linear, share: float, generator: torch.Generator) -> Iterator[None]:
+    """Sets a share of the layer's inputs to 0 and makes the others larger for it, by its weights, which have their own
+    values, and gradients by these, at the end of the block."""
+    with torch.no_grad():
+        kept = layer.weight.clone()
+        drawn = torch.rand(layer.in_features, device=kept.device, generator=generator)
+        mask = (drawn >= share).to(kept.dtype) / (1 - share)
+        layer.weight.mul_(mask)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            layer.weight.copy_(kept)
+            if layer.weight.grad is not None:
+                layer.weight.grad.mul_(mask)
 
 
 class _Recorded:

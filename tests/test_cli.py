@@ -12,6 +12,7 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from rampart.__main__ import ABOUT, defaults, main
+from rampart.errors import SettingsError
 from rampart.models import build_model, save_model
 
 
@@ -109,9 +110,19 @@ def test_help_lists_settings_with_their_meaning(capsys: pytest.CaptureFixture[st
 
 @pytest.mark.parametrize("step", [*ABOUT])
 def test_help_of_every_step_shows_its_defaults(step: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([step, "--help"]) == 0
-    assert "[quick]" in capsys.readouterr().out
+    for _ in range(2):
+        assert main([step, "--help"]) == 0
+        assert capsys.readouterr().out.count("[quick]") == 1
     assert defaults(step)["profile"] == "quick"
+
+
+def test_help_does_not_need_the_profile(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def broken(step: str) -> dict[str, str]:
+        raise SettingsError("profile 'quick': broken")
+
+    monkeypatch.setattr("rampart.__main__.defaults", broken)
+    assert main(["train", "--help"]) == 0
+    assert "Adam's learning rate" in capsys.readouterr().out
 
 
 def test_without_a_step_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:

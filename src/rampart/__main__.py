@@ -7,6 +7,7 @@ import inspect
 import re
 import signal
 import sys
+from functools import cache
 from typing import Any
 
 import click
@@ -40,23 +41,25 @@ def documentation(step: str) -> dict[str, str]:
     return found
 
 
+@cache
 def defaults(entry: str) -> dict[str, str]:
     """What each setting of an entry point is where none, but perhaps a model, is given."""
     step, preset = ENTRIES.get(entry, (entry, {}))
     needed = {"model": "needed"} if "model" in names(step) else {}
-    return as_text(resolve(step, preset | needed), {})
+    found = as_text(resolve(step, preset | needed), {})
+    return {name: text for name, text in found.items() if name not in needed}
 
 
-class Step(click.Command):
-    """A subcommand that shows its settings' defaults, which it reads from the profile when it is asked for help."""
+class Setting(click.Option):
+    """An option that shows its default, which is read from the profile when help is asked for."""
 
-    def get_help(self, ctx: click.Context) -> str:
-        known = defaults(str(self.name))
-        for option in self.params:
-            value = known.get(option.opts[0].removeprefix("--"))
-            if isinstance(option, click.Option) and value:
-                option.help = f"{option.help}  [{value}]"
-        return super().get_help(ctx)
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        record = super().get_help_record(ctx)
+        try:
+            value = defaults(str(ctx.command.name)).get(self.opts[0].removeprefix("--"))
+        except RampartError:  # the profile is broken, and help more needed than ever
+            value = None
+        return (record[0], f"{record[1]}  [{value}]") if record and value else record
 
 
 def command(entry: str) -> click.Command:
@@ -66,7 +69,7 @@ def command(entry: str) -> click.Command:
     fields = {field.name for field in dataclasses.fields(STEPS[step])}
     options: list[click.Parameter] = []
     for name in names(step):
-        option = click.Option([f"--{name}", name.replace(".", "__")], help=known.get(name, ""))
+        option = Setting([f"--{name}", name.replace(".", "__")], help=known.get(name, ""))
         option.hidden = name not in fields
         options.append(option)
 
@@ -79,7 +82,7 @@ def command(entry: str) -> click.Command:
         f"{ABOUT[entry]} In brackets: defaults, which are those of profile {DEFAULT_PROFILE}; other profiles, and some "
         "arms, have others. -P name=value of `mlflow run` is --name value here."
     )
-    return Step(entry, params=options, callback=callback, help=about)
+    return click.Command(entry, params=options, callback=callback, help=about)
 
 
 cli = click.Group("rampart", commands=[command(entry) for entry in ABOUT], help=__doc__)

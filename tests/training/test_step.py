@@ -119,7 +119,7 @@ def test_sam_takes_its_gradient_where_the_loss_is_larger(radius: float) -> None:
 
 
 def test_dropout_trains_a_thinned_network_for_a_step() -> None:
-    """Its gradients, as autograd has them of masked activations; the weights left out move by their decay alone."""
+    """Its gradients, as autograd has them of masked activations; in the first step the weights left out do not move."""
     torch.manual_seed(0)
     model, x, y = build_model(width=0.125), torch.rand(16, 3, 32, 32), torch.randint(10, (16,))
     twin, before = copy.deepcopy(model).train(), copy.deepcopy(model)
@@ -138,7 +138,7 @@ def test_dropout_trains_a_thinned_network_for_a_step() -> None:
     assert not torch.equal(weight[:, kept], first[:, kept])
 
 
-def test_a_frozen_encoder_has_no_dropout(few_digits: Dataset) -> None:
+def test_a_frozen_encoder_has_no_dropout() -> None:
     model, recipe = build_model(width=0.125), Recipe(width=0.125, dropout=0.4, contrastive="double")
     for parameter in model.encoder.parameters():
         parameter.requires_grad_(False)

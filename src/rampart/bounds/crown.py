@@ -116,7 +116,8 @@ def widest(chain: Chain, value: int | None = None) -> int:
 
 
 def row(chain: Chain, value: int) -> tuple[int, bool]:
-    """The most coefficients that a single neuron of a value has on the way back, and whether those of a window do."""
+    """The most coefficients that a single neuron of a value has on the way back, and whether they are carried as a
+    window."""
     whole = widest(chain, value)
     field = windows.receptive_field(chain, value) or whole
     # Of neurons deep in a network, windows are larger than the maps: they lie on padding for the greater part.

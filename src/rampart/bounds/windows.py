@@ -1,4 +1,5 @@
-"""CROWN for neurons of a convolution: coefficients kept in the neuron's receptive field alone.
+"""Neurons of a convolution on the way back, in CROWN and in a problem of unstable neurons: coefficients kept in the
+neuron's receptive field alone.
 
 A neuron three strided convolutions deep sees 15x15 pixels: carrying its coefficients as full maps, as dense CROWN does,
 costs five to seven times the work and memory.

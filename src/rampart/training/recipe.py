@@ -72,7 +72,8 @@ class Recipe:
         l1: weight of the sum of the absolute weights of convolutions and linear maps in the loss.
         dropout: share of the inputs of the encoder's first linear map that a step does without, the others being made
             larger for it (Srivastava et al. 2014; there each image has its own, here a batch has them in common, so
-            that attacks and bounds are those of one thinned network).
+            that attacks and bounds are those of one thinned network; each of sam's two passes has its own). Take
+            bn_batches, too: the running averages are those of thinned networks, whose variance is larger.
         sam: radius ρ of Sharpness-Aware Minimization (Foret et al. 2021): a step's gradient is taken at the weights
             moved by ρ (L2 norm of all) to where the loss is larger, which takes a second pass, and, where the method
             attacks, an attack on those weights from starts of its own; 0: where they are.

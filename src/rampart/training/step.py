@@ -109,11 +109,13 @@ class Step:
         draws = self.streams.device
         with _thinned(self.thinned, self.recipe.dropout, draws) if self.thinned else nullcontext():
             loss = self.method.batch_loss(x, y, self.criterion, eps, draws)
-            if self.recipe.l1:
-                loss = loss + self.recipe.l1 * sum(weight.abs().sum() for weight in self.maps)
             for optimizer in self.optimizers:
                 optimizer.zero_grad(set_to_none=True)
             loss.backward()
+        if self.recipe.l1:
+            penalty = self.recipe.l1 * torch.stack([weight.abs().sum() for weight in self.maps]).sum()
+            penalty.backward()
+            loss = loss.detach() + penalty
         return loss.detach()
 
 
@@ -155,8 +157,8 @@ def _sharpest(trained: nn.Module, radius: float) -> Iterator[None]:
 
 @contextmanager
 def _thinned(layer: nn.Linear, share: float, generator: torch.Generator) -> Iterator[None]:
-    """Sets a share of the layer's inputs to 0 and makes the others larger for it, by its weights, which have their own
-    values, and gradients by these, at the end of the block."""
+    """Does without a share of the layer's inputs: its weights are multiplied by a mask; at the end of the block they
+    are as before, and their gradients are multiplied by the mask."""
     with torch.no_grad():
         kept = layer.weight.clone()
         drawn = torch.rand(layer.in_features, device=kept.device, generator=generator)

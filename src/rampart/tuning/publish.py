@@ -130,7 +130,10 @@ def _table(home: Run, study: Study) -> None:
 
 def _plots(home: Run, study: Study, objective: tuple[str, ...], complete: int) -> None:
     """Optuna's plots, as HTML (plotly) and PNG (matplotlib); those that need more trials are left out."""
-    from matplotlib import pyplot  # which a study's workers, who import this, can do without
+    import matplotlib  # which a study's workers, who import this, can do without
+
+    matplotlib.use("Agg")  # whatever a notebook has set for the processes that it starts
+    from matplotlib import pyplot
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # experimental

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from pathlib import Path
 
 import pandas as pd
@@ -13,8 +14,8 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
-from rampart.settings import resolve
-from rampart.study.identity import identity
+from rampart.settings import ARM_STEPS, STEPS, TrainSettings, resolve
+from rampart.study.identity import IDLE, identity, what
 from rampart.tracking import initialise
 from rampart.tracking.queries import find_runs, read_table
 from tests.conftest import TINY_STUDY, Study, run_rampart
@@ -131,6 +132,21 @@ def test_identity_follows_settings_data_model_but_not_the_machine() -> None:
     assert identity("train", resolve("train", {"lr": "0.1"}), "digest") != known
     assert identity("train", resolve("train", {"seed": "1"}), "digest") != known
     assert identity("train", base, "other") != known
+
+
+def test_a_new_setting_leaves_finished_studies_finished() -> None:
+    """A setting that changes nothing by its default goes into IDLE; with any other one, or another default, steps are
+    others than these, and are said to be so here."""
+    finished = {
+        "train": "c06ed3c650b1fc407ae53fbb7951d976",
+        "evaluate": "32a2852902407248b24d68da77cec0be",
+        "verify": "a0057672783deb19ccd20d5845f692c9",
+        "embed": "68b472a27541f59de1ec40259a27576a",
+    }
+    by_default = {"train": TrainSettings(), **{step: STEPS[step](model="file") for step in finished if step != "train"}}
+    assert {step: what(identity(step, given, "digest", "w")) for step, given in by_default.items()} == finished
+    assert IDLE.items() <= {field.name: field.default for step in ARM_STEPS for field in fields(STEPS[step])}.items()
+    assert what(identity("train", TrainSettings(dropout=0.1), "digest", "w")) != finished["train"]
 
 
 @pytest.mark.slow

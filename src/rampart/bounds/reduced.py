@@ -250,7 +250,7 @@ class _Puller:
         length, windowed = crown.row(self.chain, value)
         parts = self.unstable[place].split(self._at_once(length))
         if windowed:
-            pulled = partial(windows.pulled, self.chain, value, passing=self.on, columns=self.numbers, count=self.count)
+            pulled = partial(windows.pulled, self.chain, value, passing=self.on, numbers=self.numbers, count=self.count)
             return Rows.joined([Rows(*pulled(which)) for which in parts])
         found = []
         for which in parts:

@@ -156,7 +156,7 @@ def lower_bounds(
 
 
 def pulled(
-    chain: Chain, value: int, neuron: Tensor, passing: dict[int, Tensor], columns: dict[int, Tensor], count: int
+    chain: Chain, value: int, neuron: Tensor, passing: dict[int, Tensor], numbers: dict[int, Tensor], count: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One image's neurons of `value` as affine forms in the input and in some ReLUs: coefficients [R, I] and
     [R, count], and constants [R].
@@ -166,23 +166,23 @@ def pulled(
     Args:
         neuron: [R] index into the flattened value [C, H, W].
         passing: the ReLUs before it, by their places: maps [1, C, H, W] of 1 where a neuron passes on, 0 elsewhere.
-        columns: maps [1, C, H, W] of columns, counted from 1: those of the ReLUs, by their places, 0 where a neuron
-            has none, and at -1 those of the input.
+        numbers: maps [1, C, H, W] of the numbers of columns, from 1: those of the ReLUs, by their places, 0 where a
+            neuron has none, and at -1 those of the input.
         count: of the ReLUs' columns.
     """
     spots, start = _start(chain, value, torch.zeros_like(neuron), neuron, torch.ones_like(neuron))
     like = start.a
     # A column more, in which what has none is written.
-    of_input, of_relu = (like.new_zeros(len(neuron), 1 + width) for width in (columns[-1].numel(), count))
+    of_input, of_relu = (like.new_zeros(len(neuron), 1 + width) for width in (numbers[-1].numel(), count))
     constant = like.new_zeros(len(neuron))
 
     def write(rows: Tensor, place: int, window: _Window) -> None:
-        rows.scatter_(1, spots.cut(columns[place], window).flatten(1), window.a.flatten(1))
+        rows.scatter_(1, spots.cut(numbers[place], window).flatten(1), window.a.flatten(1))
 
     def through(place: int, link: Link, window: _Window) -> _Window:
         nonlocal constant
         if isinstance(link, ReLU):
-            if place in columns:
+            if place in numbers:
                 write(of_relu, place, window)
             return window._replace(a=window.a * spots.cut(passing[place], window), inside=True)
         assert isinstance(link, Conv | Scale)
@@ -213,8 +213,8 @@ class _Spots(NamedTuple):
         """Without what stands on the padding around the link's output."""
         if window.inside:
             return window
-        ones = window.a.new_ones(1, *link.out_shape).expand(int(self.image.max()) + 1, -1, -1, -1)
-        return window._replace(a=window.a * self.cut(ones, window), inside=True)
+        ones, first = window.a.new_ones(1, *link.out_shape), torch.zeros_like(self.image)  # alike for all images
+        return window._replace(a=window.a * self._replace(image=first).cut(ones, window), inside=True)
 
 
 def _start(chain: Chain, value: int, image: Tensor, neuron: Tensor, sign: Tensor) -> tuple[_Spots, _Window]:

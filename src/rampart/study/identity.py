@@ -7,12 +7,15 @@ import json
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from rampart.settings import Settings
 from rampart.verification.answers import EXAMPLE
 
 # They change where or how fast a step runs, not what it computes. Images may lie anywhere: their digest tells them.
 IRRELEVANT = {"device", "threads", "dataset", "data_root", "eps_space", "images_at_once", "export", "part"}
+# The value by which a setting that came later leaves everything as it was before: studies finished then stay finished.
+IDLE = {"dropout": 0.0}
 _CORE = ("data", "models", "attacks", "bounds", "kernels.py")
 CODE = {
     "train": (*_CORE, "losses", "training"),
@@ -25,7 +28,7 @@ CODE = {
 def identity(step: str, settings: Settings, digest: str, model: str = "") -> str:
     """Hashes of what the step does (its settings, the dataset's digest, the identity of its model) and, behind a point,
     of the code behind it; before both, which part of it that is."""
-    relevant = {k: v for k, v in asdict(settings).items() if k not in IRRELEVANT | {"model"}}
+    relevant = {k: v for k, v in asked(settings).items() if k not in IRRELEVANT | {"model"}}
     answers = Path(getattr(settings, "engine", ""))
     if answers.is_file():  # of another tool, and its counterexamples
         examples = sorted(file for file in answers.parent.glob(f"*{EXAMPLE}*") if file.is_file())
@@ -34,6 +37,11 @@ def identity(step: str, settings: Settings, digest: str, model: str = "") -> str
     parts = "\n".join([step, json.dumps(relevant, sort_keys=True), digest, model])
     part = getattr(settings, "part", "")
     return f"{part} {hashlib.sha256(parts.encode()).hexdigest()[:32]}.{code_version(step)}".lstrip()
+
+
+def asked(settings: Settings) -> dict[str, Any]:
+    """The settings by name, without those that came later and change nothing."""
+    return {name: value for name, value in asdict(settings).items() if name not in IDLE or value != IDLE[name]}
 
 
 def what(key: str) -> str:

@@ -12,7 +12,7 @@ import signal
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -27,6 +27,7 @@ from rampart.console import configure_logging
 from rampart.data import Dataset, Split
 from rampart.errors import RampartError
 from rampart.settings import Settings, TrainSettings, TuneSettings, names, resolve
+from rampart.study.identity import asked
 from rampart.study.opening import data_of, prepare
 from rampart.tracking import Run
 from rampart.tracking.lifecycle import exists, fail_run, reopened
@@ -158,14 +159,14 @@ class Worker:
             "space": {name: json.loads(distribution_to_json(d)) for name, d in self.space.items()},
             "objective": self.objective,
             "objective_eps": self.eps,
-            "settings": {k: v for k, v in asdict(self.training).items() if k not in {*self.space, *_WHEREABOUTS}},
+            "settings": {k: v for k, v in asked(self.training).items() if k not in {*self.space, *_WHEREABOUTS}},
             "dataset": data.digest,
             "epochs": self.epochs,
         }
 
     def identity(self, data: Dataset) -> str:
         """A hash of what is tuned, and how, and in which Optuna study."""
-        how = {k: v for k, v in asdict(self.settings).items() if k not in {*_WHEREABOUTS, "dataset", "workers"}}
+        how = {k: v for k, v in asked(self.settings).items() if k not in {*_WHEREABOUTS, "dataset", "workers"}}
         return hashlib.sha256(json.dumps([self.about(data), how], sort_keys=True).encode()).hexdigest()[:32]
 
     def study(self, data: Dataset, home: str) -> Study:

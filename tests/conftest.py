@@ -137,15 +137,19 @@ TINY_STUDY = {
 }
 
 
+def as_words(settings: Mapping[str, str]) -> list[str]:
+    """`--name value …`, as they stand on a command line."""
+    return [word for name, value in settings.items() for word in (f"--{name}", value)]
+
+
 def run_rampart(
     step: str, settings: dict[str, str], folder: Path, store: str | None = None
 ) -> subprocess.CompletedProcess[str]:
     """`python -m rampart step --name value …` as a user's process; its store is in `folder` where no other is given."""
-    words = [word for name, value in settings.items() for word in (f"--{name}", value)]
     env = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
     env |= {"MLFLOW_TRACKING_URI": store or f"sqlite:///{folder}/mlflow.db"}
     env |= {"PYTHONPATH": str(Path(__file__).parents[1] / "src")}
-    command = [sys.executable, "-m", "rampart", step, *words]
+    command = [sys.executable, "-m", "rampart", step, *as_words(settings)]
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
 
 

@@ -35,25 +35,23 @@ def both_ways(chain: Chain, box: Box) -> tuple[tuple[Tensor, Tensor], tuple[Tens
     )
 
 
-def assert_same_forms(chain: Chain, box: Box) -> None:
-    """Of every output neuron of the second image, read from the input and the unstable neurons."""
+def forms_both_ways(chain: Chain, box: Box) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Every output neuron of the second image, read from the input and the unstable neurons, as `both_ways`."""
     shape = chain.links[-1].out_shape
     puller = reduced._Puller(chain, ibp.inputs(chain, ibp.intervals(chain, box)), box, 1, 1)
-    full = puller._pull(chain.last, torch.eye(prod(shape)).view(-1, *shape))
-    neurons = torch.arange(prod(shape))
-    for whole, part in zip(
-        full, windows.pulled(chain, chain.last, neurons, puller.on, puller.numbers, puller.count), strict=True
-    ):
-        assert torch.allclose(part, whole, rtol=1e-4, atol=1e-5)
+    ones = torch.eye(prod(shape), dtype=box.lower.dtype).view(-1, *shape)
+    given = (puller.on, puller.numbers, puller.count)
+    return windows.pulled(chain, chain.last, torch.arange(prod(shape)), *given), puller._pull(chain.last, ones)
 
 
 def assert_same(layers: list[nn.Module], x: Tensor, eps: float = 0.1) -> None:
-    with torch.no_grad():
-        chain = Layout(randomised(nn.Sequential(*layers))).resolve(x)
-        (lower, upper), (full_lower, full_upper) = both_ways(chain, pixel_box(x, eps))
-        assert_same_forms(chain, pixel_box(x, eps))
-    assert torch.allclose(lower, full_lower, rtol=1e-4, atol=1e-5)
-    assert torch.allclose(upper, full_upper, rtol=1e-4, atol=1e-5)
+    model = randomised(nn.Sequential(*layers))
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-13)):
+        with torch.no_grad():
+            chain, box = Layout(model.to(dtype)).resolve(x.to(dtype)), pixel_box(x.to(dtype), eps)
+            for parts, whole in (both_ways(chain, box), forms_both_ways(chain, box)):
+                for part, full in zip(parts, whole, strict=True):
+                    assert torch.allclose(part, full, rtol=10 * tolerance, atol=tolerance)
 
 
 convolution = st.fixed_dictionaries(

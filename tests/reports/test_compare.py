@@ -22,7 +22,7 @@ from rampart.models import build_model
 from rampart.study.steps import run_step
 from rampart.tracking import fetch_model, open_run, source_of
 from rampart.tracking.queries import find_models, find_runs, run_page
-from tests.conftest import TINY_STUDY, Study, mlflow_server, run_rampart
+from tests.conftest import TINY_STUDY, Study, as_words, mlflow_server, run_rampart
 from tests.reports.made import evaluation, finished, verification
 
 KINDS = {".csv", ".md", ".tex", ".png", ".pdf"}
@@ -143,8 +143,7 @@ def test_published_figures_stand_beside_ours(own: Path) -> None:
 def test_bad_input_ends_in_one_line_and_a_failed_run(
     settings: dict[str, str], message: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    words = [word for name, value in settings.items() for word in (f"--{name}", value)]
-    assert main(["compare", *words]) == 2
+    assert main(["compare", *as_words(settings)]) == 2
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert message in line
     (failed,) = find_runs("0", {"step": "compare"}, status="FAILED")["tags.rampart.error"]

@@ -17,7 +17,7 @@ import pytest
 from mlflow import MlflowClient
 
 from rampart.tracking.queries import find_runs, metric_history, metric_names
-from tests.conftest import TINY_STUDY, Postgres, free_port, run_rampart, start_mlflow
+from tests.conftest import TINY_STUDY, Postgres, as_words, free_port, run_rampart, start_mlflow
 
 KILLS = 20
 # All twelve arms, and trainings long enough to be hit.
@@ -39,11 +39,10 @@ class Victims:
         self.study = self.command()
 
     def command(self) -> subprocess.Popen[bytes]:
-        words = [word for name, value in SETTINGS.items() for word in (f"--{name}", value)]
         env = {**os.environ, "MLFLOW_TRACKING_URI": self.address, MARK: self.folder.name}
         env |= {"PYTHONPATH": str(Path(__file__).parents[2] / "src")}
         return subprocess.Popen(
-            [sys.executable, "-m", "rampart", "main", *words], cwd=self.folder, env=env, stderr=self.log
+            [sys.executable, "-m", "rampart", "main", *as_words(SETTINGS)], cwd=self.folder, env=env, stderr=self.log
         )
 
     def processes(self) -> Iterator[psutil.Process]:

@@ -20,7 +20,7 @@ from rampart.errors import ModelError, RampartError, SettingsError
 from rampart.study.cluster import RayWorkers
 from rampart.study.workers import WorkerLost
 from rampart.tracking.queries import find_runs
-from tests.conftest import TINY_STUDY, Study, free_port
+from tests.conftest import TINY_STUDY, Study, as_words, free_port
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install .[ray]")
 
@@ -109,10 +109,13 @@ def test_a_study_on_a_cluster_gives_the_same_tables_though_a_machine_dies(
     folder.mkdir()
     store = f"sqlite:///{folder}/mlflow.db"
     settings = {**TINY_STUDY, "executor": "ray", "address": cluster.address}
-    words = [word for name, value in settings.items() for word in (f"--{name}", value)]
     env = {**os.environ, "MLFLOW_TRACKING_URI": store, "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
     main = subprocess.Popen(
-        [sys.executable, "-m", "rampart", "main", *words], cwd=folder, env=env, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "rampart", "main", *as_words(settings)],
+        cwd=folder,
+        env=env,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
     while main.poll() is None and len(find_runs("0", {"step": "train"}, status="RUNNING")) < 2:

@@ -22,7 +22,7 @@ from rampart.study.identity import what
 from rampart.study.plan import DONE, MISSING, OUTDATED, STALE, plan, said, table
 from rampart.tracking import open_run
 from rampart.tracking.queries import find_runs
-from tests.conftest import TINY_STUDY, Study
+from tests.conftest import TINY_STUDY, Study, as_words
 
 JOBS = [(arm, 0) for arm in grid(("normal", "certified"), (False,), ("none", "double"))]
 
@@ -87,7 +87,7 @@ def test_code_that_has_changed_since_is_asked_about(
     assert plan(shared(), JOBS).groupby("step")["state"].agg(set).to_dict() == {
         "train": {OUTDATED}, "evaluate": {STALE}, "verify": {STALE}, "embed": {STALE}
     }  # fmt: skip
-    command = ["main", *(word for name, value in TINY_STUDY.items() for word in (f"--{name}", value))]
+    command = ["main", *as_words(TINY_STUDY)]
     assert main(command) == 2
     refused = capfd.readouterr().err
     assert "code has changed since 4 of this study's steps were done (train of normal, …)" in refused

@@ -18,7 +18,7 @@ from rampart.settings import ARM_STEPS, STEPS, TrainSettings, resolve
 from rampart.study.identity import IDLE, identity, what
 from rampart.tracking import initialise
 from rampart.tracking.queries import find_runs, read_table
-from tests.conftest import TINY_STUDY, Study, run_rampart
+from tests.conftest import TINY_STUDY, Study, as_words, run_rampart
 
 ARMS = {"normal", "certified", "normal+supcon-double", "certified+supcon-double"}
 
@@ -165,8 +165,9 @@ def test_an_arm_that_fails_does_not_stop_the_others(store: Path) -> None:
 @pytest.mark.slow
 def test_a_study_that_is_told_to_stop_leaves_no_run_running_and_no_process(store: Path) -> None:
     settings = {**TINY_STUDY, "epochs": "1000", "methods": "normal", "contrastive": "none", "augment": "False,True"}
-    words = [word for name, value in settings.items() for word in (f"--{name}", value)]
-    process = subprocess.Popen([sys.executable, "-m", "rampart", "main", *words], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rampart", "main", *as_words(settings)], stderr=subprocess.PIPE, text=True
+    )
     initialise()
     while process.poll() is None and len(find_runs("0", {"step": "train"}, status="RUNNING")) < 2:
         time.sleep(0.5)

@@ -22,7 +22,7 @@ from rampart.tracking.later import Later
 from rampart.tracking.queries import artifact_place, find_runs, metric_history, metric_names, read_checkpoint
 from rampart.tracking.runs import CHECKPOINTS
 from rampart.training import State, loop
-from tests.conftest import run_rampart
+from tests.conftest import as_words, run_rampart
 
 GIVEN = {"width": "0.125", "epochs": "4", "augment": "True", "threads": "1"}
 
@@ -48,10 +48,9 @@ def stopped(store: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def started(store: Path, stderr: int) -> subprocess.Popen[str]:
     """The training as a process of its own."""
-    words = [word for name, value in GIVEN.items() for word in (f"--{name}", value)]
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
     return subprocess.Popen(
-        [sys.executable, "-m", "rampart", "train", *words], cwd=store, env=env, stderr=stderr, text=True
+        [sys.executable, "-m", "rampart", "train", *as_words(GIVEN)], cwd=store, env=env, stderr=stderr, text=True
     )
 
 

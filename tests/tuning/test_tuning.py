@@ -23,13 +23,14 @@ from rampart.data import Dataset
 from rampart.errors import RampartError, SettingsError, TrainingDiverged
 from rampart.models import Classifier, build_model
 from rampart.settings import TrainSettings, TuneSettings, resolve
+from rampart.study.identity import IDLE
 from rampart.study.steps import run_step
 from rampart.tracking import fetch_model
 from rampart.tracking.queries import find_runs, read_text, run_tags
 from rampart.training import Recorder, State
 from rampart.tuning import tuned_texts
 from rampart.tuning.publish import tuned_profile
-from rampart.tuning.storage import RUN, Seeded
+from rampart.tuning.storage import RUN, WHAT, Seeded
 
 SMALL = {"width": "0.125", "threads": "1"}
 AT = State("train", 1, 0, 0, 1, 0.0, {})
@@ -283,12 +284,15 @@ def test_a_study_of_the_same_name_about_something_else_is_refused(
 ) -> None:
     given = {"method": "normal", "trials": "1", "epochs": "1", "study_name": "mine", **SMALL}
     run_step("tune", given)
+    settings = study_of(store, "mine").user_attrs[WHAT]["settings"]
+    assert IDLE.keys().isdisjoint(settings), "one that was begun before there were such settings goes on"
     (tmp_path / "other.yaml").write_text("lr: {low: 0.001, high: 0.01}")
     for change, what in (
         ({"space": str(tmp_path / "other.yaml")}, "space"),
         ({"objective": "val_robust_accuracy"}, "objective"),
         ({"epochs": "2"}, "settings"),
         ({"val_fraction": "0.3"}, "settings"),
+        ({"dropout": "0.1"}, "settings"),
     ):
         with pytest.raises(SettingsError, match=f"already with another {what}") as error:
             run_step("tune", {**given, "trials": "2", **change})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -28,7 +29,7 @@ CODE = {
 def identity(step: str, settings: Settings, digest: str, model: str = "") -> str:
     """Hashes of what the step does (its settings, the dataset's digest, the identity of its model) and, behind a point,
     of the code behind it; before both, which part of it that is."""
-    relevant = {k: v for k, v in asked(settings).items() if k not in IRRELEVANT | {"model"}}
+    relevant = asked(settings, IRRELEVANT | {"model"})
     answers = Path(getattr(settings, "engine", ""))
     if answers.is_file():  # of another tool, and its counterexamples
         examples = sorted(file for file in answers.parent.glob(f"*{EXAMPLE}*") if file.is_file())
@@ -39,9 +40,10 @@ def identity(step: str, settings: Settings, digest: str, model: str = "") -> str
     return f"{part} {hashlib.sha256(parts.encode()).hexdigest()[:32]}.{code_version(step)}".lstrip()
 
 
-def asked(settings: Settings) -> dict[str, Any]:
-    """The settings by name, without those that came later and change nothing."""
-    return {name: value for name, value in asdict(settings).items() if name not in IDLE or value != IDLE[name]}
+def asked(settings: Settings, without: Collection[str]) -> dict[str, Any]:
+    """The settings by name, without the ones that are named and those that came later and change nothing."""
+    left = {name: value for name, value in asdict(settings).items() if name not in without}
+    return {name: value for name, value in left.items() if name not in IDLE or value != IDLE[name]}
 
 
 def what(key: str) -> str:

@@ -159,14 +159,14 @@ class Worker:
             "space": {name: json.loads(distribution_to_json(d)) for name, d in self.space.items()},
             "objective": self.objective,
             "objective_eps": self.eps,
-            "settings": {k: v for k, v in asked(self.training).items() if k not in {*self.space, *_WHEREABOUTS}},
+            "settings": asked(self.training, {*self.space, *_WHEREABOUTS}),
             "dataset": data.digest,
             "epochs": self.epochs,
         }
 
     def identity(self, data: Dataset) -> str:
         """A hash of what is tuned, and how, and in which Optuna study."""
-        how = {k: v for k, v in asked(self.settings).items() if k not in {*_WHEREABOUTS, "dataset", "workers"}}
+        how = asked(self.settings, {*_WHEREABOUTS, "dataset", "workers"})
         return hashlib.sha256(json.dumps([self.about(data), how], sort_keys=True).encode()).hexdigest()[:32]
 
     def study(self, data: Dataset, home: str) -> Study:

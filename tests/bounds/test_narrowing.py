@@ -66,8 +66,8 @@ def test_narrowed_bounds_hold_where_an_output_is_no_more_than_the_target(name: s
     wide, parts = conditioned(net, target)
     layer, count = len(net.layers) - 1, len(net.lower)
     plain = replace(parts, signs=torch.zeros_like(parts.signs))
-    narrow, empty = narrowed(wide, parts, layer, 10, NEVER)
-    wider, _ = narrowed(wide, plain, layer, 10, NEVER)
+    narrow, empty, _ = narrowed(wide, parts, layer, 10, NEVER)
+    wider = narrowed(wide, plain, layer, 10, NEVER).parts
     v = values(net, x)
     for row in range(out.shape[1]):
         left = v[out[:, row] <= target]
@@ -88,7 +88,7 @@ def test_a_part_in_which_the_network_cannot_err_turns_out_empty() -> None:
     # Below what is proved already, there is nothing.
     wide, parts = conditioned(net, float(bounds.min()) - 1.0)
     for _ in range(5):
-        parts, empty = narrowed(wide, parts, len(net.layers) - 1, 10, NEVER)
+        parts, empty, _ = narrowed(wide, parts, len(net.layers) - 1, 10, NEVER)
         if bool(empty.all()):
             return
     pytest.fail(f"not empty: {(~empty).nonzero().squeeze(1).tolist()}")
@@ -100,10 +100,47 @@ def test_split_neurons_narrow_others() -> None:
     parts = Parts.whole(net, 2)
     parts.signs[0, :start] = 1
     parts.signs[1, :start] = -1
-    narrow, _ = narrowed(net, parts, len(net.layers) - 1, 10, NEVER)
+    narrow = narrowed(net, parts, len(net.layers) - 1, 10, NEVER).parts
     v = values(net, points(net, 20_000))
     for row, sign in enumerate((1, -1)):
         left = v[(sign * v[:, :start] >= 0).all(1)][:, start:stop]
         assert bool((left >= narrow.lower[row, start:stop] - 1e-4).all())
         assert bool((left <= narrow.upper[row, start:stop] + 1e-4).all())
     assert bool((narrow.upper - narrow.lower < parts.upper - parts.lower - 1e-4)[:, start:stop].any())
+
+
+def test_a_smaller_part_begins_where_the_larger_one_ended() -> None:
+    net, _, _, _ = problem("strided", 0.05)
+    start, stop = net.layers[-1]
+    whole = Parts.whole(net, 2)
+    which = net.neurons.constant[start:stop] < net.neurons.constant[start:stop].median()
+    first, _, starts = narrowed(net, whole, len(net.layers) - 1, 10, NEVER, which)
+    assert starts is not None
+    changed = (first.lower > whole.lower) | (first.upper < whole.upper)
+    assert bool(changed[:, start:stop][:, which].any())
+    assert not bool(changed[:, start:stop][:, ~which].any())
+    smaller = replace(first, signs=first.signs.clone())
+    # By a neuron before them, and so that one of theirs is known and has no start to look for.
+    smaller.signs[:, 0] = torch.tensor([1.0, -1.0])
+    smaller.signs[1, start + int(which.nonzero()[0])] = 1
+    last = len(net.layers) - 1
+    # Without a step: the bounds are those of the slopes that they begin with.
+    warm, cold = (narrowed(net, smaller, last, 0, NEVER, which, begin).parts for begin in (starts, None))
+    whole_again = narrowed(net, replace(whole), last, 0, NEVER, which, starts).parts
+    # In float16 a slope is not quite what it was.
+    assert torch.allclose(whole_again.lower, first.lower, atol=1e-2)
+    assert torch.allclose(whole_again.upper, first.upper, atol=1e-2)
+    width = [float((parts.upper - parts.lower)[:, start:stop].sum()) for parts in (warm, cold, first)]
+    assert width[0] < width[1] <= width[2]
+    v = values(net, points(net, 20_000))
+    for row in range(2):
+        signs = smaller.signs[row]
+        left = v[(v * signs >= 0).all(1)]
+        assert len(left)
+        assert bool((left >= warm.lower[row] - 1e-4).all())
+        assert bool((left <= warm.upper[row] + 1e-4).all())
+
+
+def test_without_time_there_is_no_start_for_smaller_parts() -> None:
+    net, _, _, _ = problem("strided", 0.05)
+    assert narrowed(net, Parts.whole(net, 1), len(net.layers) - 1, 10, time.perf_counter()).starts is None

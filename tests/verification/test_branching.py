@@ -14,7 +14,7 @@ from rampart.bounds import alpha, crown, reduced
 from rampart.bounds.box import pixel_box
 from rampart.bounds.domains import Domains, Parts, back, forth, optimise
 from rampart.bounds.margins import PROVED, margin_spec
-from rampart.bounds.narrowing import narrowed
+from rampart.bounds.narrowing import Narrowed, narrowed
 from rampart.bounds.reduced import Reduced, Rows
 from rampart.models import Layout
 from rampart.verification import branching, splitting, verify
@@ -69,7 +69,7 @@ def test_verdicts_are_exact_where_every_part_is_narrowed(monkeypatch: pytest.Mon
     monkeypatch.setattr(splitting.Search, "settle", lambda _, opened, *rest: opened)
     narrowings = 0
 
-    def counted(*args: object) -> tuple[Parts, torch.Tensor]:
+    def counted(*args: object) -> Narrowed:
         nonlocal narrowings
         narrowings += 1
         return narrowed(*args)

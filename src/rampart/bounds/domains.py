@@ -13,6 +13,8 @@ from rampart.bounds.reduced import Reduced, Rows
 
 # Of float32, as a share of the terms that the multipliers add.
 ROUNDING = 1e-6
+# Multiplier that float16 keeps.
+LARGEST = 6e4
 
 
 class Sweep(NamedTuple):
@@ -109,6 +111,10 @@ class Domains:
     def single(self) -> Domains:
         """In float32."""
         return Domains(self.rows.single(), self.parts.single(), self.slopes.float(), self.multipliers.float())
+
+    def start(self, which: int | slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """Slopes and multipliers in float16, for smaller parts of the ball to start from: no part of a proof."""
+        return self.slopes[which].half(), self.multipliers[which].clamp(max=LARGEST).half()
 
     @classmethod
     def over(cls, rows: Rows, parts: Parts) -> Domains:

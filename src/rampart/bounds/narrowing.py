@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +21,44 @@ EMPTY = 1e-4
 LR = 0.2
 
 
+class Starts(NamedTuple):
+    """What bounds of neurons were found with: where the search for tighter ones in a smaller part of the ball begins.
+
+    Args:
+        place: [N] of each neuron, ascending: counted in its layer, on from part to part.
+        slopes, multipliers: [2 N, U'] float16 of the rows of the lower ends, then of the upper ones.
+    """
+
+    place: Tensor
+    slopes: Tensor
+    multipliers: Tensor
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return sum(tensor.nbytes for tensor in self)
+
+    def of(self, place: Tensor) -> Starts:
+        """Those of some of these neurons [n]."""
+        found = torch.searchsorted(self.place, place)
+        rows = torch.cat([found, found + len(self.place)])
+        return Starts(place, self.slopes[rows], self.multipliers[rows])
+
+
+class Narrowed(NamedTuple):
+    """What came of it.
+
+    Args:
+        parts: with tighter bounds of a layer's neurons.
+        empty: [D] whether a part has turned out empty.
+        starts: of the neurons that were narrowed; None where time ran out.
+    """
+
+    parts: Parts
+    empty: Tensor
+    starts: Starts | None
+
+
 def tightened(net: Reduced, steps: int, until: float) -> Reduced:
     """The problem with bounds of its neurons by α-CROWN, layer after layer; those found stable are read no more.
 
@@ -27,12 +67,20 @@ def tightened(net: Reduced, steps: int, until: float) -> Reduced:
     """
     parts = Parts.whole(net, 1)
     for layer in range(1, len(net.layers)):
-        parts, _ = narrowed(net, parts, layer, steps, until)
+        parts = narrowed(net, parts, layer, steps, until).parts
     return net.without(parts.signs[0], parts.lower[0], parts.upper[0])
 
 
-def narrowed(net: Reduced, parts: Parts, layer: int, steps: int, until: float) -> tuple[Parts, Tensor]:
-    """(parts with tighter bounds of a layer's neurons, [D] whether a part has turned out empty).
+def narrowed(
+    net: Reduced,
+    parts: Parts,
+    layer: int,
+    steps: int,
+    until: float,
+    which: Tensor | None = None,
+    starts: Starts | None = None,
+) -> Narrowed:
+    """Tighter bounds of a layer's neurons in D parts of the ball.
 
     A neuron's bounds hold where all known signs do, those of outputs among them (`Reduced.followed_by_outputs`): what
     is said of a neuron need only be true where the network may err (Kotha et al. 2023, whose multiplier of that
@@ -40,29 +88,42 @@ def narrowed(net: Reduced, parts: Parts, layer: int, steps: int, until: float) -
 
     Args:
         steps, until: as for `tightened`.
+        which: [neurons of the layer] those that get bounds; all, if it is not given.
+        starts: of the same D parts, or of larger ones, in which no other neurons had been narrowed.
     """
     first, stop = net.layers[layer]
-    part, neuron = (parts.signs[:, first:stop] == 0).nonzero(as_tuple=True)
-    neuron = neuron + first
+    free = parts.signs[:, first:stop] == 0
+    part, place = (free if which is None else free & which).nonzero(as_tuple=True)
+    neuron, place = place + first, place + part * (stop - first)
     low, high = parts.lower[part, neuron], parts.upper[part, neuron]
     # Each row on the scale of the neuron's width, so that one step suits all; of an upper end the negative one.
     scale = torch.cat([high - low, low - high])
     ends = torch.cat([low, -high])
     # Where nothing is known of later neurons, they say nothing.
     within, known = (net, parts) if bool(parts.signs[:, first:].any()) else (net.up_to(layer), parts.up_to(first))
+    begun = None if starts is None else starts.of(place)
+    ended: list[tuple[Tensor, Tensor]] = []
     size = min(ROWS, max(TERMS // max(within.neurons.terms, 1), 16))
     for start in range(0, len(ends), size):
         if time.perf_counter() > until:
             break
         some = torch.arange(start, min(start + size, len(ends)), device=ends.device)
-        which = some % len(part)
-        rows = net.neurons.at(neuron[which]).times(1 / scale[some]).reading(len(within.lower))
-        found = optimise(within, Domains.over(rows, known.at(part[which])), steps, LR, target=0.0).bound
-        ends[some] = torch.maximum(ends[some], found * scale[some].abs())
+        of = some % len(part)
+        rows = net.neurons.at(neuron[of]).times(1 / scale[some]).reading(len(within.lower))
+        domains = Domains.over(rows, known.at(part[of]))
+        if begun is not None:
+            # Of a part in which later neurons say something, there are more than of one in which they do not.
+            for values, known_ones in ((domains.slopes, begun.slopes), (domains.multipliers, begun.multipliers)):
+                values[:, : known_ones.shape[1]] = known_ones[some]
+        found = optimise(within, domains, steps, LR, target=0.0)
+        ends[some] = torch.maximum(ends[some], found.bound * scale[some].abs())
+        ended.append(found.domains.start())
     width, (low, high) = high - low, (ends[: len(part)], -ends[len(part) :])
     empty = torch.zeros(len(parts), dtype=torch.bool, device=width.device)
     empty[part[low - high > EMPTY * width]] = True
     signs, lower, upper = parts.signs.clone(), parts.lower.clone(), parts.upper.clone()
     lower[part, neuron], upper[part, neuron] = low, high
     signs[part, neuron] = torch.where(low >= 0, 1.0, torch.where(high <= 0, -1.0, 0.0)).to(signs.dtype)
-    return Parts(signs, lower, upper), empty
+    late = sum(len(slopes) for slopes, _ in ended) < len(ends)
+    left = None if late or not ended else Starts(place, *map(torch.cat, zip(*ended, strict=True)))
+    return Narrowed(Parts(signs, lower, upper), empty, left)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import heapq
+import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from rampart.bounds.box import Box
 from rampart.bounds.domains import Domains, Optimised, Parts, optimise
-from rampart.bounds.narrowing import narrowed, tightened
+from rampart.bounds.narrowing import Starts, narrowed, tightened
 from rampart.bounds.reduced import Reduced
 from rampart.verification.splitting import Branching, Domain, Search
 
@@ -25,8 +26,11 @@ TIGHTENING_SHARE = 0.25
 ROOT_STEPS = 20
 # Of the cost of narrowing a part, what an attempt at it by splits alone may cost that does not go well.
 PROBE_SHARE = 0.25
-# A part is narrowed again if that has brought its bound nearer to the target by this share.
+# A part is narrowed again if narrowing has brought its bound nearer to the target by this share.
 WORTHWHILE = 0.15
+# Splits alone are tried where no more is missing to the target than so many times what they gained on a larger part, or
+# that share of what was missing there.
+HOPE, LEAST_REACH = 1.5, 0.25
 # Of a problem's layers, where the outputs are its last one.
 LAST_HIDDEN = -2
 
@@ -50,10 +54,26 @@ class Outcome(NamedTuple):
 
 @dataclass(order=True)
 class _Node:
-    """A domain whose neurons have bounds [U] of their own."""
+    """A domain whose neurons have bounds [U] of their own.
+
+    Args:
+        starts: what they were found with.
+        reach: by how much splits alone raise the bound, as far as they have been tried.
+    """
 
     domain: Domain
     neurons: Box = field(compare=False)
+    starts: Starts | None = field(default=None, compare=False)
+    reach: float = field(default=math.inf, compare=False)
+
+    def size(self, search: Search) -> int:
+        """Bytes."""
+        own = self.neurons.lower.nbytes + self.neurons.upper.nbytes + (self.starts.size if self.starts else 0)
+        return search.size + own
+
+    def children(self, search: Search) -> list[_Node]:
+        """Those of its two that are not proved."""
+        return [replace(self, domain=child) for child in search.children([self.domain], self.neurons, 2)]
 
 
 def branch_and_bound(
@@ -75,7 +95,8 @@ def branch_and_bound(
 
     Where that does not go well, all neurons of the ball get tighter bounds, and then the last hidden ones of the worst
     domain, in that part of it where the output is no more than the target: this is all that has to be shown empty. With
-    these it is split as above; if it does not go well either, its two children are treated in the same way.
+    these it is split as above, if that has any hope; if it does not go well either, its two children are treated in the
+    same way.
 
     Args:
         roots: the outputs over the whole ball (`optimise`).
@@ -124,7 +145,7 @@ def _narrowing(search: Search, bounds: Tensor, opened: list[Domain]) -> list[Dom
         for domain in search.examine(rows, roots, torch.maximum(roots.bound, known))
     ]
     heapq.heapify(nodes)
-    while nodes and search.example is None and not search.is_late(len(nodes)):
+    while nodes and search.example is None and not search.is_late(sum(node.size(search) for node in nodes)):
         for node in _worked_on(search, heapq.heappop(nodes)):
             heapq.heappush(nodes, node)
     return [node.domain for node in nodes]
@@ -132,14 +153,18 @@ def _narrowing(search: Search, bounds: Tensor, opened: list[Domain]) -> list[Dom
 
 def _worked_on(search: Search, node: _Node) -> list[_Node]:
     """What is left of a node: nothing, itself where a limit is reached, or its children."""
-    domain = node.domain
+    first, stop = search.net.layers[LAST_HIDDEN]
+    # Of what the output reads with a factor above 0 it takes the lower side of the relaxation, whatever the bounds.
+    matter = search.net.outputs.of_relu[node.domain.row, first:stop] < 0
     while True:
-        before = domain.bound
+        domain, before = node.domain, node.domain.bound
         signs, slopes, multipliers = (
             values.to(node.neurons.lower)[None] for values in (domain.signs, domain.slopes, domain.multipliers)
         )
         parts = Parts(signs, node.neurons.lower[None], node.neurons.upper[None])
-        parts, empty = narrowed(search.net, parts, LAST_HIDDEN, NARROWING_STEPS, search.deadline)
+        parts, empty, starts = narrowed(
+            search.net, parts, LAST_HIDDEN, NARROWING_STEPS, search.deadline, matter, node.starts
+        )
         if bool(empty):
             return []
         row = torch.tensor([domain.row], device=empty.device)
@@ -150,13 +175,18 @@ def _worked_on(search: Search, node: _Node) -> list[_Node]:
         if not left:
             return []
         (domain,) = left
-        node = _Node(domain, Box(parts.lower[0], parts.upper[0]))
-        left = search.settle([domain], node.neurons, _patience(domain, search.net.layers[LAST_HIDDEN]))
-        if not left or search.example is not None:
-            return []
-        domain.bound = max(domain.bound, min(part.bound for part in left))
+        # Not by the splits that follow, which leave the neurons' bounds as they are.
+        gained = domain.bound - before
+        node = _Node(domain, Box(parts.lower[0], parts.upper[0]), starts, node.reach)
+        missing = search.target - domain.bound
+        if missing <= HOPE * node.reach:
+            left = search.settle([domain], node.neurons, _patience(domain, search.net.layers[LAST_HIDDEN]))
+            if not left or search.example is not None:
+                return []
+            least = min(part.bound for part in left)
+            node.reach = max(least - domain.bound, LEAST_REACH * missing)
+            domain.bound = max(domain.bound, least)
         if search.late:
             return [node]
-        if domain.bound - before < WORTHWHILE * (search.target - before):
-            children = search.children([domain], node.neurons, 2)
-            return [_Node(child, node.neurons) for child in children]
+        if gained < WORTHWHILE * (search.target - before):
+            return node.children(search)

@@ -25,8 +25,6 @@ Branching = Literal["kfsb", "babsr", "gap"]
 CANDIDATES = 6
 # Those of each score that `kfsb` tries.
 FILTERED = 3
-# Multiplier that float16 keeps.
-LARGEST = 6e4
 # Beyond this the search of an image ends, as at its time limit.
 OPEN_BYTES = 2 << 30
 
@@ -113,8 +111,7 @@ class Search:
                 self.numbers - place,
                 int(row[domain]),
                 signs[domain].to(torch.int8),
-                found.domains.slopes[domain].half(),
-                found.domains.multipliers[domain].clamp(max=LARGEST).half(),
+                *found.domains.start(domain),
                 best[place],
             )
             for place, domain in enumerate(left.tolist())
@@ -131,7 +128,7 @@ class Search:
         """
         opened, first, share = list(found), self.domains, 0.0
         heapq.heapify(opened)
-        while opened and self.example is None and not self.is_late(len(opened)):
+        while opened and self.example is None and not self.is_late(self.size * len(opened)):
             if share > 0.5 and self.domains - first > patience:
                 break
             parents = [heapq.heappop(opened) for _ in range(min(max(self.batch // 2, 1), len(opened)))]
@@ -150,10 +147,15 @@ class Search:
                 heapq.heappush(opened, child)
         return opened
 
+    @property
+    def size(self) -> int:
+        """Bytes of an open domain."""
+        return 5 * len(self.net.lower)
+
     def is_late(self, opened: int) -> bool:
-        """Whether a limit is reached, with so many domains open."""
-        if 5 * len(self.net.lower) * opened > OPEN_BYTES:
-            log.warning("%d open domains take %d MiB: giving up", opened, OPEN_BYTES >> 20)
+        """Whether a limit is reached, with so many bytes of open domains."""
+        if opened > OPEN_BYTES:
+            log.warning("open domains take more than %d MiB: giving up", OPEN_BYTES >> 20)
             self.late = True
         self.late |= time.perf_counter() > self.deadline or self.domains >= self.max_domains
         return self.late

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rampart.bounds.domains import Domains, Parts, optimise
-from rampart.bounds.narrowing import narrowed, tightened
+from rampart.bounds.domains import Domains, Parts, back, optimise
+from rampart.bounds.narrowing import mattering, narrowed, tightened
 from rampart.bounds.reduced import Reduced
 from tests.problems import outputs, problem, values
 
@@ -107,6 +107,28 @@ def test_split_neurons_narrow_others() -> None:
         assert bool((left >= narrow.lower[row, start:stop] - 1e-4).all())
         assert bool((left <= narrow.upper[row, start:stop] + 1e-4).all())
     assert bool((narrow.upper - narrow.lower < parts.upper - parts.lower - 1e-4)[:, start:stop].any())
+
+
+@pytest.mark.parametrize("name", ["dense", "strided", "residual"])
+def test_only_neurons_that_an_output_reads_from_above_matter_to_it(name: str) -> None:
+    net, _, _, _ = problem(name, 0.05)
+    layer = len(net.layers) - 1
+    start, stop = net.layers[layer]
+    seen = set()
+    for output in range(len(net.outputs.constant)):
+        which = mattering(net, output, layer)
+        # The whole ball, with bounds as they are, and twice as wide of the others, or of these.
+        whole, factor = Parts.whole(net, 3), torch.ones(3, len(net.lower), dtype=net.lower.dtype)
+        factor[1, start:stop] += (~which).to(factor)
+        factor[2, start:stop] += which.to(factor)
+        rows = net.outputs.at(torch.tensor([output] * 3))
+        slopes = torch.rand(len(net.lower), dtype=net.lower.dtype).expand(3, -1)
+        parts = Parts(whole.signs, whole.lower * factor, whole.upper * factor)
+        bounds = back(net, Domains(rows, parts, slopes, torch.zeros_like(slopes))).bound.tolist()
+        assert bounds[1] == pytest.approx(bounds[0], abs=1e-6)
+        assert bounds[2] < bounds[0] - 1e-4 or not bool(which.any())
+        seen.update(which.tolist())
+    assert seen == {True, False}
 
 
 def test_a_smaller_part_begins_where_the_larger_one_ended() -> None:

@@ -70,6 +70,16 @@ def tightened(net: Reduced, steps: int, until: float) -> Reduced:
     return net.without(parts.signs[0], parts.lower[0], parts.upper[0])
 
 
+def mattering(net: Reduced, output: int, layer: int) -> Tensor:
+    """[neurons of the last hidden layer] those whose bounds matter to an output's.
+
+    Of the others, which it reads with a factor of 0 or more, it takes the lower side of the relaxation, which is the
+    same whatever their bounds.
+    """
+    first, stop = net.layers[layer]
+    return net.outputs.of_relu[output, first:stop] < 0
+
+
 def narrowed(
     net: Reduced,
     parts: Parts,
@@ -87,8 +97,8 @@ def narrowed(
 
     Args:
         steps, until: as for `tightened`.
-        which: [neurons of the layer] those that get bounds; all, if it is not given.
-        starts: of the same D parts, or of larger ones, in which no other neurons had been narrowed.
+        which: [neurons of the layer] those that get bounds, if not all.
+        starts: what the same neurons were narrowed with in D parts that these are parts of.
     """
     first, stop = net.layers[layer]
     free = parts.signs[:, first:stop] == 0
@@ -103,17 +113,17 @@ def narrowed(
     begun = None if starts is None else starts.of(place)
     ended: list[tuple[Tensor, Tensor]] = []
     size = min(ROWS, max(TERMS // max(within.neurons.terms, 1), 16))
-    for start in range(0, len(ends), size):
+    for begin in range(0, len(ends), size):
         if time.perf_counter() > until:
             break
-        some = torch.arange(start, min(start + size, len(ends)), device=ends.device)
+        some = torch.arange(begin, min(begin + size, len(ends)), device=ends.device)
         of = some % len(part)
         rows = net.neurons.at(neuron[of]).times(1 / scale[some]).reading(len(within.lower))
         domains = Domains.over(rows, known.at(part[of]))
         if begun is not None:
-            # Of a part in which later neurons say something, there are more than of one in which they do not.
-            for values, known_ones in ((domains.slopes, begun.slopes), (domains.multipliers, begun.multipliers)):
-                values[:, : known_ones.shape[1]] = known_ones[some]
+            # These have none of later neurons, where nothing was known of them.
+            for values, start in ((domains.slopes, begun.slopes), (domains.multipliers, begun.multipliers)):
+                values[:, : start.shape[1]] = start[some]
         found = optimise(within, domains, steps, LR, target=0.0)
         ends[some] = torch.maximum(ends[some], found.bound * scale[some].abs())
         ended.append(found.domains.start())

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rampart.bounds.box import Box
 from rampart.bounds.domains import Domains, Optimised, Parts, optimise
-from rampart.bounds.narrowing import Starts, narrowed, tightened
+from rampart.bounds.narrowing import Starts, mattering, narrowed, tightened
 from rampart.bounds.reduced import Reduced
 from rampart.verification.splitting import Branching, Domain, Search
 
@@ -153,9 +153,7 @@ def _narrowing(search: Search, bounds: Tensor, opened: list[Domain]) -> list[Dom
 
 def _worked_on(search: Search, node: _Node) -> list[_Node]:
     """What is left of a node: nothing, itself where a limit is reached, or its children."""
-    first, stop = search.net.layers[LAST_HIDDEN]
-    # Of what the output reads with a factor above 0 it takes the lower side of the relaxation, whatever the bounds.
-    matter = search.net.outputs.of_relu[node.domain.row, first:stop] < 0
+    which = mattering(search.net, node.domain.row, LAST_HIDDEN)
     while True:
         domain, before = node.domain, node.domain.bound
         signs, slopes, multipliers = (
@@ -163,7 +161,7 @@ def _worked_on(search: Search, node: _Node) -> list[_Node]:
         )
         parts = Parts(signs, node.neurons.lower[None], node.neurons.upper[None])
         parts, empty, starts = narrowed(
-            search.net, parts, LAST_HIDDEN, NARROWING_STEPS, search.deadline, matter, node.starts
+            search.net, parts, LAST_HIDDEN, NARROWING_STEPS, search.deadline, which, node.starts
         )
         if bool(empty):
             return []

@@ -133,10 +133,11 @@ def test_only_neurons_that_an_output_reads_from_above_matter_to_it(name: str) ->
 
 def test_a_smaller_part_begins_where_the_larger_one_ended() -> None:
     net, _, _, _ = problem("strided", 0.05)
-    start, stop = net.layers[-1]
+    last = len(net.layers) - 1
+    start, stop = net.layers[last]
     whole = Parts.whole(net, 2)
     which = net.neurons.constant[start:stop] < net.neurons.constant[start:stop].median()
-    first, _, starts = narrowed(net, whole, len(net.layers) - 1, 10, NEVER, which)
+    first, _, starts = narrowed(net, whole, last, 10, NEVER, which)
     assert starts is not None
     changed = (first.lower > whole.lower) | (first.upper < whole.upper)
     assert bool(changed[:, start:stop][:, which].any())
@@ -145,10 +146,9 @@ def test_a_smaller_part_begins_where_the_larger_one_ended() -> None:
     # By a neuron before them, and so that one of theirs is known and has no start to look for.
     smaller.signs[:, 0] = torch.tensor([1.0, -1.0])
     smaller.signs[1, start + int(which.nonzero()[0])] = 1
-    last = len(net.layers) - 1
     # Without a step: the bounds are those of the slopes that they begin with.
     warm, cold = (narrowed(net, smaller, last, 0, NEVER, which, begin).parts for begin in (starts, None))
-    whole_again = narrowed(net, replace(whole), last, 0, NEVER, which, starts).parts
+    whole_again = narrowed(net, whole, last, 0, NEVER, which, starts).parts
     # In float16 a slope is not quite what it was.
     assert torch.allclose(whole_again.lower, first.lower, atol=1e-2)
     assert torch.allclose(whole_again.upper, first.upper, atol=1e-2)

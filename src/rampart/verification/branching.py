@@ -68,7 +68,7 @@ class _Node:
 
     def size(self, search: Search) -> int:
         """Bytes."""
-        own = self.neurons.lower.nbytes + self.neurons.upper.nbytes + (self.starts.size if self.starts else 0)
+        own = self.neurons.lower.nbytes + self.neurons.upper.nbytes + (0 if self.starts is None else self.starts.size)
         return search.size + own
 
     def children(self, search: Search) -> list[_Node]:

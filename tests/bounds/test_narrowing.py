@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rampart.bounds.domains import Domains, Parts, back, optimise
-from rampart.bounds.narrowing import mattering, narrowed, tightened
+from rampart.bounds.narrowing import Starts, mattering, narrowed, tightened
 from rampart.bounds.reduced import Reduced
 from tests.problems import outputs, problem, values
 
@@ -116,7 +116,7 @@ def test_only_neurons_that_an_output_reads_from_above_matter_to_it(name: str) ->
     start, stop = net.layers[layer]
     seen = set()
     for output in range(len(net.outputs.constant)):
-        which = mattering(net, output, layer)
+        (which,) = mattering(net, torch.tensor([output]), layer)
         # The whole ball, with bounds as they are, and twice as wide of the others, or of these.
         whole, factor = Parts.whole(net, 3), torch.ones(3, len(net.lower), dtype=net.lower.dtype)
         factor[1, start:stop] += (~which).to(factor)
@@ -161,6 +161,37 @@ def test_a_smaller_part_begins_where_the_larger_one_ended() -> None:
         assert len(left)
         assert bool((left >= warm.lower[row] - 1e-4).all())
         assert bool((left <= warm.upper[row] + 1e-4).all())
+
+
+def test_parts_that_are_narrowed_together_come_out_as_each_alone() -> None:
+    net, _, _, _ = problem("strided", 0.05)
+    last = len(net.layers) - 1
+    start, stop = net.layers[last]
+    both = Parts.whole(net, 2)
+    both.signs[:, 0] = torch.tensor([1.0, -1.0])
+    torch.manual_seed(2)
+    which = torch.rand(2, stop - start) < 0.6
+    # One more of these is known in each.
+    for part in range(2):
+        both.signs[part, start + int(which[part].nonzero()[part])] = 1
+    alone: list[Starts] = []
+    for begun in (None, True):  # then on from where they ended
+        joined = Starts.joined(alone, stop - start) if begun else None
+        together = narrowed(net, both, last, 5, NEVER, which, joined)
+        assert together.starts is not None
+        ended = []
+        for part in range(2):
+            mine = slice(part, part + 1)
+            found = narrowed(net, both.at(mine), last, 5, NEVER, which[mine], alone[part] if begun else None)
+            assert found.starts is not None
+            assert torch.allclose(found.parts.lower, together.parts.lower[mine], atol=1e-5)
+            assert torch.allclose(found.parts.upper, together.parts.upper[mine], atol=1e-5)
+            own = together.starts.of_part(part, stop - start)
+            assert torch.equal(own.place, found.starts.place)
+            assert torch.allclose(own.slopes, found.starts.slopes, atol=1e-2)
+            assert torch.allclose(own.multipliers, found.starts.multipliers, atol=1e-2)
+            ended.append(found.starts)
+        alone = ended
 
 
 def test_without_time_there_is_no_start_for_smaller_parts() -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 # Rows that are multiplied at once.
-BLOCK = 128
+BLOCK = 64
 # Columns of zeros that are multiplied rather than left out, since small products are slow.
 GAP = 64
 

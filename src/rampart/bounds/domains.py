@@ -47,7 +47,7 @@ class Parts:
     def __len__(self) -> int:
         return len(self.signs)
 
-    def at(self, which: Tensor) -> Parts:
+    def at(self, which: Tensor | slice) -> Parts:
         return Parts(self.signs[which], self.lower[which], self.upper[which])
 
     def up_to(self, count: int) -> Parts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,9 +12,9 @@ from torch import Tensor
 from rampart.bounds.domains import Domains, Parts, optimise
 from rampart.bounds.reduced import Reduced
 
-# Rows that are optimised at once, and the terms of a pass over them: a second or two on a core, since a time limit is
-# only looked at between them.
-ROWS, TERMS = 512, 10**10
+# Rows that are optimised at once, by the kind of device, and the terms of a pass over them: a second or two on a core,
+# since a time limit is only looked at between them. On a GPU what costs time is the start of a product.
+ROWS, TERMS = {"cpu": 512, "cuda": 8192}, 10**10
 # By how much of a neuron's width its lower bound must be above the upper one to tell that there is no point: more than
 # float32 loses on the way.
 EMPTY = 1e-4
@@ -43,6 +44,23 @@ class Starts(NamedTuple):
         rows = torch.cat([found, found + len(self.place)])
         return Starts(place, self.slopes[rows], self.multipliers[rows])
 
+    def of_part(self, number: int, size: int) -> Starts:
+        """Those of one of several parts, as those of the only one; `size` is the layer's."""
+        begin, end = torch.searchsorted(self.place, self.place.new_tensor([number, number + 1]) * size).tolist()
+        found = self.of(self.place[begin:end])
+        return found._replace(place=found.place - number * size)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Starts], size: int) -> Starts:
+        """Those of several parts, each given as the only one; `size` is the layer's."""
+
+        def rows(values: list[Tensor]) -> Tensor:
+            lower, upper = zip(*(value.tensor_split(2) for value in values), strict=True)
+            return torch.cat([*lower, *upper])
+
+        place = torch.cat([part.place + number * size for number, part in enumerate(parts)])
+        return cls(place, rows([part.slopes for part in parts]), rows([part.multipliers for part in parts]))
+
 
 class Narrowed(NamedTuple):
     """What came of it.
@@ -70,14 +88,14 @@ def tightened(net: Reduced, steps: int, until: float) -> Reduced:
     return net.without(parts.signs[0], parts.lower[0], parts.upper[0])
 
 
-def mattering(net: Reduced, output: int, layer: int) -> Tensor:
-    """[neurons of the last hidden layer] those whose bounds matter to an output's.
+def mattering(net: Reduced, outputs: Tensor, layer: int) -> Tensor:
+    """[D, neurons of the last hidden layer] those whose bounds matter to each of D outputs'.
 
     Of the others, which it reads with a factor of 0 or more, it takes the lower side of the relaxation, which is the
     same whatever their bounds.
     """
     first, stop = net.layers[layer]
-    return net.outputs.of_relu[output, first:stop] < 0
+    return net.outputs.of_relu[outputs, first:stop] < 0
 
 
 def narrowed(
@@ -97,7 +115,7 @@ def narrowed(
 
     Args:
         steps, until: as for `tightened`.
-        which: [neurons of the layer] those that get bounds, if not all.
+        which: [D, neurons of the layer] those that get bounds, if not all.
         starts: what the same neurons were narrowed with in D parts that these are parts of.
     """
     first, stop = net.layers[layer]
@@ -112,7 +130,7 @@ def narrowed(
     within, known = (net, parts) if bool(parts.signs[:, first:].any()) else (net.up_to(layer), parts.up_to(first))
     begun = None if starts is None else starts.of(place)
     ended: list[tuple[Tensor, Tensor]] = []
-    size = min(ROWS, max(TERMS // max(within.neurons.terms, 1), 16))
+    size = min(ROWS[ends.device.type], max(TERMS // max(within.neurons.terms, 1), 16))
     for begin in range(0, len(ends), size):
         if time.perf_counter() > until:
             break

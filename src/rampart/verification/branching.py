@@ -26,6 +26,8 @@ TIGHTENING_SHARE = 0.25
 ROOT_STEPS = 20
 # Of the cost of narrowing a part, what an attempt at it by splits alone may cost that does not go well.
 PROBE_SHARE = 0.25
+# Parts that are narrowed together.
+AT_ONCE = 16
 # A part is narrowed again if narrowing has brought its bound nearer to the target by this share.
 WORTHWHILE = 0.15
 # Splits alone are tried where no more is missing to the target than so many times what they gained on a larger part, or
@@ -71,10 +73,6 @@ class _Node:
         own = self.neurons.lower.nbytes + self.neurons.upper.nbytes + (0 if self.starts is None else self.starts.size)
         return search.size + own
 
-    def children(self, search: Search) -> list[_Node]:
-        """Those of its two that are not proved."""
-        return [replace(self, domain=child) for child in search.children([self.domain], self.neurons, 2)]
-
 
 def branch_and_bound(
     net: Reduced,
@@ -94,9 +92,9 @@ def branch_and_bound(
     neurons are all split is a linear program, which HiGHS solves.
 
     Where that does not go well, all neurons of the ball get tighter bounds, and then the last hidden ones of the worst
-    domain, in that part of it where the output is no more than the target: this is all that has to be shown empty. With
-    these it is split as above, if that has any hope; if it does not go well either, its two children are treated in the
-    same way.
+    domains, in that part of each where the output is no more than the target: this is all that has to be shown empty.
+    With these it is split as above, if that has any hope; if it does not go well either, its two children are treated
+    in the same way.
 
     Args:
         roots: the outputs over the whole ball (`optimise`).
@@ -146,45 +144,73 @@ def _narrowing(search: Search, bounds: Tensor, opened: list[Domain]) -> list[Dom
     ]
     heapq.heapify(nodes)
     while nodes and search.example is None and not search.is_late(sum(node.size(search) for node in nodes)):
-        for node in _worked_on(search, heapq.heappop(nodes)):
+        worst = [heapq.heappop(nodes)]
+        # All that are narrowed together have starts, or none has.
+        while nodes and len(worst) < AT_ONCE and (nodes[0].starts is None) == (worst[0].starts is None):
+            worst.append(heapq.heappop(nodes))
+        for node in _worked_on(search, worst):
             heapq.heappush(nodes, node)
     return [node.domain for node in nodes]
 
 
-def _worked_on(search: Search, node: _Node) -> list[_Node]:
-    """What is left of a node: nothing, itself where a limit is reached, or its children."""
-    which = mattering(search.net, node.domain.row, LAST_HIDDEN)
-    while True:
-        domain, before = node.domain, node.domain.bound
-        signs, slopes, multipliers = (
-            values.to(node.neurons.lower)[None] for values in (domain.signs, domain.slopes, domain.multipliers)
-        )
-        parts = Parts(signs, node.neurons.lower[None], node.neurons.upper[None])
-        parts, empty, starts = narrowed(
-            search.net, parts, LAST_HIDDEN, NARROWING_STEPS, search.deadline, which, node.starts
-        )
-        if bool(empty):
-            return []
-        row = torch.tensor([domain.row], device=empty.device)
-        start = Domains(search.net.outputs.at(row), parts, slopes, multipliers)
-        found = optimise(search.net, start, search.steps, target=search.target)
-        search.domains += 1
-        left = search.examine(row, found, found.bound.clamp(min=before))
-        if not left:
-            return []
-        (domain,) = left
+def _worked_on(search: Search, nodes: list[_Node]) -> list[_Node]:
+    """What is left of nodes: of each nothing, itself where it is to be narrowed anew or a limit is reached, or its
+    children."""
+    again: list[_Node] = []
+    parents: list[_Node] = []
+    for node in _bounded(search, nodes):
+        domain, before = node.domain, nodes[node.domain.origin].domain.bound
         # Not by the splits that follow, which leave the neurons' bounds as they are.
-        gained = domain.bound - before
-        node = _Node(domain, Box(parts.lower[0], parts.upper[0]), starts, node.reach)
+        worthwhile = domain.bound - before >= WORTHWHILE * (search.target - before)
         missing = search.target - domain.bound
         if missing <= HOPE * node.reach:
             left = search.settle([domain], node.neurons, _patience(domain, search.net.layers[LAST_HIDDEN]))
-            if not left or search.example is not None:
-                return []
+            if not left:
+                continue
             least = min(part.bound for part in left)
             node.reach = max(least - domain.bound, LEAST_REACH * missing)
             domain.bound = max(domain.bound, least)
-        if search.late:
-            return [node]
-        if gained < WORTHWHILE * (search.target - before):
-            return node.children(search)
+        (again if worthwhile else parents).append(node)
+    if search.late or not parents:
+        return again + parents
+    children = search.children([node.domain for node in parents], _neurons(parents), 2 * len(parents))
+    return again + [replace(parents[child.origin], domain=child) for child in children]
+
+
+def _bounded(search: Search, nodes: list[_Node]) -> list[_Node]:
+    """Those that are not proved by narrowing them, with their new bounds."""
+    net, (first, stop) = search.net, search.net.layers[LAST_HIDDEN]
+    domains, neurons = [node.domain for node in nodes], _neurons(nodes)
+    rows = torch.tensor([domain.row for domain in domains], device=net.lower.device)
+    signs, slopes, multipliers = (
+        torch.stack(values).to(net.lower)
+        for values in zip(*((domain.signs, domain.slopes, domain.multipliers) for domain in domains), strict=True)
+    )
+    begun = [node.starts for node in nodes if node.starts is not None]
+    parts, empty, starts = narrowed(
+        net,
+        Parts(signs, neurons.lower, neurons.upper),
+        LAST_HIDDEN,
+        NARROWING_STEPS,
+        search.deadline,
+        mattering(net, rows, LAST_HIDDEN),
+        Starts.joined(begun, stop - first) if begun else None,
+    )
+    found = optimise(net, Domains(net.outputs.at(rows), parts, slopes, multipliers), search.steps, target=search.target)
+    search.domains += len(nodes)
+    known = net.lower.new_tensor([domain.bound for domain in domains])
+    return [
+        _Node(
+            domain,
+            Box(parts.lower[domain.origin], parts.upper[domain.origin]),
+            None if starts is None else starts.of_part(domain.origin, stop - first),
+            nodes[domain.origin].reach,
+        )
+        for domain in search.examine(rows, found, torch.maximum(found.bound, known).masked_fill(empty, torch.inf))
+    ]
+
+
+def _neurons(nodes: list[_Node]) -> Box:
+    """Their neurons' bounds, [N, U]."""
+    lower, upper = zip(*((node.neurons.lower, node.neurons.upper) for node in nodes), strict=True)
+    return Box(torch.stack(lower), torch.stack(upper))

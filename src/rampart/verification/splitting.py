@@ -6,7 +6,7 @@ import heapq
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Literal
 
@@ -38,6 +38,7 @@ class Domain:
     Args:
         bound: of the row where the signs hold.
         number: tells domains of equal bounds apart.
+        origin: the place of what it came from among what was worked on together.
         row: of the outputs.
         signs: [U] int8.
         slopes, multipliers: [U] float16: a start, not part of a proof.
@@ -46,6 +47,7 @@ class Domain:
 
     bound: float
     number: int
+    origin: int = field(compare=False)
     row: int = field(compare=False)
     signs: Tensor = field(compare=False)
     slopes: Tensor = field(compare=False)
@@ -109,6 +111,7 @@ class Search:
             Domain(
                 float(bound[domain]),
                 self.numbers - place,
+                domain,
                 int(row[domain]),
                 signs[domain].to(torch.int8),
                 *found.domains.start(domain),
@@ -161,7 +164,7 @@ class Search:
         return self.late
 
     def children(self, parents: list[Domain], neurons: Box, batch: int) -> list[Domain]:
-        """Those, about `batch`, that are not proved."""
+        """Those, about `batch`, that are not proved; `neurons` are bounds [U] in all parents, or [P, U] in each."""
         signs, parent = self.split(parents, neurons, batch)
         domains = self.domains_of(parents, parent, signs, neurons)
         found = optimise(self.net, domains, self.steps, target=self.target)
@@ -169,14 +172,16 @@ class Search:
         known = found.bound.new_tensor([domain.bound for domain in parents])[parent]
         self.domains += len(signs)
         # A part of a ball is no worse than the whole.
-        return self.examine(row, found, torch.maximum(found.bound, known))
+        left = self.examine(row, found, torch.maximum(found.bound, known))
+        return [replace(child, origin=int(parent[child.origin])) for child in left]
 
     def domains_of(self, parents: list[Domain], parent: Tensor, signs: Tensor, neurons: Box) -> Domains:
         """Parts of the given signs [C, U], `parent` [C] of each, to start from their parents' bounds."""
         row = torch.tensor([domain.row for domain in parents], device=parent.device)[parent]
         slopes = torch.stack([domain.slopes for domain in parents])[parent].to(signs)
         multipliers = torch.stack([domain.multipliers for domain in parents])[parent].to(signs)
-        parts = Parts(signs, neurons.lower.expand(signs.shape), neurons.upper.expand(signs.shape))
+        lower, upper = (ends.expand(len(parents), -1)[parent] for ends in (neurons.lower, neurons.upper))
+        parts = Parts(signs, lower, upper)
         return Domains(self.net.outputs.at(row), parts, slopes, multipliers)
 
     def solve(self, row: int, signs: Tensor) -> None:

@@ -16,6 +16,7 @@ from rampart.bounds.box import Box
 from rampart.bounds.domains import Domains, Optimised, Parts, optimise
 from rampart.bounds.narrowing import Starts, mattering, narrowed, tightened
 from rampart.bounds.reduced import Reduced
+from rampart.verification.choosing import least_growth
 from rampart.verification.splitting import Branching, Domain, Search
 
 # Of `optimise`, for the neurons' bounds of the whole ball, and of a part of it.
@@ -30,9 +31,8 @@ PROBE_SHARE = 0.25
 AT_ONCE = 16
 # A part is narrowed again if narrowing has brought its bound nearer to the target by this share.
 WORTHWHILE = 0.15
-# Splits alone are tried where no more is missing to the target than so many times what they gained on a larger part, or
-# that share of what was missing there.
-HOPE, LEAST_REACH = 1.5, 0.25
+# Splits alone are tried where no more is missing to the target than this share of what they gained on a larger part.
+HOPE = 0.8
 # Of a problem's layers, where the outputs are its last one.
 LAST_HIDDEN = -2
 
@@ -60,11 +60,13 @@ class _Node:
 
     Args:
         starts: what they were found with.
-        reach: by how much splits alone raise the bound, as far as they have been tried.
+        own: the row's bound by them, which that of the domain, of splits tried before, may be above.
+        reach: by how much splits alone raise it, as far as they have been tried.
     """
 
     domain: Domain
     neurons: Box = field(compare=False)
+    own: float = field(compare=False)
     starts: Starts | None = field(default=None, compare=False)
     reach: float = field(default=math.inf, compare=False)
 
@@ -139,7 +141,7 @@ def _narrowing(search: Search, bounds: Tensor, opened: list[Domain]) -> list[Dom
     least = {int(row): min(d.bound for d in opened if d.row == row) for row in rows}
     known = bounds.new_tensor([least[int(row)] for row in rows])
     nodes = [
-        _Node(domain, Box(search.net.lower, search.net.upper))
+        _Node(domain, Box(search.net.lower, search.net.upper), float(roots.bound[domain.origin]))
         for domain in search.examine(rows, roots, torch.maximum(roots.bound, known))
     ]
     heapq.heapify(nodes)
@@ -159,21 +161,21 @@ def _worked_on(search: Search, nodes: list[_Node]) -> list[_Node]:
     again: list[_Node] = []
     parents: list[_Node] = []
     for node in _bounded(search, nodes):
-        domain, before = node.domain, nodes[node.domain.origin].domain.bound
-        # Not by the splits that follow, which leave the neurons' bounds as they are.
-        worthwhile = domain.bound - before >= WORTHWHILE * (search.target - before)
-        missing = search.target - domain.bound
-        if missing <= HOPE * node.reach:
+        domain, before = node.domain, nodes[node.domain.origin].own
+        worthwhile = node.own - before >= WORTHWHILE * (search.target - before)
+        if search.target - node.own <= HOPE * node.reach:
             left = search.settle([domain], node.neurons, _patience(domain, search.net.layers[LAST_HIDDEN]))
             if not left:
                 continue
             least = min(part.bound for part in left)
-            node.reach = max(least - domain.bound, LEAST_REACH * missing)
+            node.reach = least - node.own
             domain.bound = max(domain.bound, least)
         (again if worthwhile else parents).append(node)
     if search.late or not parents:
         return again + parents
-    children = search.children([node.domain for node in parents], _neurons(parents), 2 * len(parents))
+    domains, neurons = [node.domain for node in parents], _neurons(parents)
+    split = least_growth(search, domains, neurons, LAST_HIDDEN)
+    children = search.children(domains, neurons, *split)
     return again + [replace(parents[child.origin], domain=child) for child in children]
 
 
@@ -203,6 +205,7 @@ def _bounded(search: Search, nodes: list[_Node]) -> list[_Node]:
         _Node(
             domain,
             Box(parts.lower[domain.origin], parts.upper[domain.origin]),
+            float(found.bound[domain.origin]),
             None if starts is None else starts.of_part(domain.origin, stop - first),
             nodes[domain.origin].reach,
         )

@@ -137,7 +137,7 @@ class Search:
             parents = [heapq.heappop(opened) for _ in range(min(max(self.batch // 2, 1), len(opened)))]
             before = self.domains
             try:
-                children = self.children(parents, neurons, self.batch)
+                children = self.children(parents, neurons, *self.split(parents, neurons, self.batch))
             except torch.OutOfMemoryError:
                 if self.batch <= 2:
                     raise
@@ -163,9 +163,8 @@ class Search:
         self.late |= time.perf_counter() > self.deadline or self.domains >= self.max_domains
         return self.late
 
-    def children(self, parents: list[Domain], neurons: Box, batch: int) -> list[Domain]:
-        """Those, about `batch`, that are not proved; `neurons` are bounds [U] in all parents, or [P, U] in each."""
-        signs, parent = self.split(parents, neurons, batch)
+    def children(self, parents: list[Domain], neurons: Box, signs: Tensor, parent: Tensor) -> list[Domain]:
+        """Those of signs [C, U] that are not proved; `parent` [C] of each; `neurons` as for `domains_of`."""
         domains = self.domains_of(parents, parent, signs, neurons)
         found = optimise(self.net, domains, self.steps, target=self.target)
         row = torch.tensor([domain.row for domain in parents], device=parent.device)[parent]
@@ -176,7 +175,11 @@ class Search:
         return [replace(child, origin=int(parent[child.origin])) for child in left]
 
     def domains_of(self, parents: list[Domain], parent: Tensor, signs: Tensor, neurons: Box) -> Domains:
-        """Parts of the given signs [C, U], `parent` [C] of each, to start from their parents' bounds."""
+        """Parts of the given signs [C, U], `parent` [C] of each, to start from their parents' bounds.
+
+        Args:
+            neurons: their bounds, [U] in all parents or [P, U] in each.
+        """
         row = torch.tensor([domain.row for domain in parents], device=parent.device)[parent]
         slopes = torch.stack([domain.slopes for domain in parents])[parent].to(signs)
         multipliers = torch.stack([domain.multipliers for domain in parents])[parent].to(signs)

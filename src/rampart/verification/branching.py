@@ -171,7 +171,7 @@ def _worked_on(search: Search, nodes: list[_Node]) -> list[_Node]:
             node.reach = least - node.own
             domain.bound = max(domain.bound, least)
         (again if worthwhile else parents).append(node)
-    if search.late or not parents:
+    if search.late or search.example is not None or not parents:
         return again + parents
     domains, neurons = [node.domain for node in parents], _neurons(parents)
     split = least_growth(search, domains, neurons, LAST_HIDDEN)

@@ -182,23 +182,21 @@ def _worked_on(search: Search, nodes: list[_Node]) -> list[_Node]:
 def _bounded(search: Search, nodes: list[_Node]) -> list[_Node]:
     """Those that are not proved by narrowing them, with their new bounds."""
     net, (first, stop) = search.net, search.net.layers[LAST_HIDDEN]
-    domains, neurons = [node.domain for node in nodes], _neurons(nodes)
+    domains = [node.domain for node in nodes]
     rows = torch.tensor([domain.row for domain in domains], device=net.lower.device)
-    signs, slopes, multipliers = (
-        torch.stack(values).to(net.lower)
-        for values in zip(*((domain.signs, domain.slopes, domain.multipliers) for domain in domains), strict=True)
-    )
+    signs = torch.stack([domain.signs for domain in domains]).to(net.lower)
+    start = search.domains_of(domains, torch.arange(len(nodes), device=rows.device), signs, _neurons(nodes))
     begun = [node.starts for node in nodes if node.starts is not None]
     parts, empty, starts = narrowed(
         net,
-        Parts(signs, neurons.lower, neurons.upper),
+        start.parts,
         LAST_HIDDEN,
         NARROWING_STEPS,
         search.deadline,
         mattering(net, rows, LAST_HIDDEN),
         Starts.joined(begun, stop - first) if begun else None,
     )
-    found = optimise(net, Domains(net.outputs.at(rows), parts, slopes, multipliers), search.steps, target=search.target)
+    found = optimise(net, replace(start, parts=parts), search.steps, target=search.target)
     search.domains += len(nodes)
     known = net.lower.new_tensor([domain.bound for domain in domains])
     return [

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from rampart.bounds.box import Box
-from rampart.bounds.domains import Parts, optimise
-from rampart.verification.splitting import Domain, Search
+from rampart.bounds.domains import optimise
+from rampart.verification.splitting import Domain, Search, pairs
 
 # Neurons that are tried, and the steps of `optimise` for each of their two children, with this learning rate.
 TRIED, STEPS, LR = 24, 6, 0.5
@@ -32,17 +32,17 @@ def least_growth(search: Search, parents: list[Domain], neurons: Box, layer: int
     """
     net, (first, stop) = search.net, search.net.layers[layer]
     signs = torch.stack([parent.signs for parent in parents]).to(net.lower)
-    rows = torch.tensor([parent.row for parent in parents], device=signs.device)
-    _, intercept = Parts(signs, neurons.lower, neurons.upper).above
-    cost = -net.outputs.of_relu[rows, first:stop].clamp(max=0) * intercept[:, first:stop]
+    parent = torch.arange(len(parents), device=signs.device)
+    whole = search.domains_of(parents, parent, signs, neurons)
+    _, intercept = whole.parts.above
+    cost = -whole.rows.of_relu[:, first:stop].clamp(max=0) * intercept[:, first:stop]
     costly = cost.topk(min(TRIED, stop - first)).indices + first
     tried = torch.cat([costly, torch.stack([parent.candidates for parent in parents])], 1)
     gains = _gains(search, parents, neurons, signs, tried)
     less, more = gains.clamp(LEAST_GAIN, 1).sort(2).values.unbind(2)
     rate = growth(less, (LEVER * more).clamp(max=1)).masked_fill(signs.gather(1, tried) != 0, torch.inf)
     chosen = tried.gather(1, rate.argmin(1, keepdim=True))
-    parent = torch.arange(len(parents), device=signs.device)
-    return _children(signs, chosen).flatten(0, 1), parent.repeat_interleave(2)
+    return pairs(signs, chosen).flatten(0, 1), parent.repeat_interleave(2)
 
 
 def growth(one: Tensor, other: Tensor) -> Tensor:
@@ -59,17 +59,10 @@ def growth(one: Tensor, other: Tensor) -> Tensor:
 
 def _gains(search: Search, parents: list[Domain], neurons: Box, signs: Tensor, tried: Tensor) -> Tensor:
     """[P, T, 2] what the two children by each neuron [P, T] gain, of what is missing in each parent."""
-    parts = torch.cat([_children(signs, tried), signs[:, None]], 1)
+    parts = torch.cat([pairs(signs, tried), signs[:, None]], 1)
     parent = torch.arange(len(parents), device=signs.device).repeat_interleave(parts.shape[1])
     domains = search.domains_of(parents, parent, parts.flatten(0, 1), neurons).single()
     found = optimise(search.net.single, domains, STEPS, LR, target=search.target)
     bound, own = found.bound.view(len(parents), -1).tensor_split([-1], 1)
     missing = (search.target - own).clamp(min=torch.finfo(own.dtype).tiny)
     return ((bound - own) / missing).unflatten(1, (-1, 2))
-
-
-def _children(signs: Tensor, neurons: Tensor) -> Tensor:
-    """[P, 2 T, U] signs where each of the neurons [P, T] passes, and where it does not."""
-    place, sign = neurons.repeat_interleave(2, 1), signs.new_tensor([1.0, -1.0]).repeat(neurons.shape[1])
-    children = signs[:, None].repeat(1, len(sign), 1)
-    return children.scatter_(2, place[..., None], sign[:, None].expand(len(signs), -1, 1))

@@ -233,15 +233,18 @@ class Search:
         """The best candidate [P, 1] of each parent: whose worse child has the better bound, before any step on it."""
         count, tried = candidates.shape
         parent = torch.arange(count, device=signs.device).repeat_interleave(tried * 2)
-        children = signs[parent]
-        place = torch.arange(len(parent), device=signs.device)
-        pair = signs.new_tensor([1.0, -1.0])
-        children[place, candidates.flatten().repeat_interleave(2)] = pair.repeat(count * tried)
-        tries = self.domains_of(parents, parent, children, neurons)
+        tries = self.domains_of(parents, parent, pairs(signs, candidates).flatten(0, 1), neurons)
         bound = linear.back(self.net.single, tries.single()).bound.view(count, tried, 2).clamp(max=self.target)
         # Of equally bad worse children the better other one.
         score = (bound.amin(2) + 1e-3 * bound.amax(2)).masked_fill(~free, -torch.inf)
         return candidates.gather(1, score.argmax(1, keepdim=True))
+
+
+def pairs(signs: Tensor, neurons: Tensor) -> Tensor:
+    """[P, 2 T, U] signs [P, U] where each of the neurons [P, T] passes, and where it does not."""
+    place, sign = neurons.repeat_interleave(2, 1), signs.new_tensor([1.0, -1.0]).repeat(neurons.shape[1])
+    children = signs[:, None].repeat(1, len(sign), 1)
+    return children.scatter_(2, place[..., None], sign[:, None].expand(len(signs), -1, 1))
 
 
 def _scores(found: Optimised) -> dict[str, Tensor]:

@@ -23,6 +23,14 @@ def problem(name: str, eps: float) -> tuple[Reduced, torch.Tensor, nn.Module, to
         return reduced.reduce(chain, inputs, box, spec), bounds, model, x[0]
 
 
+def points(net: Reduced, count: int = 2000) -> torch.Tensor:
+    """Of the ball, some of its corners among them."""
+    torch.manual_seed(1)
+    share = 2 * torch.rand(count, len(net.center)) - 1
+    share[::2] = share[::2].sign()
+    return net.center + share * net.half
+
+
 def values(net: Reduced, x: torch.Tensor) -> torch.Tensor:
     """v [N, U] at points [N, I]."""
     v = torch.zeros(len(x), len(net.lower), dtype=x.dtype)

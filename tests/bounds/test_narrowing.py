@@ -9,41 +9,11 @@ import pytest
 import torch
 
 from rampart.bounds.domains import Domains, Parts, back, optimise
-from rampart.bounds.narrowing import Starts, mattering, narrowed, tightened
+from rampart.bounds.narrowing import Starts, mattering, narrowed
 from rampart.bounds.reduced import Reduced
-from tests.problems import outputs, problem, values
+from tests.problems import outputs, points, problem, values
 
 NEVER = float("inf")
-
-
-def points(net: Reduced, count: int = 2000) -> torch.Tensor:
-    """Of the ball, some of its corners among them."""
-    torch.manual_seed(1)
-    share = 2 * torch.rand(count, len(net.center)) - 1
-    share[::2] = share[::2].sign()
-    return net.center + share * net.half
-
-
-@pytest.mark.parametrize("name", ["dense", "strided", "residual"])
-def test_tightened_bounds_hold_and_the_network_stays_the_same(name: str) -> None:
-    net, _, _, _ = problem(name, 0.1)
-    tight = tightened(net, 10, NEVER)
-    x = points(net)
-    v = values(tight, x)
-    assert bool((v >= tight.lower - 1e-4).all())
-    assert bool((v <= tight.upper + 1e-4).all())
-    assert torch.allclose(outputs(tight, x), outputs(net, x), rtol=1e-4, atol=1e-4)
-    before, after = (optimise(n, Domains.roots(n, n.outputs), 20).bound for n in (net, tight))
-    assert bool((after > before + 1e-4).any())
-    assert bool((after > before - 1e-2).all())
-    assert bool((outputs(net, x) >= after - 1e-4).all())
-
-
-def test_without_time_nothing_is_tightened() -> None:
-    net, _, _, _ = problem("strided", 0.05)
-    tight = tightened(net, 10, until=time.perf_counter())
-    assert torch.equal(tight.lower, net.lower)
-    assert torch.equal(tight.upper, net.upper)
 
 
 def conditioned(net: Reduced, target: float) -> tuple[Reduced, Parts]:

@@ -76,18 +76,6 @@ class Narrowed(NamedTuple):
     starts: Starts | None
 
 
-def tightened(net: Reduced, steps: int, until: float) -> Reduced:
-    """The problem with bounds of its neurons by α-CROWN, layer after layer; those found stable are read no more.
-
-    Args:
-        until: as time.perf_counter() tells it, after which what is left keeps its bounds.
-    """
-    parts = Parts.whole(net, 1)
-    for layer in range(1, len(net.layers)):
-        parts = narrowed(net, parts, layer, steps, until).parts
-    return net.without(parts.signs[0], parts.lower[0], parts.upper[0])
-
-
 def mattering(net: Reduced, outputs: Tensor, layer: int) -> Tensor:
     """[D, neurons of the last hidden layer] those whose bounds matter to each of D outputs'.
 
@@ -114,7 +102,8 @@ def narrowed(
     condition is here β-CROWN's of the output's sign).
 
     Args:
-        steps, until: as for `tightened`.
+        steps: of `optimise`.
+        until: as time.perf_counter() tells it, after which what is left keeps its bounds.
         which: [D, neurons of the layer] those that get bounds, if not all.
         starts: what the same neurons were narrowed with in D parts that these are parts of.
     """

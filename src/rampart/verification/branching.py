@@ -14,15 +14,16 @@ from torch import Tensor
 
 from rampart.bounds.box import Box
 from rampart.bounds.domains import Domains, Optimised, Parts, optimise
-from rampart.bounds.narrowing import Starts, mattering, narrowed, tightened
+from rampart.bounds.narrowing import Starts, mattering, narrowed
 from rampart.bounds.reduced import Reduced
 from rampart.verification.choosing import least_growth
+from rampart.verification.neurons import tightened
 from rampart.verification.splitting import Branching, Domain, Search
 
-# Of `optimise`, for the neurons' bounds of the whole ball, and of a part of it.
-TIGHTENING_STEPS, NARROWING_STEPS = 10, 5
-# Of the time left, what the former may take.
+# Of the time left, what tighter bounds of all neurons of the ball may take.
 TIGHTENING_SHARE = 0.25
+# Of `optimise`, for the neurons' bounds of a part of it.
+NARROWING_STEPS = 5
 # Of the outputs' bounds with them.
 ROOT_STEPS = 20
 # Of the cost of narrowing a part, what an attempt at it by splits alone may cost that does not go well.
@@ -131,7 +132,7 @@ def _patience(domain: Domain, layer: tuple[int, int]) -> float:
 def _narrowing(search: Search, bounds: Tensor, opened: list[Domain]) -> list[Domain]:
     """What is left of the rows of `opened` at the end, and of the whole ball; `bounds` [K] are those of the rows."""
     now = time.perf_counter()
-    net = tightened(search.net, TIGHTENING_STEPS, now + TIGHTENING_SHARE * (search.deadline - now))
+    net = tightened(search.net, now + TIGHTENING_SHARE * (search.deadline - now))
     search.net, search.relus = net.followed_by_outputs(bounds, search.target), len(net.lower)
     rows = torch.tensor(sorted({domain.row for domain in opened}), device=bounds.device)
     parts = Parts.whole(search.net, len(rows))

@@ -200,14 +200,14 @@ class Search:
     def candidates(self, found: Optimised, which: Tensor) -> Tensor:
         """Neurons [N, CANDIDATES] to split next, best first; those of known sign come last."""
         known = found.domains.parts.signs[which, : self.relus] != 0
-        scores = {
-            name: score[which, : self.relus].masked_fill(known, -torch.inf) for name, score in _scores(found).items()
+        scored = {
+            name: score[which, : self.relus].masked_fill(known, -torch.inf) for name, score in scores(found).items()
         }
         count = min(CANDIDATES, self.relus)
         if self.rule != "kfsb":
-            return scores[self.rule].topk(count).indices
+            return scored[self.rule].topk(count).indices
         # In turns the best by each.
-        best = [score.topk(min(FILTERED, count)).indices for score in scores.values()]
+        best = [score.topk(min(FILTERED, count)).indices for score in scored.values()]
         return torch.stack(best, 2).flatten(1)
 
     def split(self, parents: list[Domain], neurons: Box, batch: int) -> tuple[Tensor, Tensor]:
@@ -247,7 +247,7 @@ def pairs(signs: Tensor, neurons: Tensor) -> Tensor:
     return children.scatter_(2, place[..., None], sign[:, None].expand(len(signs), -1, 1))
 
 
-def _scores(found: Optimised) -> dict[str, Tensor]:
+def scores(found: Optimised) -> dict[str, Tensor]:
     """[D, U] of each rule: how much of the bound a neuron's relaxation costs."""
     relu, v = found.last.relu, found.v
     slope, intercept = found.domains.parts.above

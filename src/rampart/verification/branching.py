@@ -17,7 +17,8 @@ from rampart.bounds.domains import Domains, Optimised, Parts, optimise
 from rampart.bounds.narrowing import Starts, mattering, narrowed
 from rampart.bounds.reduced import Reduced
 from rampart.verification.choosing import least_growth
-from rampart.verification.neurons import tightened
+from rampart.verification.joint import charge, joint_gain
+from rampart.verification.neurons import Site, sites, tightened
 from rampart.verification.splitting import Branching, Domain, Search
 
 # Of the time left, what tighter bounds of all neurons of the ball may take.
@@ -34,6 +35,8 @@ AT_ONCE = 16
 WORTHWHILE = 0.15
 # Splits alone are tried where no more is missing to the target than this share of what they gained on a larger part.
 HOPE = 0.8
+# Of what a part's bound is charged with for neurons of convolutions, what bounding them together may bring.
+JOINT_SHARE = 0.25
 # Of a problem's layers, where the outputs are its last one.
 LAST_HIDDEN = -2
 
@@ -134,6 +137,7 @@ def _narrowing(search: Search, bounds: Tensor, opened: list[Domain]) -> list[Dom
     now = time.perf_counter()
     net = tightened(search.net, now + TIGHTENING_SHARE * (search.deadline - now))
     search.net, search.relus = net.followed_by_outputs(bounds, search.target), len(net.lower)
+    local = [site for layer in range(1, len(search.net.layers)) for site in sites(search.net, layer)]
     rows = torch.tensor(sorted({domain.row for domain in opened}), device=bounds.device)
     parts = Parts.whole(search.net, len(rows))
     parts.signs[torch.arange(len(rows), device=rows.device), search.relus + rows] = -1
@@ -151,17 +155,17 @@ def _narrowing(search: Search, bounds: Tensor, opened: list[Domain]) -> list[Dom
         # All that are narrowed together have starts, or none has.
         while nodes and len(worst) < AT_ONCE and (nodes[0].starts is None) == (worst[0].starts is None):
             worst.append(heapq.heappop(nodes))
-        for node in _worked_on(search, worst):
+        for node in _worked_on(search, local, worst):
             heapq.heappush(nodes, node)
     return [node.domain for node in nodes]
 
 
-def _worked_on(search: Search, nodes: list[_Node]) -> list[_Node]:
+def _worked_on(search: Search, local: list[Site], nodes: list[_Node]) -> list[_Node]:
     """What is left of nodes: of each nothing, itself where it is to be narrowed anew or a limit is reached, or its
     children."""
     again: list[_Node] = []
     parents: list[_Node] = []
-    for node in _bounded(search, nodes):
+    for node in _bounded(search, local, nodes):
         domain, before = node.domain, nodes[node.domain.origin].own
         worthwhile = node.own - before >= WORTHWHILE * (search.target - before)
         if search.target - node.own <= HOPE * node.reach:
@@ -180,8 +184,9 @@ def _worked_on(search: Search, nodes: list[_Node]) -> list[_Node]:
     return again + [replace(parents[child.origin], domain=child) for child in children]
 
 
-def _bounded(search: Search, nodes: list[_Node]) -> list[_Node]:
-    """Those that are not proved by narrowing them, with their new bounds."""
+def _bounded(search: Search, local: list[Site], nodes: list[_Node]) -> list[_Node]:
+    """Those that are not proved by narrowing them, with their new bounds; where it may suffice, the neurons of each
+    site of `local` are bounded together."""
     net, (first, stop) = search.net, search.net.layers[LAST_HIDDEN]
     domains = [node.domain for node in nodes]
     rows = torch.tensor([domain.row for domain in domains], device=net.lower.device)
@@ -199,6 +204,11 @@ def _bounded(search: Search, nodes: list[_Node]) -> list[_Node]:
     )
     found = optimise(net, replace(start, parts=parts), search.steps, target=search.target)
     search.domains += len(nodes)
+    bound, missing = found.bound.clone(), search.target - found.bound
+    if local:
+        hope = -JOINT_SHARE * charge(net, found.domains, local).sum(1)
+        near = ((missing >= 0) & (missing < hope) & ~empty).nonzero().squeeze(1)
+        bound[near] += joint_gain(net, found.domains.at(near), local, missing[near], search.deadline)
     known = net.lower.new_tensor([domain.bound for domain in domains])
     return [
         _Node(
@@ -208,7 +218,7 @@ def _bounded(search: Search, nodes: list[_Node]) -> list[_Node]:
             None if starts is None else starts.of_part(domain.origin, stop - first),
             nodes[domain.origin].reach,
         )
-        for domain in search.examine(rows, found, torch.maximum(found.bound, known).masked_fill(empty, torch.inf))
+        for domain in search.examine(rows, found, torch.maximum(bound, known).masked_fill(empty, torch.inf))
     ]
 
 

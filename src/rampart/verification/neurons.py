@@ -8,12 +8,14 @@ tighten bounds in this way by mixed-integer programs.
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from rampart.bounds.box import Box
 from rampart.bounds.domains import Domains, Optimised, Parts, optimise
 from rampart.bounds.narrowing import LR, narrowed
 from rampart.bounds.reduced import Reduced, Rows
@@ -25,6 +27,8 @@ STEPS, DOMAIN_STEPS = 10, 1
 ROUNDS, FEW = 8, 4
 # Domains of a neuron's end, at most, that come of it.
 MOST = 64
+# Of the terms of a pass over all neurons before a layer, what one over a neuron's problem may have.
+LOCAL = 0.1
 # Terms of a pass over the domains of neurons that are bounded together: a time limit is looked at between passes.
 TERMS = 10**9
 
@@ -37,65 +41,100 @@ def tightened(net: Reduced, until: float) -> Reduced:
     """
     layer = 1
     while layer < len(net.layers):
-        count, places = len(net.layers), sites(net, layer)
-        # Those that read all the same, as of a linear map, have domains that cost as much as the outputs'.
-        if len(places) > 1:
-            net = _branched(net, places, until)
-        else:
-            parts = narrowed(net, Parts.whole(net, 1), layer, STEPS, until).parts
-            net = net.without(parts.signs[0], parts.lower[0], parts.upper[0])
+        count, local = len(net.layers), sites(net, layer)
+        others = torch.ones_like(net.lower, dtype=torch.bool)
+        for site in local:
+            others[site.which] = False
+        which = others[None, slice(*net.layers[layer])]
+        parts = narrowed(net, Parts.whole(net, 1), layer, STEPS, until, which).parts
+        lower, upper = parts.lower[0].clone(), parts.upper[0].clone()
+        for site in local:
+            ends = site.ends(net, until)
+            lower[site.which] = torch.maximum(lower[site.which], ends.lower)
+            upper[site.which] = torch.minimum(upper[site.which], ends.upper)
+        net = net.without((lower >= 0).to(lower) - (upper <= 0).to(lower), lower, upper)
         # A layer whose neurons are all stable is gone.
         layer += len(net.layers) == count
     return net
 
 
-def _branched(net: Reduced, places: list[Tensor], until: float) -> Reduced:
-    """The problem with neurons bounded one by one, place by place."""
-    lower, upper = net.lower.clone(), net.upper.clone()
-    for place in places:
-        rows = max(TERMS // (2 * MOST * max(site(net, place).neurons.terms, 1)), 1)
-        for which in place.split(rows):
+@dataclass
+class Site:
+    """Neurons of one place of a map, and what they read.
+
+    Args:
+        which: [n] neurons of the problem, ascending.
+        read: [R] neurons before them.
+        seen: [I'] inputs of either.
+    """
+
+    which: Tensor
+    read: Tensor
+    seen: Tensor
+
+    @classmethod
+    def of(cls, net: Reduced, which: Tensor) -> Site:
+        read, more = torch.zeros_like(net.lower, dtype=torch.bool), (net.neurons.of_relu[which] != 0).any(0)
+        while bool((more != read).any()):
+            read, more = more, more | (net.neurons.of_relu[more] != 0).any(0)
+        numbers = read.nonzero().squeeze(1)
+        seen = (net.neurons.of_input[torch.cat([numbers, which])] != 0).any(0)
+        return cls(which, numbers, seen.nonzero().squeeze(1))
+
+    @property
+    def terms(self) -> int:
+        """Of a pass over one domain."""
+        return len(self.read) * (len(self.read) + len(self.seen))
+
+    def problem(self, net: Reduced, rows: Rows, with_own: bool) -> Reduced:
+        """That of rows which read what the neurons read, and themselves if `with_own`, alone."""
+        kept = torch.cat([self.read, self.which]) if with_own else self.read
+
+        def within(rows: Rows) -> Rows:
+            return Rows(rows.of_input[:, self.seen], rows.of_relu[:, kept], rows.constant)
+
+        ends = [0, *(int((kept < stop).sum()) for _, stop in net.layers)]
+        return Reduced(
+            [(start, stop) for start, stop in pairwise(ends) if stop > start],
+            within(net.neurons.at(kept)),
+            within(rows),
+            net.lower[kept],
+            net.upper[kept],
+            net.center[self.seen],
+            net.half[self.seen],
+        )
+
+    def ends(self, net: Reduced, until: float) -> Box:
+        """Bounds [n] of the neurons by branch and bound; those known where time ran out."""
+        lower, upper = net.lower[self.which].clone(), net.upper[self.which].clone()
+        for some in torch.arange(len(lower), device=lower.device).split(_rows(self.terms, 2)):
             if time.perf_counter() > until:
                 break
-            low, high = branched_bounds(site(net, which), until).view(2, -1) * (net.upper - net.lower)[which]
-            lower[which] = torch.maximum(lower[which], low)
-            upper[which] = torch.minimum(upper[which], -high)
-    return net.without((lower >= 0).to(lower) - (upper <= 0).to(lower), lower, upper)
+            # Of each neuron and its negative, on the scale of its width.
+            width, rows = (upper - lower)[some], net.neurons.at(self.which[some])
+            both = Rows.joined([rows.times(1 / width), rows.times(-1 / width)])
+            low, high = branched_bounds(self.problem(net, both, False), until).view(2, -1) * width
+            lower[some], upper[some] = torch.maximum(lower[some], low), torch.minimum(upper[some], -high)
+        return Box(lower, upper)
 
 
-def sites(net: Reduced, layer: int) -> list[Tensor]:
-    """A layer's neurons by which neurons they read: those at one place of a map are together."""
+def _rows(terms: int, each: int) -> int:
+    """Whose domains are bounded together, if each has so many rows."""
+    return max(TERMS // (each * MOST * max(terms, 1)), 1)
+
+
+def sites(net: Reduced, layer: int) -> list[Site]:
+    """Those of a layer whose neurons read little: together where what one reads holds what the others read."""
     start, stop = net.layers[layer]
-    _, of = (net.neurons.of_relu[start:stop] != 0).unique(dim=0, return_inverse=True)
-    return [(of == place).nonzero().squeeze(1) + start for place in range(int(of.max()) + 1)]
-
-
-def site(net: Reduced, which: Tensor) -> Reduced:
-    """The problem of the neurons `which` [n], of what they read alone.
-
-    Its outputs are each of them, then the negative of each, on the scale of its width.
-    """
-    rows = net.neurons.at(which)
-    read, more = torch.zeros_like(net.lower, dtype=torch.bool), (rows.of_relu != 0).any(0)
-    while bool((more != read).any()):
-        read, more = more, more | (net.neurons.of_relu[more] != 0).any(0)
-    neurons = net.neurons.at(read)
-    seen = (Rows.joined([neurons, rows]).of_input != 0).any(0)
-
-    def within(rows: Rows) -> Rows:
-        return Rows(rows.of_input[:, seen], rows.of_relu[:, read], rows.constant)
-
-    ends = [0, *(int(read[:stop].sum()) for _, stop in net.layers)]
-    scale = 1 / (net.upper - net.lower)[which]
-    return Reduced(
-        [(start, stop) for start, stop in pairwise(ends) if stop > start],
-        within(neurons),
-        within(Rows.joined([rows.times(scale), rows.times(-scale)])),
-        net.lower[read],
-        net.upper[read],
-        net.center[seen],
-        net.half[seen],
-    )
+    read = (net.neurons.of_relu[start:stop] != 0).float()
+    size, shared = read.sum(1), read @ read.T
+    left, found = torch.ones_like(size, dtype=torch.bool), []
+    for widest in size.argsort(descending=True, stable=True).tolist():
+        if left[widest]:
+            within = left & (shared[widest] == size)
+            left &= ~within
+            found.append(Site.of(net, within.nonzero().squeeze(1) + start))
+    return [site for site in found if site.terms < LOCAL * start * (start + len(net.center))]
 
 
 class _Domains(NamedTuple):

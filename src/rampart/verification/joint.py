@@ -1,0 +1,55 @@
+"""The error of a place's relaxations as one, where CROWN takes each neuron's for itself.
+
+A linear bound replaces Σ_j r_j ReLU(v_j) by Σ_j p_j v_j and is charged, neuron by neuron, with the least value that
+r_j ReLU(v_j) - p_j v_j can have. At no point of the ball are all neurons of a convolution's place as bad as that, though:
+the least value of their sum over the ball is larger. It is bounded by branch and bound on the place's own problem
+(`neurons.Site`), and the bound rises by as much.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+
+from rampart.bounds.domains import Domains, back
+from rampart.bounds.reduced import Reduced, Rows
+from rampart.verification.neurons import Site, branched_bounds
+
+# A smaller charge is nothing to gain from.
+TINY = 1e-6
+
+
+def charge(net: Reduced, domains: Domains, sites: list[Site]) -> Tensor:
+    """[D, S] what the rows' linear bounds (`back`) are charged with for the neurons of each site, 0 or less."""
+    relu, (_, intercept) = back(net, domains).relu, domains.parts.above
+    charged = relu.clamp(max=0) * intercept
+    return torch.stack([charged[:, site.which].sum(1) for site in sites], 1)
+
+
+def joint_gain(net: Reduced, domains: Domains, sites: list[Site], enough: Tensor, until: float) -> Tensor:
+    """[D] by how much the rows' bounds rise, where the neurons of each site are bounded together.
+
+    Args:
+        enough: [D], beyond which a gain is of no use.
+        until: as time.perf_counter() tells it, after which sites keep what they are charged with.
+    """
+    relu, (above, _) = back(net, domains).relu, domains.parts.above
+    # What is known of a neuron's sign holds in the part alone, and its error is 0 or more there.
+    relu = relu.masked_fill(~domains.parts.free, 0)
+    taken = relu * torch.where(relu < 0, above, domains.below)
+    charged = charge(net, domains, sites)
+    gain = torch.zeros_like(enough)
+    for number in charged.sum(0).argsort().tolist():
+        left = (gain <= enough).nonzero().squeeze(1)
+        if not len(left) or time.perf_counter() > until:
+            break
+        which, alone = sites[number].which, -charged[left, number]
+        of_relu = torch.zeros_like(relu[left]).index_copy(1, which, relu[left][:, which])
+        replaced, linear = net.neurons.at(which), taken[left][:, which]
+        errors = Rows(-linear @ replaced.of_input, of_relu - linear @ replaced.of_relu, -linear @ replaced.constant)
+        # On a scale that suits the steps of `optimise`.
+        problem = sites[number].problem(net, errors.times(1 / alone.clamp(min=TINY)), with_own=True)
+        gain[left] += (branched_bounds(problem, until) + 1).clamp(min=0) * alone
+    return gain

@@ -10,9 +10,9 @@ import torch
 
 from rampart.bounds.domains import Domains, Parts, optimise
 from rampart.bounds.narrowing import narrowed
-from rampart.bounds.reduced import Reduced
+from rampart.bounds.reduced import Reduced, Rows
 from rampart.verification import neurons
-from rampart.verification.neurons import branched_bounds, site, sites, tightened
+from rampart.verification.neurons import Site, branched_bounds, sites, tightened
 from rampart.verification.program import linear_program
 from tests.problems import outputs, points, problem, values
 
@@ -41,9 +41,15 @@ def test_without_time_nothing_is_tightened() -> None:
     assert torch.equal(tight.upper, net.upper)
 
 
+@pytest.fixture
+def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All neurons but those of the first layer have sites: in networks as small as these none reads little."""
+    monkeypatch.setattr(neurons, "LOCAL", float("inf"))
+
+
+@pytest.mark.usefixtures("everywhere")
 def test_branch_and_bound_makes_the_neurons_of_a_map_tighter_than_slopes_alone() -> None:
     net, _, _, _ = problem("strided", 0.1)
-    assert len(sites(net, 1)) > 1
     start, stop = net.layers[1]
     slopes = narrowed(net, Parts.whole(net, 1), 1, 50, NEVER).parts
     tight = tightened(net, NEVER)
@@ -54,6 +60,11 @@ def test_branch_and_bound_makes_the_neurons_of_a_map_tighter_than_slopes_alone()
     assert float(after) < 0.95 * float(before)
 
 
+def test_neurons_that_read_much_are_not_split_for() -> None:
+    net, _, _, _ = problem("strided", 0.1)
+    assert [sites(net, layer) for layer in range(1, len(net.layers))] == [[]] * (len(net.layers) - 1)
+
+
 def exact(net: Reduced) -> torch.Tensor:
     """The outputs' smallest values, by a linear program for every pattern of signs."""
     rows = range(len(net.outputs.constant))
@@ -62,44 +73,55 @@ def exact(net: Reduced) -> torch.Tensor:
     return torch.tensor([min(bounds) for bounds in programs])
 
 
+def both_ends(net: Reduced, site: Site) -> Reduced:
+    """The problem of a site's neurons and of their negatives."""
+    rows = net.neurons.at(site.which)
+    return site.problem(net, Rows.joined([rows, rows.times(-torch.ones(len(site.which)))]), with_own=False)
+
+
+@pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize("name", ["dense", "strided"])
 def test_branch_and_bound_of_a_neuron_ends_at_its_exact_bounds(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     net, _, _, _ = problem(name, 0.1)
-    tried = [place for layer in range(1, len(net.layers)) for place in sites(net, layer)]
-    alone = [found for found in (site(net, place) for place in tried) if len(found.lower) <= 7]
-    assert alone
-    for found in alone:
-        true = exact(found).clamp(max=0)
-        few = branched_bounds(found, NEVER)
+    tried = [site for layer in range(1, len(net.layers)) for site in sites(net, layer) if len(site.read) <= 7]
+    assert tried
+    for site in tried:
+        alone = both_ends(net, site)
+        true = exact(alone).clamp(max=0)
+        few = branched_bounds(alone, NEVER)
         assert bool((few <= true + 1e-5).all())
+        ends = site.ends(net, NEVER)
+        assert bool((ends.lower <= true[: len(site.which)] + 1e-5).all())
+        assert bool((ends.upper >= -true[len(site.which) :] - 1e-5).all())
         with monkeypatch.context() as patched:
             patched.setattr(neurons, "ROUNDS", 50)
             patched.setattr(neurons, "DOMAIN_STEPS", 50)
-            all_rounds = branched_bounds(found, NEVER)
+            all_rounds = branched_bounds(alone, NEVER)
         assert all_rounds.tolist() == pytest.approx(true.tolist(), abs=2e-3)
         assert bool((all_rounds <= true + 1e-5).all())
 
 
+@pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize("name", ["dense", "strided", "residual"])
-def test_the_problem_of_some_neurons_gives_their_values(name: str) -> None:
+def test_the_problem_of_a_site_gives_its_neurons_values(name: str) -> None:
     net, _, _, _ = problem(name, 0.1)
     x = points(net, 200)
     v = values(net, x)
-    for layer in range(1, len(net.layers)):
-        for which in sites(net, layer):
-            alone = site(net, which)
-            seen = (net.center[:, None] == alone.center).any(1) if len(alone.center) < len(net.center) else slice(None)
-            got = outputs(alone, x[:, seen])
-            width = (net.upper - net.lower)[which]
-            assert torch.allclose(got[:, : len(which)] * width, v[:, which], rtol=1e-4, atol=1e-4)
-            assert torch.allclose(-got[:, len(which) :] * width, v[:, which], rtol=1e-4, atol=1e-4)
+    for site in [site for layer in range(1, len(net.layers)) for site in sites(net, layer)]:
+        got = outputs(both_ends(net, site), x[:, site.seen])
+        assert torch.allclose(got, torch.cat([v[:, site.which], -v[:, site.which]], 1), rtol=1e-4, atol=1e-4)
+        alone = site.problem(net, net.outputs, with_own=True)
+        assert torch.allclose(values(alone, x[:, site.seen])[:, len(site.read) :], v[:, site.which], atol=1e-4)
 
 
-def test_neurons_are_together_where_they_read_the_same() -> None:
+@pytest.mark.usefixtures("everywhere")
+def test_neurons_are_together_where_one_reads_all_that_the_others_read() -> None:
     net, _, _, _ = problem("strided", 0.1)
-    for layer, (start, stop) in enumerate(net.layers):
-        places = sites(net, layer)
-        assert sorted(torch.cat(places).tolist()) == list(range(start, stop))
-        patterns = [(net.neurons.of_relu[place] != 0).unique(dim=0) for place in places]
-        assert all(len(pattern) == 1 for pattern in patterns)
-        assert len(torch.cat(patterns).unique(dim=0)) == len(places)
+    for layer, (start, stop) in list(enumerate(net.layers))[1:]:
+        found = sites(net, layer)
+        assert sorted(torch.cat([site.which for site in found]).tolist()) == list(range(start, stop))
+        read = [(net.neurons.of_relu[site.which] != 0) for site in found]
+        assert all(bool((rows.sum(1) == rows.any(0).sum()).any()) for rows in read)
+        # Nor could one of the sites be part of another.
+        whole = [rows.any(0) for rows in read]
+        assert not any(bool((a <= b).all()) for k, a in enumerate(whole) for b in whole[:k])

@@ -1,9 +1,8 @@
-"""The error of a place's relaxations as one, where CROWN takes each neuron's for itself.
+"""The errors of a place's relaxations taken together, where a linear bound takes each neuron's by itself.
 
-A linear bound replaces Σ_j r_j ReLU(v_j) by Σ_j p_j v_j and is charged, neuron by neuron, with the least value that
-r_j ReLU(v_j) - p_j v_j can have. At no point of the ball are all neurons of a convolution's place as bad as that, though:
-the least value of their sum over the ball is larger. It is bounded by branch and bound on the place's own problem
-(`neurons.Site`), and the bound rises by as much.
+A linear bound replaces Σ_j r_j ReLU(v_j) by Σ_j p_j v_j, and is charged, neuron by neuron, with the least value that
+r_j ReLU(v_j) - p_j v_j can have. But at no point of the ball are all neurons at a place of a map as bad as that: the
+least value of their sum is larger. It is bounded by branch and bound of the place's own problem (`neurons.Site`).
 """
 
 from __future__ import annotations

@@ -97,10 +97,11 @@ def branch_and_bound(
     each, or on several while there are few; a child starts from its parent's slopes and multipliers. A domain whose
     neurons are all split is a linear program, which HiGHS solves.
 
-    Where that does not go well, all neurons of the ball get tighter bounds, and then the last hidden ones of the worst
-    domains, in that part of each where the output is no more than the target: this is all that has to be shown empty.
-    With these it is split as above, if that has any hope; if it does not go well either, its two children are treated
-    in the same way.
+    Where that does not go well, all neurons of the ball get tighter bounds (`tightened`), and then the last hidden ones
+    of the worst domains, in that part of each where the output is no more than the target: this is all that has to be
+    shown empty. Where it may suffice, what the relaxations of each place's neurons cost is bounded for all of them
+    together (`joint_gain`). With these bounds the domain is split as above, if that has any hope; if it does not go
+    well either, its two children are treated in the same way.
 
     Args:
         roots: the outputs over the whole ball (`optimise`).

@@ -25,9 +25,9 @@ from rampart.verification.splitting import pairs, scores
 STEPS, DOMAIN_STEPS = 10, 1
 # How often the domains of a neuron are split: all while they are FEW, then the worse half.
 ROUNDS, FEW = 8, 4
-# Domains of a neuron's end, at most, that come of it.
+# Domains of a row that come of it, about, at most.
 MOST = 64
-# Of the terms of a pass over all neurons before a layer, what one over a neuron's problem may have.
+# Of the terms of a pass over all neurons before a layer, what one over a site's problem may have.
 LOCAL = 0.1
 # Terms of a pass over the domains of neurons that are bounded together: a time limit is looked at between passes.
 TERMS = 10**9
@@ -87,7 +87,7 @@ class Site:
         return len(self.read) * (len(self.read) + len(self.seen))
 
     def problem(self, net: Reduced, rows: Rows, with_own: bool) -> Reduced:
-        """That of rows which read what the neurons read, and themselves if `with_own`, alone."""
+        """The problem whose outputs are these rows, which read what the neurons read, and if `with_own` themselves."""
         kept = torch.cat([self.read, self.which]) if with_own else self.read
 
         def within(rows: Rows) -> Rows:
@@ -107,24 +107,20 @@ class Site:
     def ends(self, net: Reduced, until: float) -> Box:
         """Bounds [n] of the neurons by branch and bound; those known where time ran out."""
         lower, upper = net.lower[self.which].clone(), net.upper[self.which].clone()
-        for some in torch.arange(len(lower), device=lower.device).split(_rows(self.terms, 2)):
+        together = max(TERMS // (2 * MOST * max(self.terms, 1)), 1)
+        for some in torch.arange(len(lower), device=lower.device).split(together):
             if time.perf_counter() > until:
                 break
             # Of each neuron and its negative, on the scale of its width.
             width, rows = (upper - lower)[some], net.neurons.at(self.which[some])
             both = Rows.joined([rows.times(1 / width), rows.times(-1 / width)])
-            low, high = branched_bounds(self.problem(net, both, False), until).view(2, -1) * width
+            low, high = branched_bounds(self.problem(net, both, with_own=False), until).view(2, -1) * width
             lower[some], upper[some] = torch.maximum(lower[some], low), torch.minimum(upper[some], -high)
         return Box(lower, upper)
 
 
-def _rows(terms: int, each: int) -> int:
-    """Whose domains are bounded together, if each has so many rows."""
-    return max(TERMS // (each * MOST * max(terms, 1)), 1)
-
-
 def sites(net: Reduced, layer: int) -> list[Site]:
-    """Those of a layer whose neurons read little: together where what one reads holds what the others read."""
+    """Of a layer whose neurons each read little: those are together of which one reads all that the others read."""
     start, stop = net.layers[layer]
     read = (net.neurons.of_relu[start:stop] != 0).float()
     size, shared = read.sum(1), read @ read.T
@@ -134,7 +130,9 @@ def sites(net: Reduced, layer: int) -> list[Site]:
             within = left & (shared[widest] == size)
             left &= ~within
             found.append(Site.of(net, within.nonzero().squeeze(1) + start))
-    return [site for site in found if site.terms < LOCAL * start * (start + len(net.center))]
+            if found[-1].terms > LOCAL * start * (start + len(net.center)):
+                return []
+    return found
 
 
 class _Domains(NamedTuple):

@@ -125,3 +125,15 @@ def test_neurons_are_together_where_one_reads_all_that_the_others_read() -> None
         # Nor could one of the sites be part of another.
         whole = [rows.any(0) for rows in read]
         assert not any(bool((a <= b).all()) for k, a in enumerate(whole) for b in whole[:k])
+
+
+def test_neurons_that_read_no_other_are_left_as_they_are() -> None:
+    net, _, _, _ = problem("strided", 0.1)
+    start, stop = net.layers[1]
+    net.neurons.of_relu[start:stop] = 0
+    assert sites(net, 1) == []
+    tight = tightened(net, NEVER)
+    assert bool((values(tight, points(net)) >= tight.lower - 1e-4).all())
+    net.neurons.of_relu[start, 0] = 1.0
+    (site,) = sites(net, 1)
+    assert site.which.tolist() == [start]

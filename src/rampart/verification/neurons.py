@@ -120,11 +120,14 @@ class Site:
 
 
 def sites(net: Reduced, layer: int) -> list[Site]:
-    """Of a layer whose neurons each read little: those are together of which one reads all that the others read."""
+    """Of a layer whose neurons each read little: those are together of which one reads all that the others read.
+
+    Those that read no neuron have none: their bounds are exact.
+    """
     start, stop = net.layers[layer]
     read = (net.neurons.of_relu[start:stop] != 0).float()
     size, shared = read.sum(1), read @ read.T
-    left, found = torch.ones_like(size, dtype=torch.bool), []
+    left, found = size > 0, []
     for widest in size.argsort(descending=True, stable=True).tolist():
         if left[widest]:
             within = left & (shared[widest] == size)

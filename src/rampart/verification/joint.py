@@ -22,7 +22,12 @@ TINY = 1e-6
 
 def charge(net: Reduced, domains: Domains, sites: list[Site]) -> Tensor:
     """[D, S] what the rows' linear bounds (`back`) are charged with for the neurons of each site, 0 or less."""
-    relu, (_, intercept) = back(net, domains).relu, domains.parts.above
+    return _charged(back(net, domains).relu, domains, sites)
+
+
+def _charged(relu: Tensor, domains: Domains, sites: list[Site]) -> Tensor:
+    """The same, where the coefficients [D, U] of ReLU(v) on the way back are known."""
+    _, intercept = domains.parts.above
     charged = relu.clamp(max=0) * intercept
     return torch.stack([charged[:, site.which].sum(1) for site in sites], 1)
 
@@ -38,7 +43,7 @@ def joint_gain(net: Reduced, domains: Domains, sites: list[Site], enough: Tensor
     # What is known of a neuron's sign holds in the part alone, and its error is 0 or more there.
     relu = relu.masked_fill(~domains.parts.free, 0)
     taken = relu * torch.where(relu < 0, above, domains.below)
-    charged = charge(net, domains, sites)
+    charged = _charged(relu, domains, sites)
     gain = torch.zeros_like(enough)
     for number in charged.sum(0).argsort().tolist():
         left = (gain <= enough).nonzero().squeeze(1)

@@ -25,7 +25,7 @@ from rampart.verification.splitting import pairs, scores
 STEPS, DOMAIN_STEPS = 10, 1
 # How often the domains of a neuron are split: all while they are FEW, then the worse half.
 ROUNDS, FEW = 8, 4
-# Domains of a row that come of it, about, at most.
+# Domains of a row that so many rounds leave, at most.
 MOST = 64
 # Of the terms of a pass over all neurons before a layer, what one over a site's problem may have.
 LOCAL = 0.1
@@ -50,8 +50,7 @@ def tightened(net: Reduced, until: float) -> Reduced:
         lower, upper = parts.lower[0].clone(), parts.upper[0].clone()
         for site in local:
             ends = site.ends(net, until)
-            lower[site.which] = torch.maximum(lower[site.which], ends.lower)
-            upper[site.which] = torch.minimum(upper[site.which], ends.upper)
+            lower[site.which], upper[site.which] = ends.lower, ends.upper
         net = net.without((lower >= 0).to(lower) - (upper <= 0).to(lower), lower, upper)
         # A layer whose neurons are all stable is gone.
         layer += len(net.layers) == count
@@ -160,7 +159,11 @@ class _Domains(NamedTuple):
 
 
 def branched_bounds(net: Reduced, until: float) -> Tensor:
-    """Lower bounds [K] of the problem's outputs, by some rounds of branch and bound; 0 where they are 0 or more."""
+    """Lower bounds [K] of the problem's outputs, by some rounds of branch and bound; 0 where they are 0 or more.
+
+    Not by `Search`, which takes the worst domains of all outputs first: here each output gets its share of one pass,
+    and the small problems of a network are bounded several times as fast.
+    """
     count = len(net.outputs.constant)
     roots = optimise(net, Domains.roots(net, net.outputs), STEPS, LR, target=0.0)
     left = _left(torch.arange(count, device=roots.bound.device), roots, roots.bound)

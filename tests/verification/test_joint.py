@@ -12,20 +12,13 @@ from rampart.bounds.domains import Domains, Parts, back, optimise
 from rampart.bounds.reduced import Reduced
 from rampart.verification import neurons
 from rampart.verification.joint import charge, joint_gain
-from rampart.verification.neurons import Site, sites
+from rampart.verification.neurons import sites
 from tests.problems import outputs, points, problem, values
 
 NEVER = float("inf")
 
 
-@pytest.fixture(autouse=True)
-def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All neurons but those of the first layer have sites: in networks as small as these none reads little."""
-    monkeypatch.setattr(neurons, "LOCAL", float("inf"))
-
-
-def local(net: Reduced) -> list[Site]:
-    return [site for layer in range(1, len(net.layers)) for site in sites(net, layer)]
+pytestmark = pytest.mark.usefixtures("everywhere")
 
 
 def bounded(net: Reduced, signs: torch.Tensor, steps: int = 5) -> Domains:
@@ -47,7 +40,7 @@ def test_bounds_hold_at_every_point_of_a_part_and_some_rise(name: str) -> None:
     domains = bounded(net, signs)
     domains.multipliers += 0.05 * torch.rand_like(domains.multipliers)
     before = back(net, domains).bound
-    gain = joint_gain(net, domains, local(net), torch.full((count,), NEVER), NEVER)
+    gain = joint_gain(net, domains, sites(net), torch.full((count,), NEVER), NEVER)
     assert bool((gain >= 0).all())
     assert bool((gain[: count // 2] > 1e-3).any())
     x = points(net, 20_000)
@@ -63,7 +56,7 @@ def test_bounds_hold_at_every_point_of_a_part_and_some_rise(name: str) -> None:
 
 def test_many_rounds_find_the_least_value_of_a_sites_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     net, _, _, _ = problem("strided", 0.1)
-    few = [site for site in local(net) if len(site.read) + len(site.which) <= 8]
+    few = [site for site in sites(net) if len(site.read) + len(site.which) <= 8]
     assert few
     domains = bounded(net, torch.zeros(len(net.outputs.constant), len(net.lower)))
     relu, (above, _) = back(net, domains).relu, domains.parts.above
@@ -85,7 +78,7 @@ def test_many_rounds_find_the_least_value_of_a_sites_errors(monkeypatch: pytest.
 
 def test_what_is_enough_or_late_is_not_gone_on_with() -> None:
     net, _, _, _ = problem("strided", 0.1)
-    found = local(net)
+    found = sites(net)
     domains = bounded(net, torch.zeros(len(net.outputs.constant), len(net.lower)))
     none = torch.zeros(len(domains))
     whole = joint_gain(net, domains, found, none + NEVER, NEVER)

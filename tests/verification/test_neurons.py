@@ -12,7 +12,7 @@ from rampart.bounds.domains import Domains, Parts, optimise
 from rampart.bounds.narrowing import narrowed
 from rampart.bounds.reduced import Reduced, Rows
 from rampart.verification import neurons
-from rampart.verification.neurons import Site, branched_bounds, sites, tightened
+from rampart.verification.neurons import Site, branched_bounds, sites, sites_of, tightened
 from rampart.verification.program import linear_program
 from tests.problems import outputs, points, problem, values
 
@@ -41,12 +41,6 @@ def test_without_time_nothing_is_tightened() -> None:
     assert torch.equal(tight.upper, net.upper)
 
 
-@pytest.fixture
-def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All neurons but those of the first layer have sites: in networks as small as these none reads little."""
-    monkeypatch.setattr(neurons, "LOCAL", float("inf"))
-
-
 @pytest.mark.usefixtures("everywhere")
 def test_branch_and_bound_makes_the_neurons_of_a_map_tighter_than_slopes_alone() -> None:
     net, _, _, _ = problem("strided", 0.1)
@@ -62,7 +56,7 @@ def test_branch_and_bound_makes_the_neurons_of_a_map_tighter_than_slopes_alone()
 
 def test_neurons_that_read_much_are_not_split_for() -> None:
     net, _, _, _ = problem("strided", 0.1)
-    assert [sites(net, layer) for layer in range(1, len(net.layers))] == [[]] * (len(net.layers) - 1)
+    assert sites(net) == []
 
 
 def exact(net: Reduced) -> torch.Tensor:
@@ -83,7 +77,7 @@ def both_ends(net: Reduced, site: Site) -> Reduced:
 @pytest.mark.parametrize("name", ["dense", "strided"])
 def test_branch_and_bound_of_a_neuron_ends_at_its_exact_bounds(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     net, _, _, _ = problem(name, 0.1)
-    tried = [site for layer in range(1, len(net.layers)) for site in sites(net, layer) if len(site.read) <= 7]
+    tried = [site for site in sites(net) if len(site.read) <= 7]
     assert tried
     for site in tried:
         alone = both_ends(net, site)
@@ -107,7 +101,7 @@ def test_the_problem_of_a_site_gives_its_neurons_values(name: str) -> None:
     net, _, _, _ = problem(name, 0.1)
     x = points(net, 200)
     v = values(net, x)
-    for site in [site for layer in range(1, len(net.layers)) for site in sites(net, layer)]:
+    for site in sites(net):
         got = outputs(both_ends(net, site), x[:, site.seen])
         assert torch.allclose(got, torch.cat([v[:, site.which], -v[:, site.which]], 1), rtol=1e-4, atol=1e-4)
         alone = site.problem(net, net.outputs, with_own=True)
@@ -118,7 +112,7 @@ def test_the_problem_of_a_site_gives_its_neurons_values(name: str) -> None:
 def test_neurons_are_together_where_one_reads_all_that_the_others_read() -> None:
     net, _, _, _ = problem("strided", 0.1)
     for layer, (start, stop) in list(enumerate(net.layers))[1:]:
-        found = sites(net, layer)
+        found = sites_of(net, layer)
         assert sorted(torch.cat([site.which for site in found]).tolist()) == list(range(start, stop))
         read = [(net.neurons.of_relu[site.which] != 0) for site in found]
         assert all(bool((rows.sum(1) == rows.any(0).sum()).any()) for rows in read)
@@ -131,9 +125,9 @@ def test_neurons_that_read_no_other_are_left_as_they_are() -> None:
     net, _, _, _ = problem("strided", 0.1)
     start, stop = net.layers[1]
     net.neurons.of_relu[start:stop] = 0
-    assert sites(net, 1) == []
+    assert sites_of(net, 1) == []
     tight = tightened(net, NEVER)
     assert bool((values(tight, points(net)) >= tight.lower - 1e-4).all())
     net.neurons.of_relu[start, 0] = 1.0
-    (site,) = sites(net, 1)
+    (site,) = sites_of(net, 1)
     assert site.which.tolist() == [start]

@@ -138,7 +138,7 @@ def _narrowing(search: Search, bounds: Tensor, opened: list[Domain]) -> list[Dom
     now = time.perf_counter()
     net = tightened(search.net, now + TIGHTENING_SHARE * (search.deadline - now))
     search.net, search.relus = net.followed_by_outputs(bounds, search.target), len(net.lower)
-    local = [site for layer in range(1, len(search.net.layers)) for site in sites(search.net, layer)]
+    local = sites(search.net)
     rows = torch.tensor(sorted({domain.row for domain in opened}), device=bounds.device)
     parts = Parts.whole(search.net, len(rows))
     parts.signs[torch.arange(len(rows), device=rows.device), search.relus + rows] = -1

@@ -41,7 +41,7 @@ def tightened(net: Reduced, until: float) -> Reduced:
     """
     layer = 1
     while layer < len(net.layers):
-        count, local = len(net.layers), sites(net, layer)
+        count, local = len(net.layers), sites_of(net, layer)
         others = torch.ones_like(net.lower, dtype=torch.bool)
         for site in local:
             others[site.which] = False
@@ -118,7 +118,12 @@ class Site:
         return Box(lower, upper)
 
 
-def sites(net: Reduced, layer: int) -> list[Site]:
+def sites(net: Reduced) -> list[Site]:
+    """Of all layers."""
+    return [site for layer in range(len(net.layers)) for site in sites_of(net, layer)]
+
+
+def sites_of(net: Reduced, layer: int) -> list[Site]:
     """Of a layer whose neurons each read little: those are together of which one reads all that the others read.
 
     Those that read no neuron have none: their bounds are exact.

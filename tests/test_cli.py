@@ -66,6 +66,8 @@ def test_bad_input_ends_in_one_line_exit_code_2_and_a_failed_run(
         (["train", "--width", "1e6"], "memory"),
         (["main", "--methods", "normal", "--verify.eps", "2"], "verify of normal: eps must lie"),
         (["compare"], "nothing to compare"),
+        (["train", "--epochs"], "'--epochs' requires an argument"),
+        (["verify", "model.npz"], "unexpected extra argument (model.npz)"),
         (["compare", "--study", "0123456789abcdef0123456789abcdef"], "no run"),
     ]
     for words, expected in cases:
@@ -123,6 +125,12 @@ def test_help_does_not_need_the_profile(monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.setattr("rampart.__main__.defaults", broken)
     assert main(["train", "--help"]) == 0
     assert "Adam's learning rate" in capsys.readouterr().out
+
+
+def test_an_entry_point_that_is_none_is_said_so(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["frobnicate", "--epochs", "1"]) == 2
+    assert capsys.readouterr().err == "error: No such command 'frobnicate'.\n"
+    assert not MlflowClient().search_runs(["0"])
 
 
 def test_without_a_step_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from rampart.console import configure_logging
-from rampart.errors import RampartError, is_out_of_memory, require
+from rampart.errors import RampartError, SettingsError, is_out_of_memory, require
 from rampart.settings import STEPS, as_text, names, resolve
 from rampart.settings.kinds import DEFAULT_PROFILE
 
@@ -96,9 +96,9 @@ def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     try:
         cli.main(words, prog_name="rampart", standalone_mode=False)
-    except click.NoSuchOption as error:
-        return _reject(words, error.option_name.lstrip("-"))
     except click.ClickException as error:
+        if isinstance(error, click.NoSuchOption) or any(word in ABOUT for word in words):
+            return _reject(words, error)
         # Where no step is named, that is the help.
         click.echo(f"error: {error.format_message()}" if words else error.format_message(), err=True)
         return 2
@@ -116,18 +116,21 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _reject(words: list[str], name: str) -> int:
-    """A setting that the step does not have: said as for any other bad setting, and the run FAILED."""
+def _reject(words: list[str], error: click.ClickException) -> int:
+    """What a step cannot be told: said as of any other bad setting, and the run FAILED."""
     from rampart.tracking import open_run
 
     entry = next((word for word in words if word in ABOUT), "main")
     step, _ = ENTRIES.get(entry, (entry, {}))
     try:
         with open_run(step):
-            require(name != "P", "-P name=value is for `mlflow run`: here it is --name value")
-            resolve(step, {name: ""})
-    except RampartError as error:
-        click.echo(f"error: {error}", err=True)
+            if isinstance(error, click.NoSuchOption):
+                name = error.option_name.lstrip("-")
+                require(name != "P", "-P name=value is for `mlflow run`: here it is --name value")
+                resolve(step, {name: ""})
+            raise SettingsError(error.format_message())
+    except RampartError as said:
+        click.echo(f"error: {said}", err=True)
     return 2
 
 

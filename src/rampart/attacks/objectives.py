@@ -33,8 +33,8 @@ def dlr(z: Tensor, y: Tensor) -> Tensor:
 
 
 def targeted_dlr(target: Tensor) -> Objective:
-    """(z_t - z_y) as a share of z_1 - (z_3 + z_4) / 2, sorted logits (Croce & Hein 2020, eq. 8); with three classes the
-    fourth is the third, with two the share is 1. `target` [B]."""
+    """(z_t - z_y) as a share of z_1 - (z_3 + z_4) / 2, sorted logits (Croce & Hein 2020's targeted DLR loss); with
+    three classes the fourth is the third, with two the share is 1. `target` [B]."""
 
     def objective(z: Tensor, y: Tensor) -> Tensor:
         ahead = (z.gather(1, target[:, None]) - z.gather(1, y[:, None])).squeeze(1)

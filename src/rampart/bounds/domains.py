@@ -168,8 +168,8 @@ def forth(net: Reduced, domains: Domains, found: Sweep) -> Tensor:
 
 
 class Optimised(NamedTuple):
-    """The best bounds [D] seen, in the problem's precision, the domains with what gave them, and the sweep [D] and
-    v [D, U] seen last, in float32."""
+    """The best bounds [D] seen, in the problem's precision, the domains with what gave them, and in float32 the last
+    sweep [D] (with the best bounds) and v [D, U]."""
 
     bound: Tensor
     domains: Domains

@@ -68,7 +68,7 @@ class Narrowed(NamedTuple):
     Args:
         parts: with tighter bounds of a layer's neurons.
         empty: [D] whether a part has turned out empty.
-        starts: of the neurons that were narrowed; None where time ran out.
+        starts: of the neurons that were narrowed; None where time ran out, or there were none.
     """
 
     parts: Parts

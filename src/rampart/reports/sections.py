@@ -168,8 +168,8 @@ def _verdicts(given: Material) -> Iterator[Section]:
         "verdicts",
         "Verdicts (the study's Table 1)",
         "Images by what was proved of them. safe-incomplete: proved by bounds alone; safe: proved by branch and bound; "
-        "unsafe: a counterexample was found and checked; timeout: branch and bound ran out of time; unknown: not "
-        "settled, and not searched further; misclassified: wrong as it stands, not verified. certified %: share of all "
+        "unsafe: a counterexample was found and checked; timeout: time, domains or memory ran out; unknown: "
+        "not settled for another reason; misclassified: wrong as it stands, not verified. certified %: share of all "
         "chosen images that are classified correctly and proved robust.",
         tables.verdicts(given.summary),
         charts.verdicts(given.summary),

@@ -73,7 +73,8 @@ def claims(evidence: Evidence, eps: float | None) -> pd.DataFrame:
 
 
 def _pairs(evidence: Evidence) -> Iterator[Claim]:
-    """All pairs of arms that differ in one thing, SupCon first: it is what the study asks about."""
+    """Pairs of arms that differ in one thing: SupCon beside none (first: it is what the study asks about), augmented
+    beside plain, a method beside `normal`."""
     arms = evidence.of("evaluate", "verify").drop_duplicates("arm")
     arms = arms[arms["method"] != "other"]
     have = {(row["method"], row["augment"], row["contrastive"]): row["arm"] for row in arms.to_dict("records")}

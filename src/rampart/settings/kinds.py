@@ -44,7 +44,7 @@ class Common:
         split_seed: of that split.
         seed: of everything random in the step.
         device: `auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:1`…
-        threads: CPU threads; 0 leaves the choice to PyTorch.
+        threads: CPU threads; 0 leaves the choice to PyTorch (in a study: the cores shared among its workers).
         eps_space: scale on which ε is given: `pixel` ([0, 1]) or `normalized` (the study's [-1, 1]: half in pixels).
     """
 
@@ -112,8 +112,8 @@ class VerifySettings(ModelSettings, VerificationPlan):
     """Settings of `verify`.
 
     Args:
-        part: `2/8` verifies the second eighth of the images alone; without a part those that parts have finished are
-            gathered, and the others verified.
+        part: `2/8` verifies every eighth of the images alone, from the second on; without a part those that parts have
+            finished are gathered, and the others verified.
     """
 
     part: str = ""
@@ -216,7 +216,8 @@ class TuneSettings(Common):
         objective: what is maximised on the validation images: `val_accuracy`, `val_robust_accuracy` (PGD, 10 steps),
             `val_certified_accuracy` (CROWN-IBP), or `own`, that of the three which the method chooses its epochs by.
             Several: their Pareto front.
-        objective_eps: radius in pixels of the last two; 0: the ε that the arm is trained at where none is searched.
+        objective_eps: radius in pixels of robust and certified accuracy; 0: the ε that the arm is trained at where none
+            is searched.
         sampler: `tpe`, `nsga-ii`, `gp` or `random`.
         pruner: `median` (a trial worse than the median of those before it at the same epoch is stopped; of several
             objectives one that is worse in all of them), `hyperband` (one objective alone) or `none`.

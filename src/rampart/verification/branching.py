@@ -47,7 +47,7 @@ class Outcome(NamedTuple):
     Args:
         status: `safe`, `unsafe`, `timeout` (time or domains ran out) or `unknown` (what is left is nearer to 0 than the
             tolerance of a proof).
-        bound: the lowest bound of a domain that is left; the target for `safe`.
+        bound: the lowest bound of a domain that is left; the target for `safe` and `unsafe`.
         example: [I] for `unsafe`.
         domains: bounded in all.
     """

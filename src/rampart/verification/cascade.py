@@ -59,7 +59,8 @@ def verify(
         image: [C, H, W] in [0, 1]. One that is misclassified as it stands is its own counterexample (`unsafe`).
         timeout: seconds after which no further stage, or batch of domains, is begun.
         attack_first: whether PGD looks for a counterexample first.
-        engine: `native`, or `abcrown`: α,β-CROWN, where it is installed, for which the settings below mean nothing.
+        engine: `native`, or `abcrown`: α,β-CROWN, where it is installed, for which `attack_first` and the settings
+            below mean nothing.
         memory: MiB that the native engine's coefficients take at once.
         complete: whether branch and bound follows where bounds do not settle the image.
         branching: its rule (`branch_and_bound`).

@@ -37,7 +37,7 @@ def export(model: nn.Module, split: Split, images: list[int], eps: float, timeou
     """Writes the model and, for each of the images that it classifies correctly, whether the ball around it is robust.
     Questions that a folder holds already stay.
 
-    The graph takes pixels [1, C, H, W] in [0, 1] (normalisation inside) and gives logits; it is compared with the model
+    The graph takes pixels [B, C, H, W] in [0, 1] (normalisation inside) and gives logits; it is compared with the model
     on the images before anything else is written.
 
     Raises:

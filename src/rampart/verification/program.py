@@ -14,7 +14,8 @@ log = logging.getLogger(__name__)
 
 
 def linear_program(net: Reduced, row: Rows, signs: Tensor) -> tuple[float, Tensor | None]:
-    """(minimum of a row where every neuron has its sign, [I] the point); inf and None where there is no such point."""
+    """(minimum of a row where every neuron has its sign, [I] the point); inf and None where there is no such point,
+    -inf and None where the solver finds neither, or is not installed."""
     try:
         from scipy.optimize import linprog
     except ImportError:  # a machine that has PyTorch alone

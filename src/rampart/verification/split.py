@@ -61,7 +61,7 @@ class VerificationPlan:
         engine: `native`; `abcrown` (α,β-CROWN, where it is installed); or the path of a results.csv in which any other
             verifier has written down what it made of the exported instances, its counterexamples beside it.
         radius: 0, or the radius in pixels up to which the largest ε that can be proved is looked for in every image,
-            by bisection within `timeout` more seconds.
+            by bisection within `timeout` more seconds (`eps` at least, where the image is proved at it).
         images_at_once: in work side by side, each on its share of the threads (engine=native alone).
         export: folder that gets the questions as ONNX and VNN-LIB files, for other verifiers.
     """

@@ -69,7 +69,8 @@ class Search:
         steps: of `optimise` for each.
         max_domains: bounded in all.
         example: [I] a counterexample.
-        unresolved: bounds of linear programs nearer to 0 than the tolerance of a proof.
+        unresolved: bounds of linear programs that neither prove nor refute: nearer to 0 than the tolerance of a proof,
+            or -inf of those that were not solved.
         domains: bounded so far.
         late: whether a limit was reached.
     """

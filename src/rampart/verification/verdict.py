@@ -21,7 +21,8 @@ class Verdict:
         counterexample: [C, H, W] for `unsafe`, checked in float64.
         domains: bounded by branch and bound; 0 where bounds or an attack settled it.
         seconds: spent on the image.
-        stage: what settled it, of STAGES, or another verifier's name; the last one tried where none did.
+        stage: what settled it, of STAGES, or another verifier's name (of a results.csv the category that it wrote
+            down); the last one tried where none did.
         stage_seconds: spent in each stage that was tried.
     """
 

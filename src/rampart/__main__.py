@@ -97,8 +97,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         cli.main(words, prog_name="rampart", standalone_mode=False)
     except click.ClickException as error:
-        if isinstance(error, click.NoSuchOption) or any(word in ABOUT for word in words):
-            return _reject(words, error)
+        entry = next((word for word in words if word in ABOUT), "main" if isinstance(error, click.NoSuchOption) else "")
+        if entry:
+            return _reject(entry, error)
         # Where no step is named, that is the help.
         click.echo(f"error: {error.format_message()}" if words else error.format_message(), err=True)
         return 2
@@ -116,11 +117,10 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _reject(words: list[str], error: click.ClickException) -> int:
+def _reject(entry: str, error: click.ClickException) -> int:
     """What a step cannot be told: said as of any other bad setting, and the run FAILED."""
     from rampart.tracking import open_run
 
-    entry = next((word for word in words if word in ABOUT), "main")
     step, _ = ENTRIES.get(entry, (entry, {}))
     try:
         with open_run(step):

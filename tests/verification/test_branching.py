@@ -17,7 +17,7 @@ from rampart.bounds.margins import PROVED, margin_spec
 from rampart.bounds.narrowing import Narrowed, narrowed
 from rampart.bounds.reduced import Reduced, Rows
 from rampart.models import Layout
-from rampart.verification import branching, neurons, splitting, verify
+from rampart.verification import branching, splitting, verify
 from rampart.verification.branching import branch_and_bound
 from rampart.verification.program import linear_program
 from tests.exact import exact_margins, smallest_margin, tiny_net
@@ -66,10 +66,12 @@ def test_verdicts_of_300_networks_are_those_of_an_exact_solver(part: int) -> Non
 
 
 @pytest.mark.parametrize("joint", [False, True])
-def test_verdicts_are_exact_where_every_part_is_narrowed(joint: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verdicts_are_exact_where_every_part_is_narrowed(
+    joint: bool, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     monkeypatch.setattr(splitting.Search, "settle", lambda _, opened, *rest: opened)
     if joint:  # and the neurons of each layer are bounded one by one first, then together in every part
-        monkeypatch.setattr(neurons, "LOCAL", float("inf"))
+        request.getfixturevalue("everywhere")
         monkeypatch.setattr(branching, "JOINT_SHARE", float("inf"))
     narrowings = 0
 

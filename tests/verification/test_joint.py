@@ -39,8 +39,8 @@ def test_bounds_hold_at_every_point_of_a_part_and_some_rise(name: str) -> None:
             signs[part, int(torch.randint(start, stop, ()))] = 1 - 2 * (part % 2)
     domains = bounded(net, signs)
     domains.multipliers += 0.05 * torch.rand_like(domains.multipliers)
-    before = back(net, domains).bound
-    gain = joint_gain(net, domains, sites(net), torch.full((count,), NEVER), NEVER)
+    before, relu, _ = back(net, domains)
+    gain = joint_gain(net, domains, relu, sites(net), torch.full((count,), NEVER), NEVER)
     assert bool((gain >= 0).all())
     assert bool((gain[: count // 2] > 1e-3).any())
     x = points(net, 20_000)
@@ -65,12 +65,12 @@ def test_many_rounds_find_the_least_value_of_a_sites_errors(monkeypatch: pytest.
     monkeypatch.setattr(neurons, "DOMAIN_STEPS", 30)
     enough = torch.full((len(domains),), NEVER)
     for site in few:
-        gain = joint_gain(net, domains, [site], enough, NEVER)
+        gain = joint_gain(net, domains, relu, [site], enough, NEVER)
         which = site.which
         r = relu[:, None, which]
         slope = torch.where(r < 0, above[:, None, which], domains.below[:, None, which])
         sampled = (r * (v[:, which].relu() - slope * v[:, which])).sum(2).amin(1)
-        found = charge(net, domains, [site])[:, 0] + gain
+        found = charge(relu, domains, [site])[:, 0] + gain
         assert bool((found <= sampled.clamp(max=0) + 1e-4).all())
         # Sampling comes near to the least value.
         assert bool((found >= sampled.clamp(max=0) - 0.1 * sampled.abs() - 1e-3).all())
@@ -80,10 +80,10 @@ def test_what_is_enough_or_late_is_not_gone_on_with() -> None:
     net, _, _, _ = problem("strided", 0.1)
     found = sites(net)
     domains = bounded(net, torch.zeros(len(net.outputs.constant), len(net.lower)))
-    none = torch.zeros(len(domains))
-    whole = joint_gain(net, domains, found, none + NEVER, NEVER)
-    some = joint_gain(net, domains, found, whole / 2, NEVER)
+    relu, none = back(net, domains).relu, torch.zeros(len(domains))
+    whole = joint_gain(net, domains, relu, found, none + NEVER, NEVER)
+    some = joint_gain(net, domains, relu, found, whole / 2, NEVER)
     assert bool((some <= whole + 1e-6).all())
     assert bool((some >= whole / 2 - 1e-6).all())
-    assert bool((joint_gain(net, domains, found, none - 1, NEVER) == 0).all())
-    assert bool((joint_gain(net, domains, found, none + NEVER, time.perf_counter()) == 0).all())
+    assert bool((joint_gain(net, domains, relu, found, none - 1, NEVER) == 0).all())
+    assert bool((joint_gain(net, domains, relu, found, none + NEVER, time.perf_counter()) == 0).all())

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rampart.bounds.box import Box
-from rampart.bounds.domains import Domains, Optimised, Parts, optimise
+from rampart.bounds.domains import Domains, Optimised, Parts, back, optimise
 from rampart.bounds.narrowing import Starts, mattering, narrowed
 from rampart.bounds.reduced import Reduced
 from rampart.verification.choosing import least_growth
@@ -207,9 +207,10 @@ def _bounded(search: Search, local: list[Site], nodes: list[_Node]) -> list[_Nod
     search.domains += len(nodes)
     bound, missing = found.bound.clone(), search.target - found.bound
     if local:
-        hope = -JOINT_SHARE * charge(net, found.domains, local).sum(1)
+        relu = back(net, found.domains).relu
+        hope = -JOINT_SHARE * charge(relu, found.domains, local).sum(1)
         near = ((missing >= 0) & (missing < hope) & ~empty).nonzero().squeeze(1)
-        bound[near] += joint_gain(net, found.domains.at(near), local, missing[near], search.deadline)
+        bound[near] += joint_gain(net, found.domains.at(near), relu[near], local, missing[near], search.deadline)
     known = net.lower.new_tensor([domain.bound for domain in domains])
     return [
         _Node(

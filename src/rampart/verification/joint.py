@@ -12,7 +12,7 @@ import time
 import torch
 from torch import Tensor
 
-from rampart.bounds.domains import Domains, back
+from rampart.bounds.domains import Domains
 from rampart.bounds.reduced import Reduced, Rows
 from rampart.verification.neurons import Site, branched_bounds
 
@@ -20,30 +20,30 @@ from rampart.verification.neurons import Site, branched_bounds
 TINY = 1e-6
 
 
-def charge(net: Reduced, domains: Domains, sites: list[Site]) -> Tensor:
-    """[D, S] what the rows' linear bounds (`back`) are charged with for the neurons of each site, 0 or less."""
-    return _charged(back(net, domains).relu, domains, sites)
+def charge(relu: Tensor, domains: Domains, sites: list[Site]) -> Tensor:
+    """[D, S] what the rows' linear bounds are charged with for the neurons of each site, 0 or less.
 
-
-def _charged(relu: Tensor, domains: Domains, sites: list[Site]) -> Tensor:
-    """The same, where the coefficients [D, U] of ReLU(v) on the way back are known."""
+    Args:
+        relu: [D, U] coefficients of ReLU(v) on the way back (`Sweep.relu`).
+    """
     _, intercept = domains.parts.above
     charged = relu.clamp(max=0) * intercept
     return torch.stack([charged[:, site.which].sum(1) for site in sites], 1)
 
 
-def joint_gain(net: Reduced, domains: Domains, sites: list[Site], enough: Tensor, until: float) -> Tensor:
+def joint_gain(net: Reduced, domains: Domains, relu: Tensor, sites: list[Site], enough: Tensor, until: float) -> Tensor:
     """[D] by how much the rows' bounds rise, where the neurons of each site are bounded together.
 
     Args:
+        relu: [D, U] coefficients of ReLU(v) on the way back (`Sweep.relu`).
         enough: [D], beyond which a gain is of no use.
         until: as time.perf_counter() tells it, after which sites keep what they are charged with.
     """
-    relu, (above, _) = back(net, domains).relu, domains.parts.above
+    above, _ = domains.parts.above
     # What is known of a neuron's sign holds in the part alone, and its error is 0 or more there.
     relu = relu.masked_fill(~domains.parts.free, 0)
     taken = relu * torch.where(relu < 0, above, domains.below)
-    charged = _charged(relu, domains, sites)
+    charged = charge(relu, domains, sites)
     gain = torch.zeros_like(enough)
     for number in charged.sum(0).argsort().tolist():
         left = (gain <= enough).nonzero().squeeze(1)

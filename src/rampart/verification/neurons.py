@@ -129,7 +129,7 @@ def sites_of(net: Reduced, layer: int) -> list[Site]:
     Those that read no neuron have none: their bounds are exact.
     """
     start, stop = net.layers[layer]
-    read = (net.neurons.of_relu[start:stop] != 0).float()
+    read = (net.neurons.of_relu[start:stop, :start] != 0).float()
     size, shared = read.sum(1), read @ read.T
     left, found = size > 0, []
     for widest in size.argsort(descending=True, stable=True).tolist():

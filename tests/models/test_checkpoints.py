@@ -209,3 +209,16 @@ def test_a_missing_file_is_named_in_one_line(name: str, tmp_path: Path) -> None:
         load_model(tmp_path / name)
     assert str(tmp_path / name) in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_weights_that_float32_rounds_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A verdict is of the network that was loaded: who saved another one is told."""
+    model = build_model(width=0.125).double()
+    save_model(model, tmp_path / "exact.safetensors")  # float32's values, kept in float64
+    assert load_model(tmp_path / "exact.safetensors").head.weight.dtype == torch.float32
+    assert not caplog.records
+    with torch.no_grad():
+        model.head.weight += 1e-12
+    save_model(model, tmp_path / "finer.safetensors")
+    assert torch.equal(load_model(tmp_path / "finer.safetensors").head.weight, model.head.weight.float())
+    assert "rounded" in caplog.text

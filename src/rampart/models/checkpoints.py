@@ -94,7 +94,7 @@ def _foreign(path: str | Path, error: Exception) -> ModelError:
 
 def load_model(path: str | Path) -> Classifier:
     """Reads `.safetensors` (ours), `.npz` (the study's) or `rampart:<arm>` (what came with the checkout) into a
-    Classifier in eval mode.
+    Classifier in eval mode, in float32 (a warning says where that rounds).
 
     Raises:
         ModelError: the file is missing, of another kind, does not fit the architecture, or holds NaN.
@@ -118,6 +118,9 @@ def load_model(path: str | Path) -> Classifier:
         if not all(bool(value.isfinite().all()) for value in model.state_dict().values()):
             # No attack breaks an image of a network that gives NaN, and argmax makes a class of it.
             raise ModelError(f"'{path}' holds weights that are NaN or infinite: train or export it anew")
+        taken = model.state_dict()
+        if any(not torch.equal(taken[name].to(value.dtype), value) for name, value in state.items()):
+            log.warning("'%s' holds more than float32: figures and verdicts are of its weights as rounded to that", path)
     except ModelError:
         raise
     except Exception as error:  # torch, numpy and safetensors share no base class for a broken or foreign file

@@ -140,24 +140,27 @@ def training_step(recipe: Recipe, device: str = "cpu") -> Callable[[], object]:
 def peak_memory(target: Callable[..., Callable[[], object]], *given: object) -> float:
     """MiB that a call of what `target(*given)` prepares takes at its peak, in a fresh process (Linux alone)."""
     context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    process = context.Process(target=_measure, args=(results, target, given))
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=_measure, args=(there, target, given))
     process.start()
-    found = results.get()
-    process.join()
+    there.close()
+    try:
+        found: float = here.recv()
+    except EOFError:
+        raise SystemExit("what was to be measured has failed: its process tells why above") from None
+    finally:
+        process.join()
     return found
 
 
-def _measure(
-    results: multiprocessing.Queue[float], target: Callable[..., Callable[[], object]], given: tuple[object, ...]
-) -> None:
+def _measure(result: Connection, target: Callable[..., Callable[[], object]], given: tuple[object, ...]) -> None:
     call = target(*given)
     gc.collect()
     # Else the peak would be that of what was prepared, as often as that took more.
     Path("/proc/self/clear_refs").write_text("5")
     before = _peak()
     call()
-    results.put(_peak() - before)
+    result.send(_peak() - before)
 
 
 def _peak() -> float:

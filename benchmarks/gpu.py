@@ -15,7 +15,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from multiprocessing.synchronize import Barrier
+from contextlib import suppress
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -100,23 +101,38 @@ def images_a_second(call: Callable[[], object], seconds: float) -> float:
     return statistics.median(found)
 
 
-def _share(results: multiprocessing.Queue[float], begin: Barrier, name: str, ours: bool, seconds: float) -> None:
+def _share(pipe: Connection, name: str, ours: bool, seconds: float) -> None:
     call = stepping(name, ours)
-    begin.wait()
-    results.put(images_a_second(call, seconds))
+    pipe.send(None)
+    with suppress(EOFError):  # another one has failed
+        pipe.recv()
+        pipe.send(images_a_second(call, seconds))
 
 
 def shared(name: str, ours: bool, seconds: float, processes: int) -> float:
     """Images a second of all processes."""
     context = multiprocessing.get_context("spawn")
-    results, begin = context.Queue(), context.Barrier(processes)
-    workers = [context.Process(target=_share, args=(results, begin, name, ours, seconds)) for _ in range(processes)]
-    for worker in workers:
+    pipes, workers = [], []
+    for _ in range(processes):
+        here, there = context.Pipe()
+        worker = context.Process(target=_share, args=(there, name, ours, seconds))
         worker.start()
-    found = [results.get() for _ in workers]
-    for worker in workers:
-        worker.join()
-    return sum(found)
+        there.close()
+        pipes.append(here)
+        workers.append(worker)
+    try:
+        for pipe in pipes:  # all begin when the last of them can
+            pipe.recv()
+        for pipe in pipes:
+            pipe.send(None)
+        return sum(pipe.recv() for pipe in pipes)
+    except (EOFError, OSError):
+        raise SystemExit(f"{name} has failed: its process tells why above") from None
+    finally:
+        for pipe in pipes:
+            pipe.close()
+        for worker in workers:
+            worker.join()
 
 
 def main() -> None:

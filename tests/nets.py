@@ -10,7 +10,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from rampart.bounds.box import pixel_box
+from rampart.attacks import Ball
 from rampart.data import Dataset, to_pixels
 from rampart.models import Chain, Classifier, Normalize, build_model
 from rampart.models.geometry import Geometry
@@ -360,8 +360,8 @@ def wrong_in_a_corner(image: Tensor, eps: float) -> tuple[nn.Sequential, Tensor]
     first, last = nn.Linear(image.numel(), 1), nn.Linear(1, 2)
     model = nn.Sequential(nn.Flatten(), first, nn.ReLU(), last).eval()
     weight = torch.where(torch.arange(image.numel()) % 3 > 0, 1000.0, -1000.0)
-    box, top = pixel_box(image[None], eps), float(weight.abs().sum()) * eps
-    corner = torch.where(weight.view(image.shape) > 0, box.upper[0], box.lower[0])
+    ball, top = Ball.around(image[None], eps), float(weight.abs().sum()) * eps
+    corner = torch.where(weight.view(image.shape) > 0, ball.upper[0], ball.lower[0])
     with torch.no_grad():
         first.weight[0] = weight
         first.bias[0] = -float(weight.double() @ image.flatten().double()) - 0.99 * top

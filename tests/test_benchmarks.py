@@ -14,7 +14,9 @@ import pandas as pd
 import pytest
 import torch
 
-from benchmarks.common import apart
+from benchmarks.common import apart, peak_memory
+from benchmarks.gpu import shared
+from benchmarks.scaling import simulate
 from benchmarks.verification import COLUMNS, rows_of
 
 ROOT = Path(__file__).parents[1]
@@ -92,3 +94,30 @@ def test_contenders_apart_have_a_process_each(tmp_path: Path) -> None:
 def test_a_contender_that_fails_ends_the_benchmark(prepare: Callable[[], Callable[[], object]]) -> None:
     with pytest.raises(SystemExit, match="theirs has failed"), apart({"theirs": prepare}) as calls:
         calls["theirs"]()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what a process takes is asked of Linux")
+def test_the_memory_of_a_call_that_fails_is_not_waited_for() -> None:
+    assert peak_memory(_taking, 2**26) == pytest.approx(64, rel=0.2)
+    for prepare in (_failing, _never_prepared):
+        with pytest.raises(SystemExit, match="has failed"):
+            peak_memory(prepare)
+
+
+def _taking(many: int) -> Callable[[], object]:
+    return partial(bytearray, many)
+
+
+def test_processes_that_cannot_share_a_gpu_end_the_benchmark() -> None:
+    with pytest.raises(SystemExit, match="nonesuch has failed"):
+        shared("nonesuch", True, 0.1, 2)
+
+
+def test_embeddings_are_simulated_one_at_a_time_beside_the_workers() -> None:
+    seconds = {"train": 2.0, "evaluate": 1.0, "verify": 2.0, "embed": 0.5}
+    times = {(arm, step): took for arm in ("normal", "adversarial") for step, took in seconds.items()}
+    # 20 arms and seeds of 5 s by one worker; the last embedding is over long before.
+    assert simulate(times, 1, 10) == 100
+    assert simulate(times, 4, 10) == 25
+    # A worker for each: the embeddings of all of them, when the trainings are over.
+    assert simulate(times, 20, 10) == 2 + 20 * 0.5

@@ -62,6 +62,14 @@ def test_arm_rules_apply_however_a_setting_is_spelt(text: str, tmp_path: Path) -
     assert train_settings(profile=str(file), augment=text).epochs != 7
 
 
+def test_an_arm_rule_sees_what_those_before_it_have_set_and_the_user_given(tmp_path: Path) -> None:
+    file = tmp_path / "own.yaml"
+    file.write_text("arms: [{when: {method: normal}, set: {width: 0.5}}, {when: {width: 0.5}, set: {epochs: 7}}]")
+    assert train_settings(profile=str(file)).epochs == 7
+    assert train_settings(profile=str(file), width="0.25").epochs != 7
+    assert train_settings(profile=str(file), method="ibp").epochs != 7
+
+
 def test_normalized_eps_are_halved_once_and_both_values_are_logged() -> None:
     given = {"model": "x.npz", "eps_space": "normalized", "eps": "1/255,2/255,0.5"}
     settings = resolve("evaluate", given)
@@ -218,6 +226,7 @@ def test_a_profile_with_an_unknown_setting_is_refused(tmp_path: Path) -> None:
     [
         ("train: {1: 2}", "unknown setting in section train .* '1'"),
         ("common: {1: 2}", "unknown setting in section common .* '1'"),
+        ("common: {train.lr: 1}", "'train.lr' in section common .* put lr into section train"),
         ("arms: [{when: {1: 2}, set: {lr: 0.1}}]", "unknown setting in a rule .* '1'"),
         ("train: 3", "section train .* mapping"),
         ("arms: 3", "section arms .* list"),

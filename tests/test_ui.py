@@ -55,9 +55,13 @@ setTimeout(() => {
   table.tHead.rows[0].cells[3].click();
   const up = column();
   table.tHead.rows[0].cells[3].click();
+  const [verdicts] = document.querySelectorAll("#verdicts table");
+  const radii = () => [...verdicts.tBodies[0].rows].map(row => row.cells[3]);
+  ["2/255", "-", "1/255", "1/510"].forEach((text, i) => radii()[i].textContent = text);
+  verdicts.tHead.rows[0].cells[3].click();
   const panels = [...document.querySelectorAll(".panel")];
   document.title = JSON.stringify({
-    asked, up, down: column(), panels: panels.length,
+    asked, up, down: column(), radii: radii().map(cell => cell.textContent), panels: panels.length,
     drawn: panels.filter(panel => panel.querySelector("svg")?.getBoundingClientRect().width > 100).length,
     pictures: [...document.images].filter(image => image.naturalWidth > 100).length,
     figures: document.querySelectorAll("[data-figure]").length,
@@ -87,6 +91,7 @@ def test_the_report_is_one_page_that_needs_nothing_else(study: Study, tmp_path: 
     numbers = [float(text.split()[0]) for text in seen["up"]]
     assert numbers == sorted(numbers)
     assert seen["down"] == seen["up"][::-1]
+    assert seen["radii"] == ["1/510", "1/255", "2/255", "-"]
     for text in ("Robust accuracy", "Verdicts", "What may be claimed", compare[:8]):
         assert text in dom
 

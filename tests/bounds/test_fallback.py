@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.prune import l1_unstructured
 
 from rampart.bounds import METHODS, find_layout, margin_bounds
+from rampart.bounds.exact import Exact
 from rampart.errors import UnsupportedLayer
 from rampart.models import Layout
 from tests.bounds.soundness import EPS, assert_sound, sampled_minima
@@ -223,9 +226,25 @@ def test_quantised_layers_are_not_taken_for_plain_ones() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
-def test_hooks_that_make_weights_are_no_obstacle() -> None:
-    model = nn.Sequential(nn.Flatten(), nn.utils.weight_norm(nn.Linear(12, CLASSES))).eval()
-    assert find_layout(model, torch.rand(1, 3, 2, 2)) is not None
+@pytest.mark.parametrize(
+    "made",
+    [nn.utils.weight_norm, nn.utils.spectral_norm, partial(l1_unstructured, name="weight", amount=0.5)],
+    ids=["weight_norm", "spectral_norm", "pruned"],
+)
+def test_hooks_that_make_weights_are_no_obstacle(made: Callable[[nn.Module], nn.Module]) -> None:
+    """What they make is of the weights of the moment, in float64, too."""
+    model = nn.Sequential(nn.Flatten(), made(nn.Linear(12, CLASSES))).eval()
+    x, y = torch.rand(2, 3, 2, 2), torch.arange(2)
+    layout = find_layout(model, x)
+    assert layout is not None
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= 1.5
+        bounds = margin_bounds(model, x, y, 0.0, layout=layout)
+        logits = model(x)
+    expected = logits.gather(1, y[:, None]) - logits
+    torch.testing.assert_close(bounds, expected.scatter(1, y[:, None], torch.inf))
+    torch.testing.assert_close(Exact.of(model, x).bounds(x, y, 0.0, "crown").float(), bounds, rtol=1e-4, atol=1e-5)
 
 
 class ByCount(nn.Module):

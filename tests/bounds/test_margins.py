@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -149,6 +150,24 @@ def test_weights_that_overflow_give_an_error_and_no_bound() -> None:
     for method in METHODS:
         with pytest.raises(BoundError, match="overflow"):
             margin_bounds(model, x, y, EPS, method)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_bound_beyond_all_numbers_is_no_proof(method: str, dtype: torch.dtype) -> None:
+    """Every logit and every inner bound is a number, but the margin's bound is more than that."""
+    large = torch.finfo(dtype).max / 2
+    model = nn.Sequential(nn.Flatten(), nn.Linear(1, 1), nn.ReLU(), nn.Linear(1, 2)).eval().to(dtype)
+    with torch.no_grad():
+        model[1].weight.fill_(1.0)
+        model[1].bias.fill_(1.0)
+        model[3].weight.copy_(large * torch.tensor([[-0.95], [0.95]], dtype=dtype))
+        model[3].bias.copy_(large * torch.tensor([1.8, -1.8], dtype=dtype))
+    x = torch.full((1, 1, 1, 1), 0.9, dtype=dtype)
+    assert bool(model(x).isfinite().all())
+    assert int(model(x).argmax()) == 1
+    with contextlib.suppress(BoundError):
+        assert margin_bounds(model, x, torch.tensor([0]), 0.05, method)[0, 1] < 0
 
 
 @pytest.mark.parametrize("wrong", [(1.0, 0.5), (float("nan"), 1.0), (0.0, float("nan"))])

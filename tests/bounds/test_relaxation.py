@@ -22,10 +22,9 @@ def test_a_relu_lies_between_its_two_lines(ends: list[float], share: float) -> N
     lower, upper = (torch.tensor([[end]], dtype=torch.float64) for end in ends)
     relaxed = relax(Box(lower, upper))
     v = lower + (upper - lower) * share
-    # The interval is widened by 1e-8 where it has no width.
-    assert bool(relaxed.lower_slope * v <= v.clamp(min=0) + 1e-7)
-    assert bool(v.clamp(min=0) <= relaxed.upper_slope * v + relaxed.intercept + 1e-7)
-    if ends[0] > 1e-3 or ends[1] < -1e-3:
+    assert bool(relaxed.lower_slope * v <= v.clamp(min=0) + 1e-12)
+    assert bool(v.clamp(min=0) <= relaxed.upper_slope * v + relaxed.intercept + 1e-12)
+    if ends[0] > 0 or ends[1] < 0:  # however near to it
         assert relaxed.lower_slope == relaxed.upper_slope == (ends[0] > 0)
         assert relaxed.intercept == 0
 

@@ -133,6 +133,13 @@ def test_times_end_where_the_slowest_image_was_settled() -> None:
     drawn(panels)
 
 
+def test_times_of_none_lie_where_a_logarithmic_axis_begins() -> None:
+    arm = {"augment": False, "method": "normal", "contrastive": "none", "arm": "normal", "engine": "tool.csv"}
+    panels = charts.verification_times(pd.DataFrame([{**arm, "seconds": 0.0}, {**arm, "seconds": float("nan")}]))
+    assert [(row["seconds"], row["percent"]) for row in rows(panels)] == [(1e-3, 0.0), (1e-3, 50.0), (1e-3, 50.0)]
+    drawn(panels)
+
+
 def test_scatters_curves_and_confusions_are_drawn() -> None:
     points = pd.DataFrame({"image": [1, 2, 3], "label": [0, 1, 2], "prediction": [0, 1, 1], "x": [0.0, 1, 2], "y": 0.5})
     by_class = charts.umap({"a": points, "b": points}, ("cat", "dog", "ship"))

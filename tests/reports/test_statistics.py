@@ -91,6 +91,52 @@ def test_the_bootstrap_is_scipys() -> None:
     assert bootstrap(values) == pytest.approx((theirs.low, theirs.high), abs=0.01)
 
 
+def trained(arm: str, seed: int, **params: str) -> None:
+    """A training of an arm, and the evaluation of its model."""
+    tags = ARMS[arm]
+    run = finished("train", None, seed=seed, **tags)
+    named = {name: str(tags.get(name, False)) for name in ("method", "augment", "contrastive")}
+    run.params({"profile": "quick", "seed": str(seed), **named, **params})
+    weights = f"{arm} {seed}"
+    finished("evaluate", evaluation("1110"), seed=seed, model_run=run.id, weights=weights, **tags)
+
+
+def test_what_else_two_trainings_differ_in_is_said() -> None:
+    """But not what has no part in one of them."""
+    trained("normal", 0, lr="0.01", crop_padding="3", trades_beta="2", epochs="7", compile="True")
+    trained("supcon", 0, lr="0.02", head_epochs="3", encoder_epochs="3", temperature="0.3")
+    trained("augmented", 0, lr="0.01", crop_padding="4", epochs="7", sam="0.1")
+    found = claims(collect("0", CompareSettings()), None)
+    assert found.set_index("factor")["also"].to_dict() == {"SupCon": "epochs, lr", "augmentation": "sam"}
+    texts = claim_table(found, pd.DataFrame(columns=["arm", "step", "metric", "eps", "value"]))
+    assert texts["differs also in"].tolist() == ["epochs, lr", "sam"]
+
+
+def test_what_else_any_seeds_trainings_differ_in_is_said() -> None:
+    for seed, rate in enumerate(("0.01", "0.02")):
+        trained("normal", seed, lr="0.01", epochs="6")
+        trained("supcon", seed, lr=rate, encoder_epochs="4", head_epochs="2")
+    assert claims(collect("0", CompareSettings()), None)["also"].tolist() == ["lr"]
+
+
+def test_nothing_else_is_said_of_trainings_that_are_alike_and_of_unknown_ones_that_they_are() -> None:
+    for arm in ("normal", "augmented"):
+        trained(arm, 0, lr="0.01")
+    finished("evaluate", evaluation("1110"), **ARMS["certified"])
+    found = claims(collect("0", CompareSettings()), None)
+    assert found.set_index("factor")["also"].to_dict() == {"augmentation": "", "method": "?"}
+    texts = claim_table(found, pd.DataFrame(columns=["arm", "step", "metric", "eps", "value"]))
+    assert texts["differs also in"].tolist() == ["-", "?"]
+
+
+def test_no_p_value_is_0() -> None:
+    for arm, right in (("normal", "1" * 2000), ("supcon", "0" * 2000)):
+        finished("evaluate", evaluation(right), **ARMS[arm])
+    found = claims(collect("0", CompareSettings()), None)
+    texts = claim_table(found, pd.DataFrame(columns=["arm", "step", "metric", "eps", "value"]))
+    assert texts["p (McNemar)"].tolist() == ["<1e-300"]
+
+
 def test_too_few_seeds_are_said() -> None:
     found = claims(evidence(2, normal=0.9, supcon=0.4), 0.1)
     row = found[found["metric"] == "accuracy"].iloc[0]

@@ -118,6 +118,15 @@ def test_an_arm_that_was_tuned_is_not_tuned_again(store: Path, capsys: pytest.Ca
     # Other trials may find something else: the training waits for them.
     other = planned(replace(mine, given={**given, "tune.trials": "3"}))
     assert other.loc[0, "tune"] == other.loc[0, "train"] == STALE
+    # What was tuned with other code is not taken unasked; older versions did not say which code it was.
+    key, kept = mine.identity(Task(arm, 0, "tune")), replace(mine, keep=True)
+    for old in (f"{what(key)}.of other code", what(key)):
+        MlflowClient().set_tag(tuned.run, "rampart.identity", old)
+        states = planned(mine)
+        assert (states.loc[0, "tune"], states.loc[0, "train"]) == (OUTDATED, STALE)
+        assert mine.find(key) is None
+        assert set(planned(kept).loc[0, ["tune", "train"]]) == {DONE}
+        assert kept.do(Task(arm, 0, "tune"), {}) == tuned._replace(reused=True)
     run_step("main", {**given, "methods": "normal", "augment": "False", "tuned": "true", "dry_run": "true"})
     assert "| tune " in capsys.readouterr().out
 

@@ -190,8 +190,28 @@ def die(_: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def cleaned_up(folder: Path) -> None:
+    """Leaves a file when it has begun, and one when it has cleaned up behind itself."""
+    try:
+        (folder / "begun").write_text(str(os.getpid()))
+        time.sleep(600)
+    finally:
+        time.sleep(1)
+        (folder / "left").touch()
+
+
 def unsupported(_: int) -> None:
     raise UnsupportedLayer("encoder.0", "GELU", "not yet")
+
+
+def parent_of_workers(folder: Path, script: str, stderr: int | None = None) -> subprocess.Popen[str]:
+    """A process that runs the script, with a group of its own."""
+    (folder / "parent.py").write_text(script)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(["src", "."])}
+    command, top = [sys.executable, str(folder / "parent.py")], Path(__file__).parents[2]
+    return subprocess.Popen(
+        command, cwd=top, env=env, stdout=subprocess.PIPE, stderr=stderr, text=True, start_new_session=True
+    )
 
 
 def test_a_worker_that_is_lost_takes_no_other_with_it() -> None:
@@ -215,6 +235,51 @@ def test_a_worker_that_is_lost_takes_no_other_with_it() -> None:
         workers.close()
 
 
+def test_a_task_that_is_told_to_stop_cleans_up_behind_itself(tmp_path: Path) -> None:
+    workers = LocalWorkers(1, 0, "cpu")
+    task = workers.submit(cleaned_up, tmp_path)
+    while not (tmp_path / "begun").exists() or not (tmp_path / "begun").read_text():
+        assert not task.done(), task.exception()
+        time.sleep(0.05)
+    # As where the study's whole group is told: the worker, too, and then again by its parent.
+    os.kill(int((tmp_path / "begun").read_text()), signal.SIGTERM)
+    time.sleep(0.5)
+    workers.stop()
+    workers.close()
+    assert (tmp_path / "left").exists()
+
+
+def test_ctrl_c_ends_workers_with_and_without_a_task_in_silence(tmp_path: Path) -> None:
+    script = f"""
+import time
+from pathlib import Path
+from rampart.study.workers import LocalWorkers
+from tests.study.test_scheduler import cleaned_up, pid_of
+if __name__ == "__main__":
+    workers = LocalWorkers(2, 0, "cpu")
+    busy = workers.submit(cleaned_up, Path({str(tmp_path)!r}))
+    workers.submit(pid_of, 0).result()
+    while not Path({str(tmp_path / "begun")!r}).exists():
+        time.sleep(0.05)
+    try:
+        print("begun", flush=True)
+        time.sleep(600)
+    except KeyboardInterrupt:
+        time.sleep(0.5)
+        workers.stop()
+        workers.close()
+        print("stopped", flush=True)
+"""
+    parent = parent_of_workers(tmp_path, script, subprocess.PIPE)
+    assert parent.stdout is not None
+    assert parent.stdout.readline() == "begun\n"
+    os.killpg(parent.pid, signal.SIGINT)
+    said, complaints = parent.communicate()
+    assert said == "stopped\n"
+    assert not complaints
+    assert (tmp_path / "left").exists()
+
+
 def test_workers_end_with_their_parent(tmp_path: Path) -> None:
     script = """
 import os, sys, time
@@ -228,12 +293,7 @@ if __name__ == "__main__":
     print("begun", flush=True)
     time.sleep(600)
 """
-    (tmp_path / "parent.py").write_text(script)
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(["src", "."])}
-    top = Path(__file__).parents[2]
-    parent = subprocess.Popen(
-        [sys.executable, str(tmp_path / "parent.py")], cwd=top, env=env, stdout=subprocess.PIPE, text=True
-    )
+    parent = parent_of_workers(tmp_path, script)
     assert parent.stdout is not None
     parent.stdout.readline()
     assert parent.stdout.readline() == "begun\n"

@@ -15,9 +15,9 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from rampart.models import build_model
+from rampart.models import Classifier, build_model
 from rampart.study import run_step, training
-from rampart.tracking import fetch_model, open_run
+from rampart.tracking import Run, fetch_model, open_run
 from rampart.tracking.later import Later
 from rampart.tracking.queries import artifact_place, find_runs, metric_history, metric_names, read_checkpoint
 from rampart.tracking.runs import CHECKPOINTS
@@ -139,6 +139,28 @@ def test_a_broken_checkpoint_is_said_and_the_one_before_it_used(stopped: str, ca
     assert equal(stopped, undisturbed())
 
 
+@pytest.mark.parametrize("place", [0, 1])
+def test_the_state_that_is_gone_on_from_is_not_written_over_first(
+    place: int, stopped: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    epochs = [read_checkpoint(stopped, name).epoch for name in CHECKPOINTS]
+    even, odd = (Path(artifact_place(stopped, name)) for name in CHECKPOINTS)
+    if epochs.index(max(epochs)) != place:
+        even.rename(even.with_suffix(".moved"))
+        odd.rename(even)
+        even.with_suffix(".moved").rename(odd)
+    written: list[int] = []
+    write = Run.checkpoint
+
+    def noted(run: Run, model: Classifier, state: State, at: int) -> str:
+        written.append(at)
+        return write(run, model, state, at)
+
+    monkeypatch.setattr(Run, "checkpoint", noted)
+    assert run_step("train", GIVEN) == stopped
+    assert written[0] == 1 - place
+
+
 def test_a_killed_process_is_gone_on_with(store: Path) -> None:
     process = started(store, subprocess.DEVNULL)
     with open_run("main"):  # makes the store ready
@@ -219,12 +241,15 @@ def test_a_checkpoint_that_cannot_be_written_does_not_cost_the_one_before(monkey
             epochs.checkpoint(model, state(1))
             time.sleep(0.5)
             for epoch in (2, 3, 4):
-                epochs.checkpoint(model, state(epoch))
+                said = epochs.checkpoint(model, state(epoch))
                 time.sleep(0.05)
         # Both tries were at the place that does not hold the first.
         assert spoilt == [1, 1]
         kept = {state.epoch for name in CHECKPOINTS if (state := read_checkpoint(run.id, name)) is not None}
         assert 4 in kept
+        newest = read_checkpoint(run.id, said.removeprefix(f"runs:/{run.id}/"))
+        assert newest is not None
+        assert newest.epoch == 4
 
 
 @pytest.mark.slow

@@ -133,6 +133,28 @@ def test_what_a_lost_worker_left_running_is_ended_before_the_step_begins_anew(mo
         assert client.get_run(foreign).info.status == "RUNNING"
 
 
+def test_what_another_machine_still_works_at_may_end_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = MlflowClient()
+    with open_run("main") as run:
+        working, silent = (client.create_run(run.experiment).info.run_id for _ in range(2))
+        for other, task, beat in ((working, "a.b", 0), (silent, "c.d", store.SILENCE + 10)):
+            client.set_tag(other, PULSE, str(int(time.time() - beat)))
+            for name, text in (("task", task), ("host", "elsewhere"), ("process", "1:1.0")):
+                client.set_tag(other, f"rampart.{name}", text)
+        waited: list[float] = []
+
+        def leaves_a_checkpoint(seconds: float) -> None:
+            waited.append(seconds)
+            client.set_terminated(working, "FAILED")
+
+        monkeypatch.setattr("rampart.tracking.claims.time.sleep", leaves_a_checkpoint)
+        bury(run.experiment, "a.b")
+        assert client.get_run(working).info.status == "FAILED"
+        bury(run.experiment, "c.d")
+        assert client.get_run(silent).info.status == "KILLED"
+        assert waited == [1.0]
+
+
 def test_a_folder_that_artifacts_cannot_be_written_to_is_said_before_any_work(store: Path) -> None:
     (store / "mlruns").write_text("a file where a folder should be")
     wanted = r"artifacts cannot be written to .*mlruns.*: make it writable"

@@ -7,14 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from mlflow import MlflowClient
 
 from rampart.errors import ModelError
 from rampart.models import build_model, load_model, released
 from rampart.models.classifier import Classifier
-from rampart.tracking import fetch_model
+from rampart.settings.profiles import PROFILES
+from rampart.tracking import fetch_model, open_run
 from rampart.tracking.queries import find_runs
 from rampart.tracking.release import main, release
-from tests.conftest import Study
+from tests.conftest import TINY_STUDY, Study
 from tests.nets import randomised
 
 
@@ -23,6 +26,16 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where released models are looked for."""
     monkeypatch.setattr(released, "FOLDER", tmp_path / "models")
     return tmp_path / "models"
+
+
+@pytest.fixture
+def tiny_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A profile `quick` that says what the finished study's models were trained with."""
+    profile = yaml.safe_load((PROFILES / "quick.yaml").read_text())
+    profile["train"] |= {name: TINY_STUDY[name] for name in ("width", "epochs", "encoder_epochs", "head_epochs")}
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "quick.yaml").write_text(yaml.safe_dump(profile))
+    monkeypatch.setattr("rampart.settings.profiles.PROFILES", tmp_path / "configs")
 
 
 @pytest.fixture
@@ -93,6 +106,7 @@ def test_a_file_that_is_not_the_released_one_is_refused(model: Classifier, folde
         load_model("rampart:normal")
 
 
+@pytest.mark.usefixtures("tiny_profile")
 def test_the_arms_of_a_study_are_released(
     study: Study, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -113,3 +127,55 @@ def test_the_arms_of_a_study_are_released(
     assert main() == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert said == "error: no finished training of profile 'best' with seed 0: train its arms first"
+
+
+def test_a_model_that_was_trained_otherwise_than_its_profile_says_is_not_released(
+    study: Study, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["release", "quick", str(folder)])
+    assert main() == 2
+    told = capsys.readouterr()
+    trained = find_runs("0", {"step": "train"}).to_dict("records")
+    for run in trained:
+        who = f"passed over: run {run['run_id']} ({run['tags.rampart.arm']})"
+        given = "epochs=2" if run["params.contrastive"] == "none" else "encoder_epochs=1, head_epochs=1"
+        assert f"{who} was not trained as profile 'quick' says: width=0.125, {given}\n" in told.out
+    assert told.out.count("\n") == len(trained)
+    assert told.err == "error: no finished training of profile 'quick' with seed 0: train its arms first\n"
+    assert not folder.exists()
+
+
+@pytest.mark.usefixtures("own", "tiny_profile")
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"architecture": "resnet"}, "architecture=resnet"),
+        ({"eps": "8/255", "eps_space": "normalized", "lr": "1"}, "lr=1"),  # it is not attacked
+        ({"attack_steps": "many"}, "attack_steps: "),
+        # The same, typed and trained elsewhere.
+        ({"lr": "5e-3", "eps": "32/255", "eps_space": "normalized", "head_epochs": "7"}, ""),
+        ({"compile": "true", "precision": "bf16", "threads": "2", "device": "cuda"}, ""),
+    ],
+)
+def test_the_newest_of_an_arm_that_was_trained_as_its_profile_says_is_released(
+    change: dict[str, str],
+    said: str,
+    model: Classifier,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (before,) = find_runs("0", {"step": "train", "arm": "normal"})["run_id"]
+    known = MlflowClient().get_run(before).data
+    with open_run("train") as run:
+        run.params(known.params | change)
+        run.tags({name: known.tags[f"rampart.{name}"] for name in ("arm", "seed", "profile", "class_names")})
+    fetched: list[str] = []
+    monkeypatch.setattr("rampart.tracking.release.fetch_model", lambda uri: fetched.append(uri) or model)
+    monkeypatch.setattr("sys.argv", ["release", "quick", str(folder)])
+    assert main() == 0
+    assert f"runs:/{before if said else run.id}/model" in fetched
+    assert len(fetched) == 4
+    told = [line for line in capsys.readouterr().out.splitlines() if run.id in line]
+    wanted = f"passed over: run {run.id} (normal) was not trained as profile 'quick' says: {said}"
+    assert told[0].startswith(wanted) if said else told == [f"{folder}/normal.safetensors: run {run.id}"]

@@ -74,7 +74,9 @@ def test_a_warmup_longer_than_the_training_is_called_that() -> None:
 def test_embeddings_of_attacks_need_a_method_that_attacks() -> None:
     with pytest.raises(SettingsError, match=r"certified.*embeddings=worst"):
         Recipe(method="certified", contrastive="double", embeddings="attack")
-    Recipe(method="mtl-ibp", contrastive="double", embeddings="attack")
+    # A study may have a method without bounds beside one with: it does not look at them.
+    for method in ("mtl-ibp", "normal", "adversarial", "trades"):
+        Recipe(method=method, contrastive="double", embeddings="attack")
 
 
 def test_a_head_that_nothing_trains_is_refused() -> None:
@@ -83,19 +85,24 @@ def test_a_head_that_nothing_trains_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("method", "settings", "said"),
     [
-        ({"ibp_regularizer": 0.5}, True),
-        ({"clean_weight": (1.0, 0.5)}, True),
-        ({"ibp_weight": (1.0, 0.0)}, True),
-        ({"ibp_weight": (1.0, 0.0), "eps_warmup": 0.5}, False),
-        ({"clean_weight": (0.5,)}, False),
+        ("certified", {"ibp_regularizer": 0.5}, True),
+        ("certified", {"clean_weight": (1.0, 0.5)}, True),
+        ("certified", {"ibp_weight": (1.0, 0.0)}, True),
+        ("certified", {"ibp_weight": (1.0, 0.0), "eps_warmup": 0.5}, False),
+        ("certified", {"clean_weight": (0.5,)}, False),
+        ("ibp", {"clean_weight": (1.0, 0.5)}, True),
+        ("ibp", {"ibp_weight": (1.0, 0.0)}, False),
+        ("sabr", {"ibp_regularizer": 0.5}, True),
+        ("sabr", {"clean_weight": (1.0, 0.5)}, False),
+        ("mtl-ibp", {"ibp_weight": (1.0, 0.0)}, False),
     ],
 )
 def test_what_works_while_eps_rises_says_that_it_does_not(
-    settings: dict[str, Any], said: bool, caplog: pytest.LogCaptureFixture
+    method: Any, settings: dict[str, Any], said: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    stages(Recipe(method="certified", width=0.125, **settings), build_model(width=0.125))
+    stages(Recipe(method=method, width=0.125, **settings), build_model(width=0.125))
     assert ("take eps_warmup above 0" in caplog.text) == said
 
 

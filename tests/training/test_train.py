@@ -44,6 +44,32 @@ METHODS = {
     "mtl-ibp": {"method": "mtl-ibp", "embeddings": "attack"},
 }
 
+# Of each setting that has no part in some training another value than it has here.
+OTHERWISE = {
+    "epochs": 2,
+    "encoder_epochs": 2,
+    "head_epochs": 2,
+    "temperature": 0.3,
+    "supcon_weight": 0.2,
+    "encoder_supcon_weight": 0.4,
+    "head": "method",
+    "eps": 0.1,
+    "eps_warmup": 0.5,
+    "attack_steps": 3,
+    "attack_rel_step": 0.4,
+    "attack_rel_eps": 1.3,
+    "attack_start": "wide",
+    "attack_batchnorm": "train",
+    "trades_beta": 2.0,
+    "sabr_lambda": 0.3,
+    "mtl_alpha": 0.2,
+    "certified_loss": "fused",
+    "clean_weight": (0.3,),
+    "ibp_weight": (0.5,),
+    "ibp_regularizer": 0.5,
+    "embeddings": "crown-ibp",
+}
+
 
 def recipe(method: str = "normal", **change: object) -> Recipe:
     return Recipe(**{**SMALL, **METHODS[method], **change})
@@ -77,6 +103,27 @@ def test_the_same_seed_gives_the_same_weights_and_another_one_does_not(few_digit
     first, other, again = (train(how, few_digits, ListRecorder(), seed=seed).state_dict() for seed in (1, 2, 1))
     assert same(first, again)
     assert not same(first, other, "head.weight")
+
+
+@pytest.mark.parametrize("contrastive", ["none", "double", "single"])
+@pytest.mark.parametrize("method", METHODS)
+def test_idle_settings_change_nothing(method: str, contrastive: str, few_digits: Dataset) -> None:
+    how = recipe(method, contrastive=contrastive, epochs=1, encoder_epochs=1, head_epochs=1)
+    changed = {name: value for name, value in OTHERWISE.items() if name in how.idle()}
+    if "certified_loss" in changed:
+        changed.pop("ibp_weight" if contrastive == "none" else "certified_loss")  # they go together in margins alone
+    assert changed
+    first, second = (train(one, few_digits, ListRecorder()).state_dict() for one in (how, replace(how, **changed)))
+    assert same(first, second)
+
+
+def test_every_setting_has_a_part_in_some_training() -> None:
+    used = [
+        set(OTHERWISE) - recipe(method, contrastive=c).idle()
+        for method in METHODS
+        for c in ("none", "double", "single")
+    ]
+    assert set().union(*used) == set(OTHERWISE)
 
 
 def test_the_best_epoch_is_returned_or_the_last(few_digits: Dataset) -> None:

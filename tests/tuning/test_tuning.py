@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import optuna
+import psutil
 import pytest
 import torch
 import yaml
@@ -23,7 +24,7 @@ from rampart.data import Dataset
 from rampart.errors import RampartError, SettingsError, TrainingDiverged
 from rampart.models import Classifier, build_model
 from rampart.settings import TrainSettings, TuneSettings, resolve
-from rampart.study.identity import IDLE
+from rampart.study.identity import IDLE, code_version
 from rampart.study.steps import run_step
 from rampart.tracking import fetch_model
 from rampart.tracking.queries import find_runs, read_text, run_tags
@@ -136,6 +137,36 @@ def test_started_again_it_goes_on_under_the_same_run(store: Path, quick_training
     run_step("tune", {**given, "trials": "5", "study_name": "at once"})
     assert points(study_of(store, "at once")) == points(study_of(store))
     assert len(set(points(study_of(store)))) == 5
+
+
+@pytest.mark.usefixtures("unpublished")
+def test_who_may_not_name_the_model_has_the_point_nevertheless(
+    quick_training: list[TrainSettings], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def forbidden(*_: object) -> None:
+        raise RampartError("the tracking store does not let you do this")
+
+    monkeypatch.setattr("rampart.tuning.publish.register", forbidden)
+    run = run_step("tune", {"method": "normal", "trials": "2", "epochs": "1", "pruner": "none", **SMALL})
+    assert "its model has no name in the Model Registry: the tracking store does not let you do this" in caplog.text
+    assert MlflowClient().get_run(run).info.status == "FINISHED"
+    assert set(tuned_texts(run)) == {"lr", "batch_size"}
+
+
+@pytest.mark.usefixtures("unpublished")
+def test_a_study_that_was_begun_with_other_code_goes_on_and_says_so(
+    quick_training: list[TrainSettings], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = {"method": "normal", "epochs": "1", "pruner": "none", **SMALL}
+    before = run_step("tune", {**given, "trials": "1"})
+    run_step("tune", {**given, "trials": "2"})
+    assert "other code" not in caplog.text
+    monkeypatch.setattr("rampart.tuning.driver.code_version", lambda _: "of other code")
+    after = run_step("tune", {**given, "trials": "3"})
+    assert caplog.text.count("study 'quick digits normal s0' was begun with other code, whose trials count") == 1
+    assert len(quick_training) == 3
+    assert run_tags(before)["identity"].endswith(f".{code_version('train')}")
+    assert run_tags(after)["identity"].endswith(".of other code")
 
 
 @pytest.mark.usefixtures("unpublished")
@@ -393,6 +424,42 @@ def test_helpers_share_the_trials(store: Path) -> None:
     assert sum(trial.state is TrialState.COMPLETE for trial in study_of(store).trials) == 3
     assert set(find_runs("0", {}, status=None)["status"]) == {"FINISHED"}
     assert not multiprocessing.active_children()
+
+
+class Endless:
+    """A worker whose trials do not end."""
+
+    def data(self) -> None:
+        pass
+
+    def study(self, data: None, home: str) -> None:
+        pass
+
+    def work(self, study: None, data: None, home: str) -> None:
+        print("begun", flush=True)
+        time.sleep(600)
+
+
+def test_helpers_end_with_their_parent(tmp_path: Path) -> None:
+    script = """
+import time
+from rampart.tuning.driver import _helpers
+from tests.tuning.test_tuning import Endless
+if __name__ == "__main__":
+    with _helpers(Endless(), "home", 1):
+        time.sleep(600)
+"""
+    (tmp_path / "parent.py").write_text(script)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(["src", "."])}
+    command, top = [sys.executable, str(tmp_path / "parent.py")], Path(__file__).parents[2]
+    parent = subprocess.Popen(command, cwd=top, env=env, stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    assert parent.stdout.readline() == "begun\n"
+    family = psutil.Process(parent.pid).children(recursive=True)
+    parent.kill()
+    parent.wait()
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert not alive
 
 
 def test_a_starting_point_that_was_lost_is_tried_again_but_not_one_that_failed() -> None:

@@ -110,6 +110,20 @@ def test_unsafe_counts_with_a_counterexample_that_the_model_confirms(monkeypatch
         assert (found.counterexample is not None) == (expected == "unsafe")
 
 
+def test_a_counterexample_at_a_rounded_end_of_the_ball_is_brought_into_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = torch.full((1, 1, 1), 0.5)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(1, 2)).eval()
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([[-1.0], [0.0]]))
+        model[1].bias.copy_(torch.tensor([0.5 + EPS / 2, 0.0]))
+    end = image + EPS
+    assert float(end) - 0.5 > EPS
+    pretend(monkeypatch, "unsafe-pgd", [], attack_examples=end[None, None])
+    found = verify(model, image, 0, EPS, engine="abcrown")
+    assert found.status == "unsafe"
+    assert float(found.counterexample) - 0.5 <= EPS
+
+
 def test_it_is_asked_what_we_ask_and_leaves_our_random_state(
     question: tuple[nn.Module, Tensor, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -33,7 +33,7 @@ def refutes(model: nn.Module, found: Verdict, image: Tensor, label: int, eps: fl
     """Whether the counterexample is in the ball and in [0, 1], and float64 gives it another label."""
     example = found.counterexample.double()
     assert example.shape == image.shape
-    inside = (example - image.double()).abs().max() <= eps + 1e-6 and example.min() >= 0 and example.max() <= 1
+    inside = (example - image.double()).abs().max() <= eps and example.min() >= 0 and example.max() <= 1
     return bool(inside) and predicted(copy.deepcopy(model).double(), example) != label
 
 
@@ -145,6 +145,33 @@ def test_an_attack_finds_what_bounds_cannot_refute() -> None:
     assert bounded.status == "unknown"
     assert bounded.counterexample is None
     assert bounded.lower_bound == pytest.approx(0.01 - 4 * 0.05, abs=1e-5)
+
+
+def brighter_than(threshold: float) -> nn.Module:
+    """Class 0 where an image of one pixel is above `threshold`."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(1, 2)).eval()
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([[1.0], [0.0]]))
+        model[1].bias.copy_(torch.tensor([-threshold, 0.0]))
+    return model
+
+
+@pytest.mark.parametrize(("steps", "unsafe"), [(-1, False), (0, False), (2, True)])
+def test_a_point_that_rounding_alone_brings_into_the_ball_refutes_nothing(steps: int, unsafe: bool) -> None:
+    """The network errs from so many numbers of float32 above the one next to the ball's end on."""
+    end = np.float32(0.5 - 0.1)
+    model, image = brighter_than(float(end + steps * np.spacing(end))), torch.full((1, 1, 1), 0.5)
+    found = verify(model, image, 0, 0.1)
+    assert (found.status == "unsafe") == unsafe
+    assert not unsafe or refutes(model, found, image, 0, 0.1)
+
+
+def test_the_smallest_balls_have_no_slack() -> None:
+    image = torch.full((1, 1, 1), 0.5)
+    for eps in (0.0, 1e-7, 1e-3):
+        near, far = image - eps / 2, image - eps - 2**-23
+        assert is_counterexample(brighter_than(0.6), near, image, 0, eps)
+        assert not is_counterexample(brighter_than(0.6), far, image, 0, eps)
 
 
 def test_an_image_at_the_edge_of_the_pixels_range_is_proved_on_the_cut_ball() -> None:

@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rampart.attacks import pgd
+from rampart.attacks import Ball, pgd
 from rampart.data import Split, to_pixels
 from rampart.errors import Contradiction, ModelError, RampartError
 from rampart.models import Classifier, predict, weights_digest
 from rampart.verification import VerificationPlan, choose, verify_split
 from rampart.verification.answers import read_results
-from rampart.verification.exchange import export
+from rampart.verification.exchange import export, question
 from rampart.verification.verdict import is_counterexample
 from tests.nets import points_in_ball, undecided_classifier
 
@@ -85,14 +85,15 @@ def test_a_property_is_met_by_counterexamples_alone(model: Classifier, split: Sp
     seen = set()
     for line in csv.reader((folder / "instances.csv").open()):
         index = int(re.findall(r"image_(\d+)_", line[1])[0])
-        question, label = Property(folder / line[1]), int(split.labels[index])
+        asked, label = Property(folder / line[1]), int(split.labels[index])
         image = to_pixels(split.images[index])
         attacked = pgd(model, image[None], split.labels[index : index + 1], EPS, restarts=3).adversarial[0]
-        near = [*points_in_ball(image, EPS, 30), *attacked]
+        # The ends of what is asked are rounded to float32.
+        near = [*Ball.around(image[None], EPS).clip(points_in_ball(image, EPS, 30)), *attacked]
         outside = image + 3 * EPS
         for point in [*near, outside, outside.clamp(0, 1)]:
             with torch.no_grad():
-                wanted = question.holds(point, model(point[None])[0])
+                wanted = asked.holds(point, model(point[None])[0])
             seen.add(wanted)
             # A tie counts as a counterexample for the file; none occurs among random points.
             assert wanted == is_counterexample(model, point, image, label, EPS)
@@ -106,7 +107,8 @@ def test_there_is_a_question_for_each_image_that_is_classified_correctly(
     chosen = choose(model, split, COUNT, "common")
     correct = [i for i in chosen if int(predict(model, to_pixels(split.images[i])[None])) == int(split.labels[i])]
     assert 0 < len(correct) < COUNT
-    assert [line[1] for line in lines] == [f"vnnlib/image_{i}_eps_0.1.vnnlib" for i in correct]
+    assert [line[1] for line in lines] == [f"vnnlib/{question(split, i, 3, EPS)}.vnnlib" for i in correct]
+    assert lines[0][1].startswith(f"vnnlib/image_{correct[0]}_eps_0.1_")
     assert {(line[0], line[2]) for line in lines} == {(f"onnx/{weights_digest(model)}.onnx", "7.5")}
 
 
@@ -145,7 +147,8 @@ def test_what_another_verifier_calls_unsafe_counts_with_a_counterexample_that_th
     good, packed, missing, harmless, short = chosen[:5]
     points = {index: broken.adversarial[0][index].flatten().tolist() for index in (good, packed)}
     points |= {harmless: to_pixels(split.images[harmless]).flatten().tolist(), short: [0.5] * 7}
-    names = {index: f"{digest}_image_{index}_eps_0.1.counterexample" for index in chosen}
+    questions = {index: question(split, index, 3, EPS) for index in chosen}
+    names = {index: f"{digest}_{questions[index]}.counterexample" for index in chosen}
     for index, values in points.items():
         lines = "\n".join(f"(X_{i} {value!r})" for i, value in enumerate(values))
         text = f"sat\n({lines}\n(Y_0 -1.5))\n".encode()
@@ -154,7 +157,7 @@ def test_what_another_verifier_calls_unsafe_counts_with_a_counterexample_that_th
         else:
             (tmp_path / names[index]).write_bytes(text)
     file.write_text(
-        "".join(f"tool,onnx/{digest}.onnx,vnnlib/image_{index}_eps_0.1.vnnlib,0,sat,1\n" for index in chosen[:5])
+        "".join(f"tool,onnx/{digest}.onnx,vnnlib/{questions[index]}.vnnlib,0,sat,1\n" for index in chosen[:5])
     )
     results = read_results(file, model, split, chosen[:5], EPS)
     assert [results[i].status for i in (good, packed)] == ["unsafe"] * 2
@@ -183,11 +186,11 @@ def _without_proofs(file: Path) -> Path:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("tool,onnx/MODEL.onnx,vnnlib/image_1_eps_0.01.vnnlib,0,unsat,1\n", "give model, images, selection and eps"),
-        ("tool,onnx/other.onnx,vnnlib/image_1_eps_0.1.vnnlib,0,unsat,1\n", "give model, images, selection and eps"),
+        ("tool,onnx/MODEL.onnx,vnnlib/image_1_eps_0.1.vnnlib,0,unsat,1\n", "give model, dataset, images, selection"),
+        ("tool,onnx/other.onnx,vnnlib/QUESTION.vnnlib,0,unsat,1\n", "give model, dataset, images, selection"),
         ("tool,onnx/MODEL.onnx\n", "cannot be read as a results.csv"),
-        ("tool,onnx/MODEL.onnx,vnnlib/image_1_eps_0.1.vnnlib,0,unsat,-1\n", "cannot be read as a results.csv (no time"),
-        ("tool,onnx/MODEL.onnx,vnnlib/image_1_eps_0.1.vnnlib,0,unsat,soon\n", "cannot be read as a results.csv"),
+        ("tool,onnx/MODEL.onnx,vnnlib/QUESTION.vnnlib,0,unsat,-1\n", "cannot be read as a results.csv (no time"),
+        ("tool,onnx/MODEL.onnx,vnnlib/QUESTION.vnnlib,0,unsat,soon\n", "cannot be read as a results.csv"),
         (f"tool,{'x' * 200_000}\n", "cannot be read as a results.csv"),
         (None, "cannot be read as a results.csv"),
     ],
@@ -197,7 +200,7 @@ def test_results_that_cannot_be_used_are_refused(
 ) -> None:
     file = tmp_path / "results.csv"
     if text is not None:
-        file.write_text(text.replace("MODEL", weights_digest(model)))
+        file.write_text(text.replace("MODEL", weights_digest(model)).replace("QUESTION", question(split, 1, 3, EPS)))
     with pytest.raises(RampartError, match=re.escape(says)):
         read_results(file, model, split, [1, 2], EPS)
 
@@ -206,7 +209,7 @@ def test_blank_lines_are_passed_over_and_two_answers_are_one_too_many(
     model: Classifier, split: Split, tmp_path: Path
 ) -> None:
     file = tmp_path / "results.csv"
-    line = f"tool,onnx/{weights_digest(model)}.onnx,vnnlib/image_1_eps_0.1.vnnlib,0,ANSWER,1\n"
+    line = f"tool,onnx/{weights_digest(model)}.onnx,vnnlib/{question(split, 1, 3, EPS)}.vnnlib,0,ANSWER,1\n"
     file.write_text("\n" + line.replace("ANSWER", "unsat") + "\n" + line.replace("ANSWER", "holds"))
     assert read_results(file, model, split, [1], EPS)[1].status == "safe"
     file.write_text(line.replace("ANSWER", "unsat") + line.replace("ANSWER", "sat"))
@@ -224,6 +227,68 @@ def test_questions_of_several_models_share_a_folder(split: Split, tmp_path: Path
     asked = [tuple(line[:2]) for line in csv.reader((tmp_path / "instances.csv").open())]
     assert len(set(asked)) == len(asked)
     assert {graph for graph, _ in asked} == {f"onnx/{weights_digest(model)}.onnx" for model in models}
+
+
+@pytest.mark.parametrize("changed", ["image", "label"])
+def test_a_question_about_another_dataset_is_another_question(split: Split, tmp_path: Path, changed: str) -> None:
+    """Which is there beside the first, and whose answer answers it alone."""
+    model = undecided_classifier()
+    images, labels = split.images.clone(), predict(model, to_pixels(split.images))
+    first = Split(split.images, labels)
+    export(model, first, [*range(12)], EPS, 7.5, tmp_path)
+    (place,) = (tmp_path / "vnnlib").glob("image_1_*")
+    text = place.read_text()
+    if changed == "image":
+        images[1, 0, 0, 0] ^= 1
+    else:
+        with torch.no_grad():
+            model.head.bias[(labels[1] + 1) % 3] += 1000
+    other = Split(images, predict(model, to_pixels(images)))
+    export(model, other, [*range(12)], EPS, 7.5, tmp_path)
+    assert place.read_text() == text
+    assert len(list((tmp_path / "vnnlib").glob("image_1_*"))) == 2
+    answers = tmp_path / "results.csv"
+    answers.write_text(f"tool,onnx/{weights_digest(model)}.onnx,{place},0,unsat,1\n")
+    with pytest.raises(RampartError, match="has no answer for this model"):
+        read_results(answers, model, other, [1], EPS)
+
+
+def test_questions_that_a_folder_holds_are_not_written_again(model: Classifier, split: Split, tmp_path: Path) -> None:
+    chosen = choose(model, split, COUNT, "common")
+    export(model, split, chosen, EPS, 7.5, tmp_path)
+    files = sorted((tmp_path / "vnnlib").iterdir())
+    before = [file.stat().st_mtime_ns for file in files]
+    export(model, split, chosen, EPS, 7.5, tmp_path)
+    assert [file.stat().st_mtime_ns for file in files] == before
+    assert sorted((tmp_path / "vnnlib").iterdir()) == files
+
+
+def test_nobody_reads_a_graph_that_is_not_checked_or_a_question_that_is_half_written(
+    model: Classifier, split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = choose(model, split, COUNT, "common")
+    graph = tmp_path / "onnx" / f"{weights_digest(model)}.onnx"
+    check, write = onnxruntime.InferenceSession, Path.write_text
+
+    def checked(place: str, **settings: object) -> onnxruntime.InferenceSession:
+        assert not graph.exists()
+        return check(place, **settings)
+
+    def interrupted(place: Path, text: str, **settings: object) -> None:
+        write(place, text[:100], **settings)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(onnxruntime, "InferenceSession", checked)
+        patched.setattr(Path, "write_text", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            export(model, split, chosen, EPS, 7.5, tmp_path)
+    assert graph.exists()
+    assert not list((tmp_path / "vnnlib").iterdir())
+    monkeypatch.setattr("rampart.verification.exchange.TOLERANCE", -1.0)
+    with pytest.raises(ModelError, match="differs from the model"):
+        export(model, split, chosen, EPS, 7.5, tmp_path)
+    assert list((tmp_path / "onnx").iterdir()) == [graph]
 
 
 def test_a_folder_that_cannot_be_written_is_named(split: Split, tmp_path: Path) -> None:

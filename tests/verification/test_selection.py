@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from rampart.attacks import pgd
+from rampart.attacks import AttackResult, pgd
 from rampart.data import Dataset, Split, to_pixels
 from rampart.models import Classifier, build_model
-from rampart.verification import choose
+from rampart.verification import choose, selection
 from tests.nets import linear_classifier, randomised
 
 EPS = 0.05
@@ -89,6 +89,32 @@ def test_at_eps_0_survivors_are_the_correctly_classified(split: Split, learned: 
     with torch.no_grad():
         correct = learned(to_pixels(split.images)).argmax(1) == split.labels
     assert sorted(choose(learned, split, 120, "survivors", 0.0)) == correct.nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize("limit", [64, 24])
+def test_however_many_survivors_are_wanted_few_images_are_attacked_together(
+    split: Split, learned: nn.Module, limit: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And fewer where memory runs out."""
+
+    def on_a_small_machine(model: nn.Module, x: torch.Tensor, *given: object, **named: object) -> AttackResult:
+        if len(x) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return pgd(model, x, *given, **named)
+
+    monkeypatch.setattr(selection, "pgd", on_a_small_machine)
+    chosen = choose(learned, split, 100, "survivors", 0.0)
+    with torch.no_grad():
+        correct = learned(to_pixels(split.images)).argmax(1) == split.labels
+    assert set(chosen) <= set(correct.nonzero().flatten().tolist())
+    assert len(chosen) == min(100, int(correct.sum()))
+    assert ("out of memory" in caplog.text) == (limit < 64)
+
+
+def test_more_survivors_begin_with_the_fewer(split: Split, learned: nn.Module) -> None:
+    survivors = choose(learned, split, 90, "survivors", EPS)
+    assert len(survivors) > 64
+    assert choose(learned, split, 20, "survivors", EPS) == survivors[:20]
 
 
 def test_survivors_come_in_the_common_order(split: Split, learned: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import count
 from threading import Event
 
@@ -10,12 +11,14 @@ import pytest
 import torch
 from torch import nn
 
-from rampart.data import Dataset, to_pixels
+from rampart.attacks import pgd
+from rampart.data import Dataset, Split, to_pixels
 from rampart.errors import Contradiction, ModelError, SettingsError
 from rampart.ledger import VERDICTS, verdict_counts
+from rampart.models import predict
 from rampart.verification import Progress, Verdict, VerificationPlan, choose, split, verify, verify_split
 from rampart.verification.split import COLUMNS, RADIUS_STEPS
-from tests.nets import fitted
+from tests.nets import fitted, undecided_classifier
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +61,7 @@ def test_counterexamples_refute_their_images(network: nn.Module, digits: Dataset
     for row in ledger.itertuples():
         if row.image in examples:
             example, image = examples[row.image], to_pixels(digits.test.images[row.image])
-            assert (example - image).abs().max() <= 0.05 + 1e-6
+            assert (example.double() - image.double()).abs().max() <= 0.05
             with torch.no_grad():
                 assert int(network(example[None]).argmax()) != row.label
 
@@ -111,6 +114,68 @@ def test_an_image_that_is_proved_and_broken_stops_the_run(
     monkeypatch.setattr(split, "verify", lambda *given, **named: Verdict("safe", 1.0, None, 0, 0.0, "ibp"))
     with pytest.raises(Contradiction, match=r"proved robust at ε 0\.1, but PGD breaks it"):
         verify_split(network, digits.test, VerificationPlan(eps=0.1, images=30))
+
+
+@pytest.mark.parametrize("attack_first", [False, True])
+def test_what_float32_alone_gets_wrong_contradicts_no_proof(attack_first: bool) -> None:
+    """A neuron of 16,777,216 + 2.2 x loses the image below x = 0.45 in float32, in which PGD runs."""
+    first, last = nn.Linear(1, 2), nn.Linear(2, 2)
+    model = nn.Sequential(nn.Flatten(), first, nn.ReLU(), last).eval()
+    with torch.no_grad():
+        first.weight.copy_(torch.tensor([[2.2], [0.0]]))
+        first.bias.fill_(2**24)
+        last.weight.copy_(torch.tensor([[1.0, -1.0], [0.0, 0.0]]))
+        last.bias.copy_(torch.tensor([-0.5, 0.0]))
+    images = torch.full((1, 1, 1, 1), 128, dtype=torch.uint8)
+    assert pgd(model, to_pixels(images), torch.tensor([0]), 0.1).success.all()
+    plan = VerificationPlan(eps=0.1, images=1, attack_first=attack_first)
+    ledger, examples = verify_split(model, Split(images, torch.tensor([0])), plan)
+    assert ledger["verdict"].tolist() == ["safe-incomplete"]
+    assert not examples
+
+
+def test_no_image_needs_a_copy_of_the_model(
+    network: nn.Module, digits: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied: list[object] = []
+
+    def counting(what: object, *given: object) -> object:
+        copied.append(what)
+        return whole(what, *given)
+
+    whole = copy.deepcopy
+    monkeypatch.setattr(copy, "deepcopy", counting)
+    counts = []
+    for images in (4, 20):
+        copied.clear()
+        ledger, _ = verify_split(network, digits.test, VerificationPlan(eps=0.05, images=images, attack_first=True))
+        counts.append(sum(what is network for what in copied))
+    assert (ledger["stage"] == "attack").sum() > 2
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("together", [10, 256])
+def test_parts_and_what_is_gone_on_with_give_the_verdicts_of_the_whole(
+    together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it depends on PGD's starts whether an image is broken."""
+    monkeypatch.setattr(split, "TOGETHER", together)
+    monkeypatch.setattr(split, "verify", lambda *given, **named: Verdict("unknown", -1.0, None, 0, 0.0, "crown"))
+    model = undecided_classifier()
+    images = torch.randint(256, (24, 3, 8, 8), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
+    data = Split(images, predict(model, to_pixels(images)))
+    plan = VerificationPlan(eps=0.03, images=24, attack_first=True)
+    progress = Progress()
+    ledger, _ = verify_split(model, data, plan, progress)
+    whole = dict(zip(ledger["image"], ledger["verdict"], strict=True))
+    for parts in (2, 8):
+        found = [verify_split(model, data, plan, part=(part, parts))[0] for part in range(parts)]
+        together_again = pd.concat(found)
+        assert dict(zip(together_again["image"], together_again["verdict"], strict=True)) == whole
+    for done in (5, 12):
+        rest = Progress(progress.rows[:done], dict(progress.examples))
+        ledger, _ = verify_split(model, data, plan, rest)
+        assert dict(zip(ledger["image"], ledger["verdict"], strict=True)) == whole
 
 
 def test_images_side_by_side_get_the_same_verdicts(network: nn.Module, digits: Dataset) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -17,28 +17,26 @@ Norm = Literal["linf", "l2"]
 class Ball:
     """The images within `eps` (pixels) of x [B, C, H, W] in a norm, and in [0, 1].
 
-    No point of it is farther than ε even in float64: bounds are rounded towards x.
+    No point of it is farther than ε even in float64: its pixels' bounds, `lower` and `upper`, are rounded towards x.
     """
 
     x: Tensor
     eps: float
-    norm: Norm = "linf"
-    lower: Tensor = field(init=False)
-    upper: Tensor = field(init=False)
+    norm: Norm
+    lower: Tensor
+    upper: Tensor
 
-    def __post_init__(self) -> None:
-        eps = torch.tensor(self.eps, dtype=torch.float64)
-        near = eps.to(self.x.dtype)
-        near = torch.where(near > eps, torch.nextafter(near, torch.zeros_like(near)), near)
+    @classmethod
+    def around(cls, x: Tensor, eps: float, norm: Norm = "linf") -> Ball:
+        exact = torch.tensor(eps, dtype=torch.float64)
+        near = exact.to(x.dtype)
+        near = torch.where(near > exact, torch.nextafter(near, torch.zeros_like(near)), near)
         # In an L2 ball every pixel keeps within ε, too.
-        self.lower = torch.nextafter(self.x - near, self.x).clamp_(0, 1)
-        self.upper = torch.nextafter(self.x + near, self.x).clamp_(0, 1)
+        lower, upper = (torch.nextafter(end, x).clamp_(0, 1) for end in (x - near, x + near))
+        return cls(x, eps, norm, lower, upper)
 
     def __getitem__(self, rows: Tensor) -> Ball:
-        part = object.__new__(Ball)
-        part.x, part.eps, part.norm = self.x[rows], self.eps, self.norm
-        part.lower, part.upper = self.lower[rows], self.upper[rows]
-        return part
+        return replace(self, x=self.x[rows], lower=self.lower[rows], upper=self.upper[rows])
 
     def random(self, generator: torch.Generator | None) -> Tensor:
         """A point of each ball, uniform before it is cut to [0, 1] for L2, and within it for L∞."""

@@ -111,7 +111,7 @@ def perturb(
         wide: starts within twice the radius and brings nothing back to the ball (N-FGSM, de Jorge et al. 2022, with one
             step of size ε): the result lies in [0, 1] and within 2 ε + steps * step_size.
     """
-    ball = Ball(x, eps)
+    ball = Ball.around(x, eps)
     if wide:
         draw = torch.rand(x.shape, device=x.device, generator=generator).to(x.dtype)
         current = (x + 2 * eps * (2 * draw - 1)).clamp(0, 1)

@@ -99,7 +99,7 @@ def sweep(
             left = (~broken).nonzero().squeeze(1)
             if not len(left):
                 break
-            ball = Ball(x[left], radii[place], norm)
+            ball = Ball.around(x[left], radii[place], norm)
             tried = start(surrogate or model, ball, y[left])
             logits = _logits(model, tried.example)  # in another batch rounding may tell another class
             if surrogate is not None:

@@ -232,4 +232,6 @@ def optimise(
         now = Domains(now.rows, now.parts, moved[0].clamp_(0, 1), betas)
     best = replace(asked, slopes=slopes.to(asked.slopes), multipliers=multipliers.to(asked.slopes))
     proven = bound if problem is net else back(problem, best).bound
-    return Optimised(proven.masked_fill(proven.isnan(), -torch.inf), best, Sweep(bound, relu, x), v)
+    # What overflows proves nothing.
+    proven = proven.masked_fill(proven.isnan() | (proven == torch.inf), -torch.inf)
+    return Optimised(proven, best, Sweep(bound, relu, x), v)

@@ -1,4 +1,5 @@
-"""A network as it is proved robust: in float64, whose rounding is far below what a margin must exceed."""
+"""A network as it is proved robust: in float64, whose rounding is far below what a margin must exceed, unless the
+network cancels some fifteen digits. That is not looked for."""
 
 from __future__ import annotations
 

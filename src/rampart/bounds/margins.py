@@ -27,8 +27,8 @@ METHODS: tuple[Method, ...] = ("ibp", "crown-ibp", "crown", "alpha-crown")
 ENGINES: tuple[Engine, ...] = ("native", "auto_lirpa")
 
 # A margin counts as proved above this share of the image's largest logit, whatever the scale of the logits. Proofs are
-# in float64, whose rounding is far below it; a linear program's solver is less exact, and so is float32, of which alone
-# some models are.
+# in float64, whose rounding is far below it unless some fifteen digits cancel; a linear program's solver is less exact,
+# and so is float32, of which alone some models are.
 PROVED = 2e-5
 # By how much of the largest logit what has been read of a network may differ from it: GPUs round in tf32.
 ALIKE = 1e-2
@@ -45,6 +45,11 @@ def margin_spec(labels: Tensor, classes: int) -> Tensor:
 def proof_tolerance(logits: Tensor) -> Tensor:
     """[B]: what a lower bound of a margin must exceed to be a proof, where the images have logits [B, K]."""
     return PROVED * logits.abs().amax(1)
+
+
+def overflowed(bounds: Tensor) -> bool:
+    """Whether lower bounds say something that no network can have, or nothing at all."""
+    return bool((bounds.isnan() | (bounds == torch.inf)).any())
 
 
 def noise(x: Tensor) -> Tensor:
@@ -100,8 +105,8 @@ def margin_bounds(
 ) -> Tensor:
     """Lower bounds of z_y - z_j, [B, K], over the L∞ ball of radius eps cut to [0, 1]; +inf at j = y.
 
-    They are computed in the images' type and do not allow for its rounding: for a proof that must hold whatever cancels
-    in the network, give model and images in float64, as `verify` and evaluations do by themselves.
+    They are computed in the images' type and do not allow for its rounding: where seven digits may cancel in the
+    network, give model and images in float64, as `verify` and evaluations do by themselves.
 
     Args:
         model: pixels -> logits, in eval mode.
@@ -144,8 +149,8 @@ def margin_bounds(
             require_labels(y, len(x), chain.output.shape[1])
             spec = margin_spec(y, chain.output.shape[1]).to(x.dtype)
             bounds = chain_bounds(chain, pixel_box(x, eps), spec, method, memory, single)
-    if bool(bounds.isnan().any()):
-        raise BoundError(f"{method} gave NaN: the network's weights or activations overflow")
+    if overflowed(bounds):
+        raise BoundError(f"{method} gave NaN or infinity: the network's weights or activations overflow")
     return bounds.scatter(1, y[:, None], torch.inf)
 
 

@@ -74,8 +74,7 @@ def _rectify(first: Tensor, second: Tensor, around: bool) -> tuple[Tensor, ...]:
     lower, upper = (first - second, first + second) if around else (first, second)
     low, inner, outer = lower.clamp(max=0), lower.relu(), upper.relu()
     # A box that is the point 0 counts as active.
-    high = torch.maximum(outer, low + 1e-8)
-    slope = high / (high - low)
+    slope = torch.where(low < 0, outer / (outer - low), 1.0)
     half = (outer - inner) * 0.5
     return inner + half, half, slope, -low * slope
 

@@ -16,9 +16,8 @@ from tqdm import tqdm
 from rampart.attacks import MEMBERS, AttackResult, Norm, apgd, autoattack, pgd
 from rampart.attacks.objectives import Loss
 from rampart.attacks.pgd import Schedule
-from rampart.data import Split, to_pixels
+from rampart.data import Split, in_parts, to_pixels
 from rampart.errors import ModelError, UnsupportedLayer, require, require_choices
-from rampart.evaluation.parts import in_parts
 from rampart.ledger import evaluation_ledger
 from rampart.models import NO_CLASS, Folded, Layout, classes_of, logits_of
 

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from rampart.data import Split, to_pixels
+from rampart.data import Split, in_parts, to_pixels
 from rampart.data.corruptions import CORRUPTIONS, STRENGTHS, Corruption, corrupt
 from rampart.errors import require_choices
-from rampart.evaluation.parts import in_parts
 from rampart.models import predict
 
 CASES = [(kind, strength) for kind in CORRUPTIONS for strength in STRENGTHS]

@@ -19,10 +19,9 @@ from torch import Tensor, nn
 
 from rampart.attacks import Ball
 from rampart.attacks.ball import gradient
-from rampart.data import Split, stratified_order, to_pixels
+from rampart.data import Split, in_parts, stratified_order, to_pixels
 from rampart.errors import require
 from rampart.evaluation.attacked import Attack, AttackPlan
-from rampart.evaluation.parts import in_parts
 from rampart.ledger import attacked_by
 from rampart.models import predict
 
@@ -159,7 +158,7 @@ def trust(
             "more_restarts": missed(restarts=attack.plan.restarts + 4),
             "other_loss": missed(attack="apgd", loss="dlr" if attacking.loss == "ce" else "ce"),
             "noise": share(
-                seen(lambda points, labels: _noise(model, Ball(points, eps, attacking.norm), labels, generator)) & held
+                seen(lambda points, y: _noise(model, Ball.around(points, eps, attacking.norm), y, generator)) & held
             ),
             "transfer": max(
                 (share(seen(partial(_wrong, model), other.to(y.device)) & held) for other in others), default=None

@@ -142,6 +142,8 @@ def _link(path: str, module: nn.Module | Constant, x: Tensor) -> Link:
     shape = tuple(x.shape[1:])
     if isinstance(module, Constant):
         return _arithmetic(path, module, x)
+    for make_weight in module._forward_pre_hooks.values():  # as before a forward pass; `trace` lets no others through
+        make_weight(module, ())
     if isinstance(module, nn.ReLU):
         return ReLU(shape)
     if isinstance(module, Normalize):

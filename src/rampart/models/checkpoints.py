@@ -120,7 +120,7 @@ def load_model(path: str | Path) -> Classifier:
             raise ModelError(f"'{path}' holds weights that are NaN or infinite: train or export it anew")
         taken = model.state_dict()
         if any(not torch.equal(taken[name].to(value.dtype), value) for name, value in state.items()):
-            log.warning("'%s' holds more than float32: figures and verdicts are of its weights as rounded to that", path)
+            log.warning("'%s' holds more than float32: figures and verdicts are of its weights as rounded", path)
     except ModelError:
         raise
     except Exception as error:  # torch, numpy and safetensors share no base class for a broken or foreign file

@@ -20,6 +20,7 @@ from rampart.reports.encoding import (
     status_colour,
     status_shape,
 )
+from rampart.reports.numbers import KEYS
 from rampart.reports.style import CLASS_SCHEMES, VERDICT_COLOURS
 from rampart.settings import eps_text
 
@@ -170,11 +171,12 @@ def verdicts(summary: pd.DataFrame) -> Panels:
 def verification_times(settled: pd.DataFrame) -> Panels:
     """Share of the images that is settled (proved or refuted) within so many seconds each; `settled` has a row an image
     and its seconds, NaN where it was not settled."""
+    settled = settled.assign(seconds=settled["seconds"].clip(lower=1e-3))  # the axis is logarithmic
     rows = []
     for _, part in settled.groupby(["arm", "engine"], sort=False):
-        found = part["seconds"].dropna().clip(lower=1e-3).sort_values()
+        found = part["seconds"].dropna().sort_values()
         share = [100 * (i + 1) / len(part) for i in range(len(found))]
-        keys = part.iloc[0][["augment", "method", "contrastive", "arm", "engine"]].to_dict()
+        keys = part.iloc[0][KEYS].to_dict()
         # Each curve rises from the axis and goes on to the right.
         rises = [(found.min(), 0.0)] if share else []
         end = (settled["seconds"].max(), share[-1] if share else 0.0)
@@ -191,7 +193,7 @@ def radius_curves(radii: pd.DataFrame) -> Panels:
     rows = []
     for _, part in radii.groupby(["arm", "engine"], sort=False):
         found = part["radius"].dropna().sort_values()
-        keys = part.iloc[0][["augment", "method", "contrastive", "arm", "engine"]].to_dict()
+        keys = part.iloc[0][KEYS].to_dict()
         # Proved at ε are the images whose radius is ε or more.
         rows.append({**keys, "radius": 0.0, "percent": 100 * len(found) / len(part)})
         for i, radius in enumerate(found):

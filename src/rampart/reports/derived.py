@@ -75,7 +75,7 @@ def on_common_images(evidence: Evidence) -> pd.DataFrame:
         if common and len(chosen) > 1:
             name, ledgers = f"{rows['metric'].iloc[0]}/{eps_key(eps)}", [evidence.ledgers[run] for run in rows["run"]]
             rates = [attack_rates(ledger[ledger["image"].isin(common)])[name] for ledger in ledgers]
-            values.loc[values.index.isin(rows.index), "value"] = rates
+            values.loc[rows.index, "value"] = rates
     return values
 
 

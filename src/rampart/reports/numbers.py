@@ -21,13 +21,14 @@ def numbers(run: pd.Series) -> pd.DataFrame:
     """The run's metrics in long form; eps is NaN where a metric has none."""
     rows = []
     suspect = str(run.get("tags.rampart.trust", "")).startswith("suspect")
+    verified = _verified_eps(run) if run["step"] == "verify" else float("nan")
     # The server gives columns in an order of its own.
     for name in sorted(map(str, run.index)):
         value = run[name]
         if not name.startswith("metrics.") or pd.isna(value):
             continue
         metric, _, rest = name.removeprefix("metrics.").partition("/")
-        eps = float("nan")
+        eps = verified
         if metric == "verdicts":
             metric = rest
         elif metric in _NAMED:
@@ -37,9 +38,6 @@ def numbers(run: pd.Series) -> pd.DataFrame:
         if metric.partition("/")[0] in _METRICS:
             rows.append({**{key: run[key] for key in (*KEYS, "seed", "step")}, "metric": metric, "eps": eps})
             rows[-1] |= {"value": float(value), "run": run["run_id"], "suspect": metric in _ATTACKED and suspect}
-    if run["step"] == "verify":
-        for row in rows:
-            row["eps"] = _verified_eps(run)
     return pd.DataFrame(rows)
 
 

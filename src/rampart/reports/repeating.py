@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import pandas as pd
 
 from rampart.errors import RampartError
-from rampart.settings import as_text, names, profile_name, resolve
+from rampart.settings import TrainSettings, as_text, names, profile_name, resolve
 
 # What a command names although the profile may say the same, and what is the machine's business alone.
 ALWAYS = ("profile", "method", "augment", "contrastive", "seed", "model")
@@ -47,6 +48,24 @@ def way(said: str) -> tuple[str, ...]:
     stages = ("contrastive", "=", "double") in words
     idle = {*_ANY, *(("epochs",) if stages else ("encoder_epochs", "head_epochs"))}
     return tuple(f"{name}={alike(value)}" for name, equals, value in words if equals and name not in idle)
+
+
+def trained_by(said: str) -> dict[str, Any]:
+    """The settings that have a part in the training that a command repeats, but for what tells its arm and seed, and
+    where its data lie; `epochs` are those of both stages. Empty where the command is none of this version's, or its
+    profile is gone."""
+    if said == UNKNOWN:
+        return {}
+    words = [word.partition("=") for word in shlex.split(said)]
+    try:
+        settings = resolve("train", {name: text for name, equals, text in words if equals and name not in _ANY})
+    except RampartError:
+        return {}
+    assert isinstance(settings, TrainSettings)
+    left = {*ALWAYS, *MACHINE, *_ANY, "eps_space", "compile"} | settings.idle()
+    found = {name: value for name, value in asdict(settings).items() if name not in left}
+    stages = [found.pop(name) for name in ("encoder_epochs", "head_epochs") if name in found]
+    return ({"epochs": sum(stages)} if stages else {}) | found
 
 
 def alike(text: Any) -> Any:

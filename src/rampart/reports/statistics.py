@@ -1,4 +1,5 @@
-"""What the study claims, as rows: arms that differ in one thing, by how much, and how sure that is.
+"""What the study claims, as rows: arms of which one has something in place of another, what difference there is, and
+how sure that is.
 
 A difference is judged twice. Over seeds: would training again show it, too? A paired t-test and its confidence interval
 (Student 1908), from three common seeds on. Over images: do these very models differ on other images of the same kind?
@@ -21,22 +22,25 @@ from statsmodels.stats.weightstats import DescrStatsW
 
 from rampart.ledger import PROVED, attacked_by, eps_key
 from rampart.reports.evidence import Evidence
+from rampart.reports.repeating import UNKNOWN, trained_by
 from rampart.reports.tables import marked
 from rampart.settings import eps_text
 
 LEVEL = 0.05
 ENOUGH = 3  # seeds
 RESAMPLES = 10_000
+# Stands for what else two arms differ in where a training is not known.
+UNSAID = "?"
 
 
 @dataclass(frozen=True)
 class Claim:
-    """That `arm` differs from `other`, which it shares all but `factor` with, in a metric.
+    """That `arm` differs from `other`, whose name differs from its own in `factor` alone, in a metric.
 
     Args:
         factor: SupCon, augmentation or method.
         change: what `arm` has in place of what `other` has.
-        among: what they share.
+        among: what else their names say, which they share.
     """
 
     factor: str
@@ -47,10 +51,12 @@ class Claim:
 
 
 def claims(evidence: Evidence, eps: float | None) -> pd.DataFrame:
-    """A row a claim and metric: the Claim's fields; metric, eps; difference (of shares of the images that both arms
-    have: arm less other, the mean over common seeds, or of the first seeds where there is none in common); seeds,
-    seed_low, seed_high, seed_p (NaN where it cannot be said); images, image_low, image_high, image_p; runs, the ids of
-    those compared; finding; suspect, whether the attack behind it has failed a check."""
+    """A row a claim and metric: the Claim's fields; also, what else the trainings differ in; metric, eps; difference
+    (of shares of the images that both arms have: arm less other, the mean over common seeds, or of the first seeds
+    where there is none in common); seeds, seed_low, seed_high, seed_p (NaN where it cannot be said); images, image_low,
+    image_high, image_p; runs, the ids of those compared; finding; suspect, whether the attack behind it has failed a
+    check."""
+    trained = evidence.of("train").set_index(["arm", "seed"])["command"].to_dict()
     distrusted = set(evidence.values.loc[evidence.values["suspect"], "run"])
     outcomes = {name: _outcomes(evidence, name, eps) for name in METRICS}
     rows = []
@@ -61,7 +67,8 @@ def claims(evidence: Evidence, eps: float | None) -> pd.DataFrame:
         if found:
             radius = float("nan") if metric == "accuracy" or eps is None else eps
             suspect = metric == "robust accuracy" and not distrusted.isdisjoint(found["runs"].split())
-            rows.append({**claim.__dict__, "metric": metric, "eps": radius, **found, "suspect": suspect})
+            also = _also(trained, claim, found.pop("pairs"))
+            rows.append({**claim.__dict__, "also": also, "metric": metric, "eps": radius, **found, "suspect": suspect})
     table = pd.DataFrame(rows)
     if table.empty:
         return table
@@ -73,8 +80,8 @@ def claims(evidence: Evidence, eps: float | None) -> pd.DataFrame:
 
 
 def _pairs(evidence: Evidence) -> Iterator[Claim]:
-    """Pairs of arms that differ in one thing: SupCon beside none (first: it is what the study asks about), augmented
-    beside plain, a method beside `normal`."""
+    """Pairs of arms whose names differ in one thing: SupCon beside none (first: it is what the study asks about),
+    augmented beside plain, a method beside `normal`."""
     arms = evidence.of("evaluate", "verify").drop_duplicates("arm")
     arms = arms[arms["method"] != "other"]
     have = {(row["method"], row["augment"], row["contrastive"]): row["arm"] for row in arms.to_dict("records")}
@@ -89,6 +96,18 @@ def _pairs(evidence: Evidence) -> Iterator[Claim]:
         if method != "normal" and ("normal", augment, kind) in have:
             among = f"{_augmented(augment)}{'' if kind == 'none' else f', SupCon {kind}'}"
             yield Claim("method", f"{method}, not normal", among, arm, have["normal", augment, kind])
+
+
+def _also(trained: Mapping[Any, str], claim: Claim, pairs: list[tuple[str, str]]) -> str:
+    """The settings, by name, that have a part in the trainings of both arms and are not the same, in any pair of seeds;
+    ? where a training is not known."""
+    names: dict[str, None] = {}
+    for one, two in pairs:
+        ours, theirs = (trained_by(trained.get(key, UNKNOWN)) for key in ((claim.arm, one), (claim.other, two)))
+        if not ours or not theirs:
+            return UNSAID
+        names |= dict.fromkeys(name for name in ours if name in theirs and ours[name] != theirs[name])
+    return ", ".join(names)
 
 
 def _augmented(augment: bool) -> str:
@@ -141,7 +160,8 @@ def _outcome(ledger: pd.DataFrame, metric: str, eps: float | None) -> pd.Series 
 def _compared(ours: dict[str, pd.Series], theirs: dict[str, pd.Series]) -> dict[str, Any]:
     """On the images that all have; nothing where there is none."""
     seeds = [seed for seed in ours if seed in theirs]  # in the order of the tables
-    pairs = [(ours[seed], theirs[seed]) for seed in seeds] or [(next(iter(ours.values())), next(iter(theirs.values())))]
+    chosen = [(seed, seed) for seed in seeds] or [(next(iter(ours)), next(iter(theirs)))]
+    pairs = [(ours[one], theirs[two]) for one, two in chosen]
     images = pairs[0][0].index
     for pair in pairs:
         images = images.intersection(pair[0].index).intersection(pair[1].index)
@@ -152,6 +172,7 @@ def _compared(ours: dict[str, pd.Series], theirs: dict[str, pd.Series]) -> dict[
     by_seed = differences.mean(1)
     runs = " ".join(str(side.name) for pair in pairs for side in pair)
     found: dict[str, Any] = {
+        "pairs": chosen,
         "difference": by_seed.mean(),
         "seeds": len(seeds),
         "images": len(images),
@@ -215,13 +236,14 @@ def claim_table(found: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
             {
                 "changed": row["change"],
                 "among": row["among"],
+                "differs also in": row["also"] or "-",
                 "metric": row["metric"] + at,
                 "difference": points(row["difference"]),
                 "finding": marked(row["finding"], row["suspect"]),
                 "95 % over seeds": interval(row["seed_low"], row["seed_high"]),
                 "p (seeds)": "-" if pd.isna(row["seed_p"]) else f"{row['seed_p']:.2g}",
                 "95 % over images": interval(row["image_low"], row["image_high"]),
-                "p (McNemar)": f"{row['image_p']:.2g}",
+                "p (McNemar)": "<1e-300" if row["image_p"] < 1e-300 else f"{row['image_p']:.2g}",
                 "n": f"{row['seeds']} seeds, {row['images']} images",
                 **({"published": theirs(row)} if len(published) else {}),
                 "runs": row["runs"],

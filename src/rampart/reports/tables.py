@@ -112,7 +112,7 @@ def costs(found: pd.DataFrame) -> pd.DataFrame:
     found = found.assign(place=found.groupby(ROW, sort=False).ngroup()).sort_values("place", kind="stable")
     rows = found.drop_duplicates(row).reset_index(drop=True)
     table = _arms(rows).assign(machine=rows["machine"])
-    groups = [found[(found[row] == one[row]).all(axis=1)] for _, one in rows.iterrows()]
+    groups = [part for _, part in found.groupby(row, sort=False)]
     for step, name in (("train", "training s"), ("evaluate", "evaluation s"), ("verify", "verification s")):
         table[name] = [_mean(group.loc[group["step"] == step, "seconds"], 1) or "-" for group in groups]
     table["training images/s"] = [

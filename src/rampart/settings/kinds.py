@@ -77,6 +77,10 @@ class TrainSettings(Common, Augmentation, Recipe):
         for part in (Common, Augmentation, Recipe):
             part.__post_init__(self)
 
+    def idle(self) -> set[str]:
+        unused = () if self.augment else dataclasses.fields(Augmentation)
+        return super().idle() | {field.name for field in unused}
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings(Common):

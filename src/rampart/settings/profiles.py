@@ -50,6 +50,8 @@ def _sections(name: str, text: str) -> Mapping[str, Any]:
     every = {key for step in STEPS for key in names(step)}
     for key in profile["common"]:
         require(key in every, unknown(f"setting in section common of profile {name}", key, every))
+        step, dot, bare = key.rpartition(".")
+        require(not dot, f"setting '{key}' in section common of profile {name}: put {bare} into section {step}")
     for rule in profile["arms"]:
         parts = rule if isinstance(rule, dict) else {}
         wanted = set(parts) == {"when", "set"} and all(isinstance(part, dict) for part in parts.values())

@@ -48,6 +48,7 @@ def resolve(step: str, given: Mapping[str, str]) -> Settings:
             if all(_same(name, arm.get(name), value) for name, value in rule["when"].items()):
                 layers.append((rule["set"], _scale(rule["set"], scale)))
                 section |= rule["set"]
+                arm = {**arm, **rule["set"], **given}
     own = {name: text for name, text in given.items() if name in fields}
     # An L2 ball of radius 1 changes few pixels much: no radius is too large there.
     largest = math.inf if own.get("norm", section.get("norm")) == "l2" else 1.0

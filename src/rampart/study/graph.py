@@ -18,7 +18,7 @@ from rampart.study.steps import run_step
 from rampart.tracking.claims import bury, claimed
 from rampart.tracking.queries import find_runs
 from rampart.tracking.store import connect, location, this_process
-from rampart.tuning import finished_before, tuned_texts
+from rampart.tuning import tuned_texts, tuning_identity
 
 
 class Task(NamedTuple):
@@ -124,7 +124,7 @@ class Shared:
         """
         self.settle()
         if task.step == "tune":  # several may tune: they share the trials
-            done = finished_before(self.texts(task), self.experiment)
+            done = self.find(self.identity(task))
             run = done or run_step("tune", self.texts(task), self.study)
             return Done(run, done is not None, tuned_texts(run))
         model = f"runs:/{before['train'].run}/model" if "train" in before else ""
@@ -142,12 +142,14 @@ class Shared:
 
     def find(self, key: str) -> str | None:
         """The newest finished run of that identity, of whatever code if that is kept."""
-        wanted = f"{what(key)}.%" if self.keep else key
+        wanted = f"{what(key)}%" if self.keep else key  # older tunings say nothing of their code
         found = find_runs(self.experiment, {"identity": wanted}, max_results=1)
         return str(found["run_id"].iloc[0]) if len(found) else None
 
-    def identity(self, task: Task, model: str, more: Mapping[str, str] | None = None) -> str:
+    def identity(self, task: Task, model: str = "", more: Mapping[str, str] | None = None) -> str:
         """A task's identity, given the model that goes in."""
+        if task.step == "tune":
+            return tuning_identity(self.texts(task))
         settings = resolve(task.step, self.texts(task, model, more))
         assert isinstance(settings, Common)
         return identity(task.step, settings, data_of(settings).digest, model)

@@ -11,7 +11,7 @@ from rampart.settings import ARM_STEPS
 from rampart.study.graph import Shared, Task
 from rampart.study.identity import what
 from rampart.tracking.queries import find_runs, seconds_at_work
-from rampart.tuning import finished_before, tuned_texts
+from rampart.tuning import tuned_texts
 
 DONE, OUTDATED, STALE, MISSING = "done", "outdated", "stale", "to do"
 
@@ -27,34 +27,33 @@ def plan(shared: Shared, jobs: Sequence[tuple[Arm, int]], tuned: bool = False) -
     earlier = {step: _earlier(shared.experiment, step) for step in (("tune", *ARM_STEPS) if tuned else ARM_STEPS)}
     rows = []
 
-    def add(task: Task, known: pd.DataFrame, alike: pd.DataFrame) -> None:
+    def add(task: Task, key: str) -> str | None:
+        """The run that has done it; what has no key is not done."""
         before = earlier[task.step]
+        alike = before[before["identity"].map(what) == what(key)] if key else before[:0]
+        known = alike if shared.keep else alike[alike["identity"] == key]
         own = before[before["arm"] == task.arm.name]
         old = (own["seed"] == str(task.seed)).any()
         state = DONE if len(known) else OUTDATED if len(alike) else STALE if old else MISSING
         timed = own if len(own) else before[before["method"] == task.arm.method]
         seconds = 0.0 if len(known) else timed["seconds"].median()
         rows.append({"arm": task.arm.name, "seed": task.seed, "step": task.step, "state": state, "seconds": seconds})
+        return str(known["run_id"].iloc[0]) if len(known) else None
 
     found: dict[Arm, Mapping[str, str] | None] = {}
     for arm, seed in jobs:
         if tuned and arm not in found:
             task = Task(arm, seed, "tune")
-            run = finished_before(shared.texts(task), shared.experiment)
+            run = add(task, shared.identity(task))
             found[arm] = tuned_texts(run) if run else None
-            known = earlier["tune"][earlier["tune"]["run_id"] == run]
-            add(task, known, known)
         # The identities of what comes after something that is missing are not known before that is done.
         texts = found[arm] if tuned else {}
         model: str | None = None if texts is None else ""
         for step in ARM_STEPS:
-            task, before = Task(arm, seed, step), earlier[step]
-            key = "" if model is None else shared.identity(task, model, texts if step == "train" else None)
-            alike = before[before["identity"].map(what) == what(key)] if key else before[:0]
-            known = alike if shared.keep else alike[alike["identity"] == key]
-            add(task, known, alike)
+            task = Task(arm, seed, step)
+            run = add(task, "" if model is None else shared.identity(task, model, texts if step == "train" else None))
             if step == "train":
-                model = f"runs:/{known['run_id'].iloc[0]}/model" if len(known) else None
+                model = f"runs:/{run}/model" if run else None
     return pd.DataFrame(rows)
 
 

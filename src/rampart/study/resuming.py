@@ -37,20 +37,22 @@ def interrupted(run: Run, key: str) -> tuple[str, pd.DataFrame] | None:
     return old, ledger
 
 
-def interrupted_training(run: Run, key: str) -> State | None:
-    """Where a training stood that ended before its time and was the same by `key`; `run` is that training's, then.
-    Of several processes that ask at once one goes on with it."""
+def interrupted_training(run: Run, key: str) -> tuple[State | None, int]:
+    """(where a training stood that ended before its time and was the same by `key`, None where there is none; the place
+    of CHECKPOINTS to write to first, which does not hold that). `run` is that training's, then. Of several processes
+    that ask at once one goes on with it."""
     with claimed(run.id, run.experiment, key, "an interrupted training"):
         for old in _unfinished(run, key):
-            states = [state for name in CHECKPOINTS if (state := salvaged(read_checkpoint, old, name)) is not None]
+            found = [(salvaged(read_checkpoint, old, name), 1 - place) for place, name in enumerate(CHECKPOINTS)]
+            states = [(state, other) for state, other in found if state is not None]
             if states:
-                state = max(states, key=lambda state: (state.epoch, state.batch))
+                state, other = max(states, key=lambda left: (left[0].epoch, left[0].batch))
                 log.info("going on in run %s, epoch %d, after %d batches of it", old, state.epoch, state.batch)
                 run.go_on_in(old)
-                return state
+                return state, other
         # Not before: a run that goes on in another one must not be found in its place.
         run.tags({"begun": key})
-        return None
+        return None, 0
 
 
 def salvaged(read: Callable[[str, str], T | None], run_id: str, name: str) -> T | None:

@@ -118,8 +118,12 @@ class Scheduler:
             log.error("%s failed: %s", name, said)
 
     def _put(self, task: Task, pause: float = 0.0) -> None:
-        soon = STEPS.index(task.step), METHODS.get(task.arm.method, 0), task.seed
-        heapq.heappush(self._waiting, (time.monotonic() + pause if pause else 0.0, soon, task))
+        heapq.heappush(self._waiting, (time.monotonic() + pause if pause else 0.0, priority(task), task))
+
+
+def priority(task: Task) -> tuple[int, ...]:
+    """The smallest comes first of what could begin."""
+    return STEPS.index(task.step), METHODS.get(task.arm.method, 0), task.seed
 
 
 def arm_of(task: Task) -> str:

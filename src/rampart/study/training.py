@@ -32,13 +32,13 @@ def run_training(run: Run, settings: Settings, given: Mapping[str, str]) -> None
     device = prepare(settings)
     key = identity("train", settings, data_of(settings).digest)
     # A random state of one kind of device is none of another.
-    before = interrupted_training(run, f"{key} {device.type}")
+    before, place = interrupted_training(run, f"{key} {device.type}")
     run.name(f"{arm.name} s{settings.seed}")
     run.tags(arm.texts | {"arm": arm.name})
     run.tags({"seed": settings.seed, "train_profile": settings.profile})
     data = open_data(run, settings)
     # Until all is told: the SIGTERM that follows a Ctrl-C must not stop that.
-    with stoppable() as stop, Later() as later, Epochs(run, later) as epochs:
+    with stoppable() as stop, Later() as later, Epochs(run, later, place) as epochs:
         model = train(settings, data, epochs, settings, settings.seed, device, before)
     if stop.asked:
         raise KeyboardInterrupt
@@ -65,7 +65,11 @@ class Epochs:
     at the end of a `with` block at once.
     """
 
-    def __init__(self, run: Run, later: Later) -> None:
+    def __init__(self, run: Run, later: Later, place: int = 0) -> None:
+        """
+        Args:
+            place: of CHECKPOINTS, where the first one is written; the others follow by turns.
+        """
         self.run, self.later = run, later
         self.seen: dict[int, dict[str, float]] = {}
         # Of a training that is gone on with, epochs that its last checkpoint has not seen may have been told of.
@@ -74,8 +78,9 @@ class Epochs:
         self._lock, self._over, self._next = threading.Lock(), threading.Event(), 0.0
         self._points: list[Point] = []
         self._newest: tuple[Classifier, State] | None = None
-        self._written = 1  # where the checkpoint is that was written last: never overwritten by the next one
-        self._coming = 0  # where the newest will be
+        self._place = place  # where the newest will be
+        # With its place the one that is written, as often as it takes: no other was promised there.
+        self._writing: tuple[Classifier, State, int] | None = None
         self._asked = False  # whether `_tell` is to be called anyway
 
     def __enter__(self) -> Epochs:
@@ -98,28 +103,26 @@ class Epochs:
         with self._lock:
             self._newest = (model, state)
             asked, self._asked = self._asked, True
-            coming = self._coming
+            place = self._place
         if not asked:
             self.later.do(self._tell)
-        return self.run.checkpoint_uri(coming)
+        return self.run.checkpoint_uri(place)
 
     def _tell(self) -> None:
-        """In the background; what fails is tried again, with what is new then."""
+        """In the background; what fails is tried again, with the metrics that are new then."""
         self._over.wait(self._next - time.monotonic())
         with self._lock:
-            points, newest = list(self._points), self._newest
-            place = 1 - self._written
-            self._coming = 1 - place if newest else place
+            points = list(self._points)
+            if self._newest and not self._writing:
+                self._writing, self._newest = (*self._newest, self._place), None
+                self._place = 1 - self._place
             self._asked = False
         self.run.curves(points)
-        if newest:
-            self.run.checkpoint(*newest, place)
+        if self._writing:
+            self.run.checkpoint(*self._writing)
         with self._lock:
             del self._points[: len(points)]
-            if newest:
-                self._written = place
-            if self._newest is newest:
-                self._newest = None
+            self._writing = None
         self._next = time.monotonic() + PACE
 
     def chosen(self) -> dict[str, float]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
+from types import FrameType
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -131,10 +132,21 @@ def _visible(there: int) -> list[str]:
 
 def _interruptible(work: Callable[..., T], *given: object) -> T:
     try:
-        return work(*given)
+        signal.signal(signal.SIGTERM, interrupt)
+        try:
+            return work(*given)
+        finally:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
     except KeyboardInterrupt:
         # Told to stop, and its run is closed: the pool would wait for another task.
         os._exit(130)
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """Of a signal the first one ends what is in work; those that follow, where a whole group was told, do not keep it
+    from being cleaned up."""
+    signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def _begin(devices: str) -> None:
@@ -142,6 +154,13 @@ def _begin(devices: str) -> None:
     if devices:
         os.environ["CUDA_VISIBLE_DEVICES"] = devices
     hush()
+    # A terminal's Ctrl-C is for the parent, which tells its workers by SIGTERM.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    follow_parent()
+
+
+def follow_parent() -> None:
+    """From now on this process is told to stop when its parent is gone."""
     threading.Thread(target=_follow, name="rampart-parent", daemon=True).start()
 
 

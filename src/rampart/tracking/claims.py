@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from mlflow import MlflowClient
 
-from rampart.tracking.store import alive, asking, end_lost, sweep
+from rampart.tracking.store import asking, end_lost, gone, sweep
 
 log = logging.getLogger(__name__)
 
@@ -76,10 +76,10 @@ def bury(experiment: str, task: str) -> None:
     client = MlflowClient()
     running = f"attributes.status = 'RUNNING' and tags.`rampart.task` = '{task}'"
     for left in client.search_runs([experiment], running):
-        process = f"{left.data.tags['rampart.process']}@{left.data.tags['rampart.host']}"
+        run_id = left.info.run_id
         for _ in range(FAREWELL):
-            if not alive(process):
+            if gone(left.data.tags) or client.get_run(run_id).info.status != "RUNNING":
                 break
             time.sleep(1.0)
-        if client.get_run(left.info.run_id).info.status == "RUNNING":
-            end_lost(left.info.run_id)
+        if client.get_run(run_id).info.status == "RUNNING":
+            end_lost(run_id)

@@ -5,16 +5,20 @@ from __future__ import annotations
 
 import argparse
 import copy
+from collections.abc import Hashable, Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 from torch import nn
 
 from rampart.console import said_if_it_fails
 from rampart.errors import ModelError, RampartError
 from rampart.models import Classifier, load_model, save_model, weights_digest
 from rampart.models.released import CLASSES, FOLDER, SEED, SUFFIX, enter
-from rampart.settings import profile_name
+from rampart.settings import TrainSettings, as_text, names, profile_name, resolve
 from rampart.tracking.models import fetch_model
 from rampart.tracking.queries import find_runs
 from rampart.tracking.runs import class_names
@@ -50,25 +54,54 @@ def _holds(file: Path, model: Classifier) -> bool:
 
 
 def release_all(profile: str, folder: Path) -> None:
-    """The newest model of each arm of a profile that has been trained with seed 0.
+    """The newest model of each arm of a profile that has been trained with seed 0, and as the profile says.
 
     Raises:
-        RampartError: no arm has been trained, or one on other classes than CIFAR-10's, which do not belong beside those
-            that came with the checkout.
+        RampartError: no arm has been trained so, or one on other classes than CIFAR-10's, which do not belong beside
+            those that came with the checkout.
     """
     known = {"step": "train", "profile": profile_name(profile), "seed": SEED}
-    runs = find_runs(experiment_id(create=False), known)
-    if runs.empty:
+    chosen: dict[str, dict[Hashable, Any]] = {}
+    for run in find_runs(experiment_id(create=False), known).to_dict("records"):
+        arm = str(run["tags.rampart.arm"])
+        if arm in chosen:
+            continue
+        if said := _beyond(run, profile):
+            print(f"passed over: run {run['run_id']} ({arm}) was not trained as profile '{profile}' says: {said}")
+        else:
+            chosen[arm] = run
+    if not chosen:
         raise RampartError(f"no finished training of profile '{profile}' with seed {SEED}: train its arms first")
-    runs = runs.drop_duplicates("tags.rampart.arm")
-    for run in runs.to_dict("records"):
+    for run in chosen.values():
         # Of what `rampart:` finds it is said that it tells these apart.
         if folder.resolve() == FOLDER.resolve() and class_names(str(run["tags.rampart.class_names"])) != CLASSES:
             what = f"run {run['run_id']} ({run['tags.rampart.arm']}) was trained on {run['tags.rampart.dataset']}"
             raise RampartError(f"{what}, not on CIFAR-10's classes: give a folder of your own")
-    for run in runs.to_dict("records"):
-        file = release(fetch_model(f"runs:/{run['run_id']}/model"), run["tags.rampart.arm"], folder)
+    for arm, run in chosen.items():
+        file = release(fetch_model(f"runs:/{run['run_id']}/model"), arm, folder)
         print(f"{file}: run {run['run_id']}")
+
+
+# What tells the models of a profile apart, and in what else they may differ from it: where and how fast they were
+# trained, and on which scale ε was given.
+_ARM = ("method", "augment", "contrastive", "seed", "dataset")
+_FREE = {"device", "threads", "data_root", "compile", "precision", "eps_space"}
+
+
+def _beyond(run: Mapping[Any, Any], profile: str) -> str:
+    """What a training was given that the profile does not say of its arm, or why that cannot be told; nothing where it
+    was trained as the profile says."""
+    given = {name: str(run[key]) for name in names("train") if pd.notna(run.get(key := f"params.{name}"))}
+    given["profile"] = profile
+    arm = {name: given[name] for name in (*_ARM, "profile") if name in given}
+    try:
+        trained, usual = (resolve("train", texts) for texts in (given, arm))
+    except RampartError as error:
+        return str(error)
+    assert isinstance(trained, TrainSettings)
+    texts, others, left = as_text(trained, {}), asdict(usual), _FREE | trained.idle()
+    differ = [name for name, value in asdict(trained).items() if value != others[name] and name not in left]
+    return ", ".join(f"{name}={texts[name]}" for name in differ)
 
 
 def main() -> int:

@@ -209,7 +209,7 @@ def sweep(experiment: str, everywhere: bool = False) -> list[str]:
     swept = []
     here = "" if everywhere else f" and tags.`rampart.host` = '{socket.gethostname()}'"
     for run in client.search_runs([experiment], f"attributes.status = 'RUNNING'{here}", max_results=1000):
-        if _gone(run.data.tags):
+        if gone(run.data.tags):
             try:
                 end_lost(run.info.run_id)
             except MlflowException as error:  # deleted or ended by somebody else meanwhile
@@ -228,8 +228,9 @@ def end_lost(run_id: str) -> None:
     client.set_terminated(run_id, "KILLED")
 
 
-def _gone(tags: Mapping[str, str]) -> bool:
-    """Of a run that is not ours, or whose process said nothing, nothing is known."""
+def gone(tags: Mapping[str, str]) -> bool:
+    """Whether the process of a run with these tags is gone, or has been silent for long on another host. Of a run that
+    is not ours, or whose process said nothing, nothing is known."""
     pid, _, created = tags.get("rampart.process", "").partition(":")
     if not pid:
         return False

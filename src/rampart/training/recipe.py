@@ -184,8 +184,30 @@ class Recipe:
             f"precision=bf16 would spoil the bounds of {self.method}: take precision=fp32",
         )
         require(
-            self.embeddings != "attack" or self.method in ("sabr", "mtl-ibp") or self.contrastive == "none",
+            self.embeddings != "attack" or self.method not in ("certified", "ibp") or self.contrastive == "none",
             f"embeddings=attack needs a method that attacks and bounds (sabr, mtl-ibp), not {self.method}: "
             "take embeddings=worst",
         )
         require(0 <= self.eps <= 1, f"eps must lie between 0 and 1 (pixels), not {self.eps}")
+
+    def idle(self) -> set[str]:
+        """The settings that have no part in this training: those of other methods and of other stages."""
+        supcon, double = self.contrastive != "none", self.contrastive == "double"
+        bounds = self.method in ("certified", "ibp", "sabr", "mtl-ibp")
+        of_attacks = ("attack_steps", "attack_rel_step", "attack_rel_eps", "attack_start", "attack_batchnorm")
+        parts = {
+            ("eps", "eps_warmup"): self.method != "normal",
+            of_attacks: self.method in ("adversarial", "trades", "sabr", "mtl-ibp"),
+            ("trades_beta",): self.method == "trades",
+            ("sabr_lambda",): self.method == "sabr",
+            ("mtl_alpha",): self.method == "mtl-ibp",
+            ("certified_loss", "ibp_weight"): self.method == "certified",
+            ("clean_weight",): self.method in ("certified", "ibp"),
+            ("ibp_regularizer",): bounds,
+            ("embeddings",): bounds and supcon,
+            ("temperature",): supcon,
+            ("supcon_weight",): self.contrastive == "single",
+            ("encoder_supcon_weight", "encoder_epochs", "head_epochs", "head"): double,
+            ("epochs",): not double,
+        }
+        return {name for names, has_part in parts.items() if not has_part for name in names}

@@ -1,4 +1,4 @@
-from rampart.tuning.driver import check, finished_before
+from rampart.tuning.driver import check, tuning_identity
 from rampart.tuning.publish import tuned_texts
 
-__all__ = ["check", "finished_before", "tuned_texts"]
+__all__ = ["check", "tuned_texts", "tuning_identity"]

@@ -9,6 +9,7 @@ import math
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -27,16 +28,27 @@ from rampart.console import configure_logging
 from rampart.data import Dataset, Split
 from rampart.errors import RampartError
 from rampart.settings import Settings, TrainSettings, TuneSettings, names, resolve
-from rampart.study.identity import asked
+from rampart.study.identity import asked, code_version
 from rampart.study.opening import data_of, prepare
+from rampart.study.workers import follow_parent, interrupt
 from rampart.tracking import Run
 from rampart.tracking.lifecycle import exists, fail_run, reopened
-from rampart.tracking.queries import find_runs
 from rampart.tracking.store import alive
 from rampart.training.methods import METHODS
 from rampart.tuning.publish import DATA, FOUND, publish
 from rampart.tuning.space import Space, read_space, starting_point
-from rampart.tuning.storage import HOME, RUN, check_failures, finished, grace, keep_start, missing, open_study, retire
+from rampart.tuning.storage import (
+    CODE,
+    HOME,
+    RUN,
+    check_failures,
+    finished,
+    grace,
+    keep_start,
+    missing,
+    open_study,
+    retire,
+)
 from rampart.tuning.trials import Surplus, Task, run_trial
 
 log = logging.getLogger(__name__)
@@ -62,6 +74,9 @@ def run_tuning(run: Run, settings: Settings, given: Mapping[str, str]) -> None:
     data = worker.data()
     run.dataset(data, settings.dataset, settings.val_fraction, settings.split_seed)
     study = worker.study(data, run.id)
+    if study.user_attrs.get(CODE) != code_version("train"):  # trials are expensive
+        more = "whose trials count, too: give another study_name to begin anew"
+        log.warning("study '%s' was begun with other code, %s", study.study_name, more)
     home = _home(study, run)
     run.tags({"tuning": home.id})
     if home is not run:
@@ -76,14 +91,12 @@ def run_tuning(run: Run, settings: Settings, given: Mapping[str, str]) -> None:
         home.close()
 
 
-def finished_before(given: Mapping[str, str], experiment: str) -> str | None:
-    """The run of a tuning of the very same thing that has found something, given these texts; None where there is
-    none."""
+def tuning_identity(given: Mapping[str, str]) -> str:
+    """The identity of a tuning that has found something, given these texts."""
     settings = resolve("tune", given)
     assert isinstance(settings, TuneSettings)
-    worker = Worker(settings, dict(given), experiment)
-    found = find_runs(experiment, {"step": "tune", "identity": worker.identity(worker.data())}, max_results=1)
-    return str(found["run_id"].iloc[0]) if len(found) else None
+    worker = Worker(settings, dict(given), "")
+    return worker.identity(worker.data())
 
 
 def check(given: Mapping[str, str]) -> None:
@@ -165,9 +178,10 @@ class Worker:
         }
 
     def identity(self, data: Dataset) -> str:
-        """A hash of what is tuned, and how, and in which Optuna study."""
+        """A hash of what is tuned, and how, and in which Optuna study, and, behind a point, of the code that trains."""
         how = asked(self.settings, {*_WHEREABOUTS, "dataset", "workers"})
-        return hashlib.sha256(json.dumps([self.about(data), how], sort_keys=True).encode()).hexdigest()[:32]
+        parts = json.dumps([self.about(data), how], sort_keys=True)
+        return f"{hashlib.sha256(parts.encode()).hexdigest()[:32]}.{code_version('train')}"
 
     def study(self, data: Dataset, home: str) -> Study:
         """The Optuna study, which must be about the very same thing as before."""
@@ -175,7 +189,7 @@ class Worker:
         if self.start is None:
             log.info("the settings as they are lie outside of the search space: no trial begins with them")
         name = settings.study_name or f"{settings.profile} {settings.dataset} {self.arm.name} s{settings.seed}"
-        return open_study(settings, name, what, home, self.start, _lost)
+        return open_study(settings, name, what, code_version("train"), home, self.start, _lost)
 
     def work(self, study: Study, data: Dataset, home: str) -> None:
         """Takes trials until the study has all that it should have."""
@@ -256,11 +270,14 @@ def _help(worker: Worker, home: str) -> None:
     os.environ["TQDM_DISABLE"] = "1"
     configure_logging()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    # Its parent ends it, once and politely: its trial's run is ended, then.
+    # Its parent ends it, politely, or is gone itself: its trial's run is ended, then.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, interrupt)
+    follow_parent()
     data = worker.data()
     try:
         worker.work(worker.study(data, home), data, home)
     except RampartError as error:
         log.error("a worker stopped: %s", error)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -66,8 +66,11 @@ def publish(
     if not exists(best.user_attrs[RUN]):  # the storage has outlived the tracking server
         log.warning("run %s of the best trial is gone, and its model with it", best.user_attrs[RUN])
         return point
-    register(best.user_attrs[RUN], name, ALIAS)
-    log.info("its model: models:/%s@%s", name, ALIAS)
+    try:
+        register(best.user_attrs[RUN], name, ALIAS)
+        log.info("its model: models:/%s@%s", name, ALIAS)
+    except RampartError as error:  # the name is whoever's who took it first
+        log.warning("the point stands, but its model has no name in the Model Registry: %s", error)
     return point
 
 

@@ -24,14 +24,15 @@ log = logging.getLogger(__name__)
 # Seconds between two signs of life of a trial, and without one after which its worker counts as dead.
 HEARTBEAT, GRACE = 15, 60
 DONE = (TrialState.COMPLETE, TrialState.PRUNED)
-# User attributes of a study (WHAT, HOME) and of its trials.
-WHAT, HOME, RUN, PROCESS, ERROR = "what", "run", "run", "process", "error"
+# User attributes of a study (WHAT, CODE, HOME) and of its trials.
+WHAT, CODE, HOME, RUN, PROCESS, ERROR = "what", "code", "run", "run", "process", "error"
 
 
 def open_study(
     settings: TuneSettings,
     name: str,
     what: Mapping[str, Any],
+    code: str,
     home: str,
     start: Mapping[str, Any] | None,
     lost: Callable[[FrozenTrial], None],
@@ -39,6 +40,7 @@ def open_study(
     """The study `name`, made or gone on with; `what` says what is tuned and must be the same each time.
 
     Args:
+        code: the version of the code that trains, kept with a study that is made now.
         home: the MLflow run of a study that is made now.
         start: the point of its first trial.
         lost: is told of each trial whose worker is gone.
@@ -52,6 +54,7 @@ def open_study(
         try:
             study = optuna.create_study(storage=storage, study_name=name, directions=directions)
             study.set_user_attr(WHAT, dict(what))
+            study.set_user_attr(CODE, code)
             if start is not None:
                 study.enqueue_trial(dict(start))
             study.set_user_attr(HOME, home)  # last: the others wait for it

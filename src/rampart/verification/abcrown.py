@@ -18,7 +18,7 @@ from torch.fx.experimental.optimization import fuse
 from rampart.bounds.box import pixel_box
 from rampart.bounds.lirpa import plain
 from rampart.errors import RampartError
-from rampart.verification.verdict import Verdict, is_counterexample
+from rampart.verification.verdict import Verdict, confirmed, is_counterexample
 
 log = logging.getLogger(__name__)
 
@@ -134,7 +134,8 @@ def _confirmed(model: nn.Module, stats: dict[str, Any], image: Tensor, label: in
     examples = stats.get("attack_examples")
     if examples is not None:
         for example in torch.as_tensor(examples).reshape(-1, *image.shape).to(image):
-            if is_counterexample(model, example, image, label, eps):
-                return example
+            point = confirmed(model, example, image, label, eps)
+            if point is not None:
+                return point
     log.warning("alpha-beta-CROWN says unsafe, but its counterexample is missing or wrong: unknown")
     return None

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from rampart.data import Split, to_pixels
 from rampart.errors import Contradiction, RampartError
 from rampart.ledger import eps_key
-from rampart.models import weights_digest
+from rampart.models import double_copy, logits_of, weights_digest
 from rampart.verification.exchange import question
-from rampart.verification.verdict import Verdict, is_counterexample
+from rampart.verification.verdict import Verdict, confirmed
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,11 @@ def read_results(path: Path, model: nn.Module, split: Split, images: list[int], 
         Contradiction: it has two answers on one image.
     """
     digest = weights_digest(model)
-    wanted = {question(index, eps): index for index in images}
+    first = to_pixels(split.images[:1])
+    with torch.no_grad():
+        classes = logits_of(model, first).shape[1]
+    names = {index: question(split, index, classes, eps) for index in images}
+    wanted = {name: index for index, name in names.items()}
     found: dict[int, Verdict] = {}
     strange: set[str] = set()
     try:
@@ -75,14 +79,15 @@ def read_results(path: Path, model: nn.Module, split: Split, images: list[int], 
     if not found:
         raise RampartError(
             f"{path} has no answer for this model ({digest}) on these images at ε {eps_key(eps)}: "
-            "give model, images, selection and eps of the export"
+            "give model, dataset, images, selection and eps of the export"
         )
     if strange:
         log.warning("%s has answers that are none of %s, taken as unknown: %s", path, [*ANSWERS], sorted(strange))
+    double = double_copy(model, first) or model
     for index, answer in found.items():
         if answer.status == "unsafe":
-            example = path.with_name(f"{digest}_{question(index, eps)}{EXAMPLE}")
-            found[index] = _confirmed(answer, example, model, split, index, eps)
+            example = path.with_name(f"{digest}_{names[index]}{EXAMPLE}")
+            found[index] = _confirmed(answer, example, double, split, index, eps)
     nothing = Verdict("unknown", float("nan"), None, 0, 0.0, "none")
     return {index: found.get(index, nothing) for index in images}
 
@@ -95,8 +100,9 @@ def _confirmed(answer: Verdict, place: Path, model: nn.Module, split: Split, ind
     except (OSError, EOFError, ValueError, zlib.error) as error:
         why = f"{place} cannot be read ({getattr(error, 'strerror', None) or error})"
     else:
-        if is_counterexample(model, example, image, int(split.labels[index]), eps):
-            return replace(answer, counterexample=example)
+        point = confirmed(model, example, image, int(split.labels[index]), eps)
+        if point is not None:
+            return replace(answer, counterexample=point)
         distance = float((example - image).abs().max())
         why = f"the model does not confirm {place}, whose distance to the image is {distance:.6g}"
     log.warning("image %d is called unsafe, but taken as unknown: %s", index, why)

@@ -14,13 +14,13 @@ from typing import get_args
 import torch
 from torch import Tensor, nn
 
-from rampart.attacks import pgd
+from rampart.attacks import Ball, pgd
 from rampart.attacks.ball import with_gradients
 from rampart.bounds import crown, ibp, reduced
 from rampart.bounds.box import covering, pixel_box
 from rampart.bounds.domains import Domains, Optimised, optimise
 from rampart.bounds.exact import Exact
-from rampart.bounds.margins import Method, chain_bounds, check, margin_spec, proof_tolerance, require_exact
+from rampart.bounds.margins import Method, chain_bounds, check, margin_spec, overflowed, proof_tolerance, require_exact
 from rampart.bounds.reduced import Reduced
 from rampart.errors import BoundError, UnsupportedLayer, is_out_of_memory, require, require_numbers, unknown
 from rampart.models import Chain, checked_logits, require_fixed, require_tensors
@@ -196,9 +196,8 @@ class _Problem:
         box = pixel_box(self.x, covering(self.eps))
         spec = margin_spec(self.y, self.chain.output.shape[1]).to(self.x.dtype)
         if stage == "ibp":
-            self.bounds = chain_bounds(self.chain, box, spec, "ibp")[0]
+            self.bounds = _checked(chain_bounds(self.chain, box, spec, "ibp")[0])
             self.bounds[self.y] = torch.inf
-            self.check()
             return
         assert self.bounds is not None
         left = (~(self.bounds > self.target)).nonzero().squeeze(1)
@@ -214,13 +213,7 @@ class _Problem:
             roots = Domains.roots(self.reduced, self.reduced.outputs)
             self.roots = optimise(self.reduced, roots, ALPHA_STEPS, target=self.target)
             found = self.roots.bound
-        self.bounds[left] = torch.maximum(self.bounds[left], found)
-        self.check()
-
-    def check(self) -> None:
-        assert self.bounds is not None
-        if bool(self.bounds.isnan().any()):
-            raise BoundError("a bound is NaN: the network's weights or activations overflow")
+        self.bounds[left] = torch.maximum(self.bounds[left], _checked(found))
 
     def search(self, branching: Branching, max_domains: int) -> Outcome:
         """Branch and bound from the roots of α-CROWN, on the rows that it left."""
@@ -235,25 +228,24 @@ class _Problem:
         return outcome
 
     def attacked(self) -> Tensor | None:
-        """A checked counterexample that PGD finds."""
-        (example,) = attack(self.model, self.image[None], self.y, self.eps)
-        return example if example is not None and self.holds(example) else None
+        (example,) = attack(self.model, self.exact.model, self.image[None], self.y, self.eps)
+        return example
 
     def holds(self, example: Tensor) -> bool:
         return is_counterexample(self.exact.model, example, self.image, self.label, self.eps)
 
     def refute(self, points: Tensor) -> Tensor | None:
         """A point that the model gets wrong, [I], among the points [N, I] of the ball or near the best of them."""
-        images = points.to(self.image).view(-1, *self.image.shape).clamp(0, 1)
+        # Bounds are over a ball that is a little larger.
+        ball = Ball.around(self.image[None], self.eps)
+        images = ball.clip(points.to(self.image).view(-1, *self.image.shape))
         margins = _margins(self.model, images, self.label)
-        box = pixel_box(self.image[None], self.eps)
         nearest = images[margins.topk(min(PGD_SEEDS, len(images)), largest=False).indices]
         with torch.enable_grad():
             for _ in range(PGD_STEPS):
                 nearest = nearest.detach().requires_grad_()
                 (gradient,) = torch.autograd.grad(_margins(self.model, nearest, self.label).sum(), nearest)
-                nearest = nearest - self.eps / 4 * gradient.sign()
-                nearest = torch.maximum(torch.minimum(nearest, box.upper), box.lower)
+                nearest = ball.clip(nearest - self.eps / 4 * gradient.sign())
         tried = torch.cat([images[margins <= 0], nearest.detach()])
         for example in tried[_margins(self.model, tried, self.label) <= 0]:
             if self.holds(example):
@@ -262,11 +254,26 @@ class _Problem:
         return None
 
 
-def attack(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> list[Tensor | None]:
-    """For each of B images the point at which PGD (20 steps, 3 restarts) sees the model err, or None."""
-    found = pgd(model, x, y, eps, 20, restarts=3, generator=torch.Generator(x.device).manual_seed(0))
-    pairs = zip(found.adversarial[0], found.success[0].tolist(), strict=True)
-    return [example if broken else None for example, broken in pairs]
+def attack(model: nn.Module, exact: nn.Module, x: Tensor, y: Tensor, eps: float, seed: int = 0) -> list[Tensor | None]:
+    """For each of B images the counterexample that PGD (20 steps, 3 restarts) finds, or None.
+
+    Args:
+        exact: the model in float64 (`Exact.model`), which confirms what is found.
+        seed: of the starts, which depend on the whole batch.
+    """
+    found = pgd(model, x, y, eps, 20, restarts=3, generator=torch.Generator(x.device).manual_seed(seed))
+    tried = zip(found.adversarial[0], found.success[0].tolist(), x, y.tolist(), strict=True)
+    return [
+        example if broken and is_counterexample(exact, example, image, label, eps) else None
+        for example, broken, image, label in tried
+    ]
+
+
+def _checked(bounds: Tensor) -> Tensor:
+    """Lower bounds as they are, or BoundError."""
+    if overflowed(bounds):
+        raise BoundError("a bound is NaN or infinite: the network's weights or activations overflow")
+    return bounds
 
 
 # Points of a batch of domains that PGD starts from, and its steps.

@@ -1,14 +1,16 @@
 """Questions and answers in the files of the verification competition VNN-COMP, which every verifier reads.
 
-A folder holds onnx/<digest of the weights>.onnx, vnnlib/image_<i>_eps_<ε>.vnnlib for each image, and instances.csv,
-whose lines are onnx, vnnlib and a time limit. A verifier answers with results.csv, whose lines are category, onnx,
-vnnlib, seconds of preparation, answer (unsat, sat, timeout, unknown…) and seconds (`rampart.verification.answers`).
+A folder holds onnx/<digest of the weights>.onnx, vnnlib/image_<i>_eps_<ε>_<digest of the question>.vnnlib for each
+image, and instances.csv, whose lines are onnx, vnnlib and a time limit. A verifier answers with results.csv, whose
+lines are category, onnx, vnnlib, seconds of preparation, answer (unsat, sat, timeout, unknown…) and seconds
+(`rampart.verification.answers`).
 """
 
 from __future__ import annotations
 
 import copy
 import csv
+import hashlib
 import io
 import logging
 from contextlib import redirect_stdout
@@ -60,10 +62,12 @@ def export(model: nn.Module, split: Split, images: list[int], eps: float, timeou
         label = int(split.labels[index])
         if int(predict(model, image[None])) != label:
             continue
-        place = f"vnnlib/{question(index, eps)}.vnnlib"
         with torch.no_grad():
             classes = model(image[None]).shape[1]
-        (folder / place).write_text(_property(index, image, label, classes, eps), encoding="utf-8")
+        place = f"vnnlib/{question(split, index, classes, eps)}.vnnlib"
+        if not (folder / place).exists():
+            with replacing(folder / place) as partial:
+                partial.write_text(_property(index, image, label, classes, eps), encoding="utf-8")
         lines.append((graph, place, f"{timeout:g}"))
     _add(lines, folder / INSTANCES)
     log.info("wrote %d of %d images, those classified correctly, to %s", len(lines), len(images), folder / INSTANCES)
@@ -78,9 +82,11 @@ def _add(lines: list[tuple[str, str, str]], path: Path) -> None:
             csv.writer(file).writerows(known.values())
 
 
-def question(index: int, eps: float) -> str:
-    """What the file about an image is called, less its ending."""
-    return f"image_{index}_eps_{eps_key(eps)}"
+def question(split: Split, index: int, classes: int, eps: float) -> str:
+    """What the file about an image is called, less its ending: also by a digest of what it says, for in another dataset
+    the index is another image's."""
+    said = f"{int(split.labels[index])} {classes} {eps!r}".encode() + split.images[index].cpu().numpy().tobytes()
+    return f"image_{index}_eps_{eps_key(eps)}_{hashlib.sha256(said).hexdigest()[:12]}"
 
 
 def _export_model(model: nn.Module, x: Tensor, path: Path) -> None:
@@ -91,25 +97,25 @@ def _export_model(model: nn.Module, x: Tensor, path: Path) -> None:
         raise RampartError(f"export needs onnx, onnxscript and onnxruntime ({error}): pip install them") from error
     model, x = copy.deepcopy(model).cpu(), x.cpu()
     batch = torch.export.Dim("batch")
-    try:
-        with redirect_stdout(io.StringIO()):
-            # Of a batch of one the exporter would make a graph for batches of one.
-            example = x[:1].repeat(2, 1, 1, 1)
-            program = torch.onnx.export(model, (example,), dynamo=True, dynamic_shapes=({0: batch},), verbose=False)
-        assert program is not None
-        program.save(str(path))
-    except Exception as error:  # the exporter raises many kinds
-        reason = " ".join(str(error).split())[:160]
-        raise ModelError(f"the model cannot be exported to ONNX ({reason})") from error
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    (given,) = session.get_inputs()
-    with torch.no_grad():
-        ours = torch.cat([model(part) for part in x.split(256)]).numpy()
-    theirs = np.concatenate([session.run(None, {given.name: part.numpy()})[0] for part in x.split(256)])
-    difference = float(np.abs(ours - theirs).max())
-    if not difference <= TOLERANCE * max(1.0, float(np.abs(ours).max())):
-        path.unlink()
-        raise ModelError(f"the exported graph differs from the model by {difference:.3g}: nothing was exported")
+    with replacing(path) as partial:
+        try:
+            with redirect_stdout(io.StringIO()):
+                # Of a batch of one the exporter would make a graph for batches of one.
+                example = x[:1].repeat(2, 1, 1, 1)
+                program = torch.onnx.export(model, (example,), dynamo=True, dynamic_shapes=({0: batch},), verbose=False)
+            assert program is not None
+            program.save(str(partial))
+        except Exception as error:  # the exporter raises many kinds
+            reason = " ".join(str(error).split())[:160]
+            raise ModelError(f"the model cannot be exported to ONNX ({reason})") from error
+        session = onnxruntime.InferenceSession(str(partial), providers=["CPUExecutionProvider"])
+        (given,) = session.get_inputs()
+        with torch.no_grad():
+            ours = torch.cat([model(part) for part in x.split(256)]).numpy()
+        theirs = np.concatenate([session.run(None, {given.name: part.numpy()})[0] for part in x.split(256)])
+        difference = float(np.abs(ours - theirs).max())
+        if not difference <= TOLERANCE * max(1.0, float(np.abs(ours).max())):
+            raise ModelError(f"the exported graph differs from the model by {difference:.3g}: nothing was exported")
 
 
 def _property(index: int, image: Tensor, label: int, classes: int, eps: float) -> str:

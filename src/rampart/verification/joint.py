@@ -16,8 +16,8 @@ from rampart.bounds.domains import Domains
 from rampart.bounds.reduced import Reduced, Rows
 from rampart.verification.neurons import Site, branched_bounds
 
-# A smaller charge is nothing to gain from.
-TINY = 1e-6
+# What no charge on a network's own scale, however small, falls below.
+TINY = 1e-30
 
 
 def charge(relu: Tensor, domains: Domains, sites: list[Site]) -> Tensor:
@@ -53,7 +53,8 @@ def joint_gain(net: Reduced, domains: Domains, relu: Tensor, sites: list[Site], 
         of_relu = torch.zeros_like(relu[left]).index_copy(1, which, relu[left][:, which])
         replaced, linear = net.neurons.at(which), taken[left][:, which]
         errors = Rows(-linear @ replaced.of_input, of_relu - linear @ replaced.of_relu, -linear @ replaced.constant)
-        # On a scale that suits the steps of `optimise`.
-        problem = sites[number].problem(net, errors.times(1 / alone.clamp(min=TINY)), with_own=True)
-        gain[left] += (branched_bounds(problem, until) + 1).clamp(min=0) * alone
+        # On a scale that suits the steps of `optimise`, whatever that of the logits.
+        scale = alone.clamp(min=TINY)
+        problem = sites[number].problem(net, errors.times(1 / scale), with_own=True)
+        gain[left] += (branched_bounds(problem, until) * scale + alone).clamp(min=0)
     return gain

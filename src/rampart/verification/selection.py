@@ -9,11 +9,13 @@ import torch
 from torch import nn
 
 from rampart.attacks import pgd
-from rampart.data import Split, stratified_order, to_pixels
+from rampart.data import Split, in_parts, stratified_order, to_pixels
 
 log = logging.getLogger(__name__)
 
 Selection = Literal["common", "survivors"]
+# Images that are attacked together, however many are wanted: their starts depend on it.
+TOGETHER = 64
 
 
 def choose(
@@ -29,14 +31,15 @@ def choose(
         return order[:count]
     found: list[int] = []
     generator = torch.Generator(split.labels.device).manual_seed(seed)
-    size = max(count, 64)
-    for start in range(0, len(order), size):
-        part = order[start : start + size]
-        batch = split[torch.tensor(part, device=split.labels.device)]
-        attacked = pgd(
-            model, to_pixels(batch.images), batch.labels, survive_eps, 10, survive_eps / 2 or None, generator=generator
-        ).success[0]
-        found += [image for image, broken in zip(part, attacked.tolist(), strict=True) if not broken]
+
+    def survivors(part: slice) -> list[int]:
+        batch = split[torch.tensor(order[part], device=split.labels.device)]
+        x, step = to_pixels(batch.images), survive_eps / 2 or None
+        broken = pgd(model, x, batch.labels, survive_eps, 10, step, generator=generator).success[0]
+        return [image for image, lost in zip(order[part], broken.tolist(), strict=True) if not lost]
+
+    for part in in_parts(survivors, len(order), TOGETHER):
+        found += part
         if len(found) >= count:
             return found[:count]
     log.warning("only %d of %d images survive PGD at ε %.5g: all of them are verified", len(found), count, survive_eps)

@@ -16,19 +16,18 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from rampart.attacks import pgd
 from rampart.bounds.crown import memory_on
 from rampart.bounds.exact import Exact
 from rampart.data import Split, to_pixels
 from rampart.errors import Contradiction, require, require_choices, unknown
 from rampart.ledger import PROVED
-from rampart.models import predict
+from rampart.models import double_copy, predict
 from rampart.verification import exchange
 from rampart.verification.answers import read_results
 from rampart.verification.cascade import ENGINES, STAGES, attack, verify
 from rampart.verification.selection import Selection, choose
 from rampart.verification.splitting import Branching
-from rampart.verification.verdict import Verdict, is_counterexample
+from rampart.verification.verdict import Verdict
 
 COLUMNS = (
     *("image", "label", "prediction", "correct", "eps", "verdict", "stage", "lower_bound", "domains", "seconds"),
@@ -39,6 +38,8 @@ COLUMNS = (
 Settled = tuple[dict[str, object], Tensor | None]
 # Halvings of the interval in which an image's radius lies.
 RADIUS_STEPS = 6
+# Images that PGD attacks together: single ones make poor use of a machine.
+TOGETHER = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,16 +135,16 @@ def verify_split(
     chosen = choose(model, split, plan.images, plan.selection, plan.survive_eps, plan.selection_seed)
     if plan.export:
         exchange.export(model, split, chosen, plan.eps, plan.timeout, Path(plan.export))
-    chosen = chosen[part[0] :: part[1]]
+    exact = Exact.of(model, to_pixels(split.images[:1])) if plan.engine == "native" else None
+    double = exact.model if exact else double_copy(model, to_pixels(split.images[:1])) or model
+    whole, chosen = chosen, chosen[part[0] :: part[1]]
     done = {row["image"] for row in progress.rows}
     left = [image for image in chosen if image not in done]
     known: dict[int, Verdict] = {}
     if plan.engine.endswith(".csv"):
         known = read_results(Path(plan.engine), model, split, chosen, plan.eps)
     elif plan.attack_first:
-        known = _attacked(model, split, left, plan)
-
-    exact = Exact.of(model, to_pixels(split.images[:1])) if plan.engine == "native" else None
+        known = _attacked(model, double, split, whole, set(left), plan)
 
     def settle(index: int) -> Settled:
         return _settle(model, exact, split, plan, index, known.get(index))
@@ -162,25 +163,27 @@ def verify_split(
             progress.keep(progress)
     place = {index: number for number, index in enumerate(chosen)}
     ledger = progress.ledger.sort_values("image", key=lambda images: images.map(place), ignore_index=True)
-    _attack_the_proved(model, split, ledger, plan)
+    _attack_the_proved(model, double, split, ledger, plan)
     return ledger, progress.examples
 
 
-def _attacked(model: nn.Module, split: Split, images: list[int], plan: VerificationPlan) -> dict[int, Verdict]:
-    """Verdicts on those images that PGD breaks. Attacked together: single ones make poor use of a machine."""
+def _attacked(
+    model: nn.Module, double: nn.Module, split: Split, whole: list[int], left: set[int], plan: VerificationPlan
+) -> dict[int, Verdict]:
+    """Verdicts on those images left that PGD breaks. An image's starts depend on its batch, which therefore is one of
+    the whole plan, whatever part of it is asked for or done."""
     found: dict[int, Verdict] = {}
-    if not images:
-        return found
-    for part in torch.tensor(images).split(256):
+    for start in range(0, len(whole), TOGETHER):
+        part = whole[start : start + TOGETHER]
+        if left.isdisjoint(part):
+            continue
         started = time.perf_counter()
-        batch = split[part.to(split.labels.device)]
-        x = to_pixels(batch.images)
-        examples = attack(model, x, batch.labels, plan.eps)
+        batch = split[torch.tensor(part, device=split.labels.device)]
+        examples = attack(model, double, to_pixels(batch.images), batch.labels, plan.eps)
         seconds = (time.perf_counter() - started) / len(part)
-        for index, image, label, example in zip(part.tolist(), x, batch.labels.tolist(), examples, strict=True):
-            if example is not None and is_counterexample(model, example, image, label, plan.eps):
-                stages = {"attack": seconds}
-                found[index] = Verdict("unsafe", -torch.inf, example, 0, seconds, "attack", stages)
+        for index, example in zip(part, examples, strict=True):
+            if example is not None and index in left:
+                found[index] = Verdict("unsafe", -torch.inf, example, 0, seconds, "attack", {"attack": seconds})
     return found
 
 
@@ -269,14 +272,17 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _attack_the_proved(model: nn.Module, split: Split, ledger: pd.DataFrame, plan: VerificationPlan) -> None:
+def _attack_the_proved(
+    model: nn.Module, double: nn.Module, split: Split, ledger: pd.DataFrame, plan: VerificationPlan
+) -> None:
     proved = torch.tensor(ledger.loc[ledger["verdict"].isin(PROVED), "image"].tolist(), dtype=torch.long)
-    generator = torch.Generator(split.labels.device).manual_seed(plan.selection_seed)
-    for part in proved.split(256):
+    for part in proved.split(TOGETHER):
         batch = split[part.to(split.labels.device)]
-        broken = pgd(model, to_pixels(batch.images), batch.labels, plan.eps, 20, generator=generator).success[0].cpu()
-        if bool(broken.any()):
-            raise Contradiction(
-                f"image {int(part[broken][0])} was proved robust at ε {plan.eps:.6g}, but PGD breaks it there: "
-                "the bounds or the attack are wrong, no verdict of this run can be trusted"
-            )
+        # From other starts than those of attack_first.
+        examples = attack(model, double, to_pixels(batch.images), batch.labels, plan.eps, seed=1)
+        for index, example in zip(part.tolist(), examples, strict=True):
+            if example is not None:
+                raise Contradiction(
+                    f"image {index} was proved robust at ε {plan.eps:.6g}, but PGD breaks it there: "
+                    "the bounds or the attack are wrong, no verdict of this run can be trusted"
+                )

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from rampart.attacks import Ball
+from rampart.bounds.box import covering
 from rampart.bounds.margins import proof_tolerance
 from rampart.models.classifier import NO_CLASS, classes_of, double_logits
 
@@ -36,11 +38,11 @@ class Verdict:
 
 
 def is_counterexample(model: nn.Module, example: Tensor, image: Tensor, label: int, eps: float) -> bool:
-    """Whether `example` lies in the ball (to float32's rounding) and in [0, 1], and the model in float64 errs on it. A
-    model that cannot be run so must err in its own type by more than rounding."""
-    inside = (example.double() - image.double()).abs().max() <= eps + 1e-6
+    """Whether `example` lies in the ball, by float64, and in [0, 1], and the model in float64 errs on it. A model that
+    cannot be run so must err in its own type by more than rounding; one that is in float64 need not be copied."""
+    inside = _distance(example, image) <= eps
     in_range = bool((example >= 0).all() and (example <= 1).all())
-    if not (bool(inside) and in_range):
+    if not (inside and in_range):
         return False
     with torch.no_grad():
         logits = double_logits(model, example[None])
@@ -48,3 +50,16 @@ def is_counterexample(model: nn.Module, example: Tensor, image: Tensor, label: i
             return int(classes_of(logits)) not in (label, NO_CLASS)
         logits = model(example[None])
         return bool(logits[0, label] < logits.max() - proof_tolerance(logits)[0])
+
+
+def confirmed(model: nn.Module, example: Tensor, image: Tensor, label: int, eps: float) -> Tensor | None:
+    """The counterexample that another tool's `example` is, or None. What such a tool is asked and answers is rounded to
+    float32: a point that lies outside of the ball by no more is brought into it."""
+    if _distance(example, image) > covering(eps):
+        return None
+    point = Ball.around(image[None], eps).clip(example[None])[0]
+    return point if is_counterexample(model, point, image, label, eps) else None
+
+
+def _distance(example: Tensor, image: Tensor) -> float:
+    return float((example.double() - image.double()).abs().max())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import pairwise
 from typing import Any
 
@@ -70,6 +70,12 @@ OTHERWISE = {
     "embeddings": "crown-ibp",
 }
 
+# Those that have a part in every training.
+EVERYWHERE = (
+    *("method", "augment", "contrastive", "architecture", "width", "init", "batch_size", "optimizer", "lr", "schedule"),
+    *("weight_decay", "l1", "dropout", "sam", "grad_clip", "ema", "bn_batches", "compile", "precision", "select"),
+)
+
 
 def recipe(method: str = "normal", **change: object) -> Recipe:
     return Recipe(**{**SMALL, **METHODS[method], **change})
@@ -117,13 +123,13 @@ def test_idle_settings_change_nothing(method: str, contrastive: str, few_digits:
     assert same(first, second)
 
 
-def test_every_setting_has_a_part_in_some_training() -> None:
-    used = [
-        set(OTHERWISE) - recipe(method, contrastive=c).idle()
-        for method in METHODS
-        for c in ("none", "double", "single")
-    ]
-    assert set().union(*used) == set(OTHERWISE)
+def test_every_setting_has_a_part_in_all_trainings_or_in_some() -> None:
+    """Who adds one says in which."""
+    recipes = [recipe(method, contrastive=c) for method in METHODS for c in ("none", "double", "single")]
+    idle = [one.idle() for one in recipes]
+    assert set().union(*idle) == set(OTHERWISE)
+    assert not set.intersection(*idle)
+    assert {field.name for field in fields(Recipe)} == {*OTHERWISE, *EVERYWHERE}
 
 
 def test_the_best_epoch_is_returned_or_the_last(few_digits: Dataset) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,8 @@ import pytest
 from rampart.ledger import attack_rates, eps_key, verdict_counts
 from rampart.reports.document import PLACE, filled
 from rampart.reports.record import read
+from rampart.reports.repeating import trained_by
+from rampart.settings import as_text, resolve
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
@@ -52,6 +56,16 @@ def test_numbers_are_those_of_the_ledgers(profile: str) -> None:
                 assert told[run["run_id"], metric, eps_key(eps)] == pytest.approx(value), (run["run_id"], name)
                 checked += 1
         assert checked > 5
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_a_command_still_trains_as_the_run_was_trained(profile: str) -> None:
+    """Who changes a profile says in `command` what the runs before it had instead."""
+    runs = read(RESULTS / profile).evidence.of("train")
+    for text, trained in zip(runs["command"], runs["trained"], strict=True):
+        words = [word.partition("=") for word in shlex.split(text)]
+        params = as_text(resolve("train", {name: value for name, equals, value in words if equals}), {})
+        assert trained_by(params) == json.loads(trained), text
 
 
 def test_results_are_small() -> None:

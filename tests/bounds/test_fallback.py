@@ -233,7 +233,8 @@ def test_quantised_layers_are_not_taken_for_plain_ones() -> None:
 )
 def test_hooks_that_make_weights_are_no_obstacle(made: Callable[[nn.Module], nn.Module]) -> None:
     """What they make is of the weights of the moment, in float64, too."""
-    model = nn.Sequential(nn.Flatten(), made(nn.Linear(12, CLASSES))).eval()
+    norm = l1_unstructured(nn.BatchNorm2d(3), name="weight", amount=0.5)
+    model = nn.Sequential(norm, nn.ReLU(), nn.Flatten(), made(nn.Linear(12, CLASSES))).eval()
     x, y = torch.rand(2, 3, 2, 2), torch.arange(2)
     layout = find_layout(model, x)
     assert layout is not None

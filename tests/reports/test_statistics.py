@@ -13,6 +13,8 @@ from scipy import stats
 from rampart.errors import SettingsError
 from rampart.reports.baseline import put_beside, read_baseline
 from rampart.reports.evidence import Evidence, collect
+from rampart.reports.record import keep, read
+from rampart.reports.sections import material_of
 from rampart.reports.statistics import bootstrap, claim_table, claims
 from rampart.settings import CompareSettings
 from tests.conftest import SHARED
@@ -127,6 +129,22 @@ def test_nothing_else_is_said_of_trainings_that_are_alike_and_of_unknown_ones_th
     assert found.set_index("factor")["also"].to_dict() == {"augmentation": "", "method": "?"}
     texts = claim_table(found, pd.DataFrame(columns=["arm", "step", "metric", "eps", "value"]))
     assert texts["differs also in"].tolist() == ["-", "?"]
+
+
+def test_what_a_training_was_does_not_change_with_its_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evidence is read long after it was kept; that of older exports says that it does not know."""
+    for arm, rate in (("normal", "0.01"), ("supcon", "0.02")):
+        trained(arm, 0, lr=rate, epochs="6", encoder_epochs="4", head_epochs="2")
+    keep(material_of(collect("0", CompareSettings()), pd.DataFrame(columns=["arm", "step", "metric", "eps"])), tmp_path)
+
+    def gone(*_: object) -> None:
+        raise SettingsError("its profile is gone")
+
+    monkeypatch.setattr("rampart.settings.resolving.load_profile", gone)
+    assert claims(read(tmp_path).evidence, None)["also"].tolist() == ["lr"]
+    runs = pd.read_csv(tmp_path / "runs.csv", dtype=str)
+    runs.drop(columns="trained").to_csv(tmp_path / "runs.csv", index=False)
+    assert claims(read(tmp_path).evidence, None)["also"].tolist() == ["?"]
 
 
 def test_no_p_value_is_0() -> None:

@@ -20,6 +20,7 @@ from rampart.models import Layout
 from rampart.verification import branching, splitting, verify
 from rampart.verification.branching import branch_and_bound
 from rampart.verification.program import linear_program
+from rampart.verification.verdict import is_counterexample
 from tests.exact import exact_margins, smallest_margin, tiny_net
 from tests.nets import NETS, small_net
 from tests.problems import outputs, problem, values
@@ -320,3 +321,27 @@ def test_too_many_open_domains_end_the_search(monkeypatch: pytest.MonkeyPatch) -
     outcome, root = search(3, batch=8)
     assert outcome.status == "timeout"
     assert root <= outcome.bound <= PROVED
+
+
+@pytest.mark.parametrize("faint", [9e-10, 2e-9])
+def test_what_the_solver_takes_for_nothing_is_not_proved(faint: float) -> None:
+    """HiGHS drops coefficients below 1e-9 of a row's largest; 3,000 of them let a neuron pass that it calls off."""
+    count = 3000
+    apart, passing, last = nn.Linear(count + 2, 3), nn.Linear(3, 1), nn.Linear(1, 2)
+    with torch.no_grad():
+        for layer in (apart, passing, last):
+            layer.weight.zero_()
+            layer.bias.zero_()
+        apart.weight[:2, 1] = torch.tensor([1.0, -1.0])
+        apart.bias[:2] = torch.tensor([-0.5137, 0.5137])
+        apart.weight[2, 0], apart.weight[2, 2:] = 1.0, faint
+        passing.weight.copy_(torch.tensor([[-1.0, -1.0, 1.0]]))
+        passing.bias.fill_(-0.5500005)
+        last.weight[0, 0], last.bias[0] = -900 / (faint * 1e6), 1.0
+    model = nn.Sequential(nn.Flatten(), apart, nn.ReLU(), passing, nn.ReLU(), last).eval()
+    image = torch.ones(1, 1, count + 2)
+    image[0, 0, :2] = 0.5
+    wrong = image.clone()
+    wrong[0, 0, :2] = torch.tensor([0.5499999, 0.5137])
+    assert is_counterexample(model, wrong, image, 0, 0.05)
+    assert verify(model, image, 0, 0.05, timeout=20, attack_first=True).status != "safe"

@@ -27,8 +27,8 @@ METHODS: tuple[Method, ...] = ("ibp", "crown-ibp", "crown", "alpha-crown")
 ENGINES: tuple[Engine, ...] = ("native", "auto_lirpa")
 
 # A margin counts as proved above this share of the image's largest logit, whatever the scale of the logits. Proofs are
-# in float64, whose rounding is far below it unless some fifteen digits cancel; a linear program's solver is less exact,
-# and so is float32, of which alone some models are.
+# in float64, whose rounding is far below it unless some fifteen digits cancel; float32, of which alone some models are,
+# is less exact.
 PROVED = 2e-5
 # By how much of the largest logit what has been read of a network may differ from it: GPUs round in tf32.
 ALIKE = 1e-2

@@ -99,6 +99,7 @@ def _rectify_backward(
         to_upper = keep_where((of_center + of_half) * 0.5, upper)
     if of_slope is not None or of_intercept is not None:
         of_slope, of_intercept = (torch.zeros_like(lower) if of is None else of for of in (of_slope, of_intercept))
+        # Of the narrowest boxes the slope says nothing, and its derivative would drown all others.
         by_slope = (of_slope - lower * of_intercept) / (upper - lower).clamp(min=1e-8)
         # A stable neuron has slope 0 or 1 whatever its box.
         to_lower = to_lower + keep_where((by_slope - of_intercept) * slope, 1 - slope)

@@ -113,6 +113,9 @@ class Layout:
             sources = tuple(places[source] for source in step.sources)
             shape = tuple(x.shape[1:])
             link: Link
+            if isinstance(step.module, nn.Module):
+                for make_weight in step.module._forward_pre_hooks.values():  # `trace` lets no others through
+                    make_weight(step.module, ())
             if step.module is None:
                 if values[step.sources[1]].shape != x.shape:
                     raise UnsupportedLayer(step.path, "add", "its two values differ in shape")
@@ -142,8 +145,6 @@ def _link(path: str, module: nn.Module | Constant, x: Tensor) -> Link:
     shape = tuple(x.shape[1:])
     if isinstance(module, Constant):
         return _arithmetic(path, module, x)
-    for make_weight in module._forward_pre_hooks.values():  # as before a forward pass; `trace` lets no others through
-        make_weight(module, ())
     if isinstance(module, nn.ReLU):
         return ReLU(shape)
     if isinstance(module, Normalize):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -13,7 +14,7 @@ import pandas as pd
 from rampart.errors import RampartError
 from rampart.reports.checks import Note, differences, ledgers, named, unfinished
 from rampart.reports.numbers import KEYS, numbers, ordered
-from rampart.reports.repeating import command
+from rampart.reports.repeating import command, trained_by
 from rampart.settings import CompareSettings
 from rampart.tracking.queries import find_runs, metric_history, read_arrays, read_table, run_tags, runs_by_id
 from rampart.tracking.runs import ADVERSARIAL, PLACES, POINTS, class_names
@@ -37,8 +38,8 @@ class Evidence:
     """What a comparison rests on; a row's `engine` is that of a verification, `native` for all else.
 
     Args:
-        runs: one row a run (KEYS, seed, step, weights, command, run_id, start_time, end_time, params.*, tags.*,
-            metrics.*), also for those that trained the compared models.
+        runs: one row a run (KEYS, seed, step, weights, command, trained, run_id, start_time, end_time, params.*,
+            tags.*, metrics.*), also for those that trained the compared models.
         ledgers: of evaluations and verifications, by run.
         values: one row a number (KEYS, seed, step, metric, eps, value, run, and whether it is suspect: it comes from an
             attack that has failed a check).
@@ -170,12 +171,13 @@ def _trained(experiment: str, runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def _with_commands(runs: pd.DataFrame) -> pd.DataFrame:
-    """How each is repeated."""
-    found = [
-        command(run["step"], {str(name).removeprefix("params."): value for name, value in run.items()})
-        for run in runs.to_dict("records")
-    ]
-    return runs.assign(command=found)
+    """How each is repeated, and of trainings what has a part in them."""
+    steps = runs["step"].tolist()
+    params = [{str(n).removeprefix("params."): value for n, value in run.items()} for run in runs.to_dict("records")]
+    return runs.assign(
+        command=[command(*known) for known in zip(steps, params, strict=True)],
+        trained=[json.dumps(trained_by(p)) if step == "train" else "" for step, p in zip(steps, params, strict=True)],
+    )
 
 
 def _curves(trained: pd.DataFrame) -> pd.DataFrame:

@@ -20,7 +20,7 @@ RUNS, VALUES, PUBLISHED, ABOUT = "runs.csv", "values.csv", "published.csv", "abo
 LEDGERS, PLACES = "ledgers", "places"
 # What tables need of a run, beside how fast it trained; and who reads the files, to find it again.
 COLUMNS = (
-    *(*KEYS, "seed", "step", "run_id", "model_run", "weights", "command", "start_time", "end_time"),
+    *(*KEYS, "seed", "step", "run_id", "model_run", "weights", "command", "trained", "start_time", "end_time"),
     *("params.selection", "tags.rampart.git.commit", "tags.rampart.machine", "tags.rampart.version.torch"),
     *("tags.rampart.split", "tags.rampart.paused", "tags.rampart.earlier"),
 )
@@ -33,7 +33,7 @@ LEFT_OUT = "withstood/"
 SECONDS = "verdicts/seconds"
 # To how many steps of 1 single-precision numbers, which are distances, are kept.
 STEPS = 2**12
-TEXTS = ("arm", "engine", "seed", "run", "run_id", "model_run", "weights", "command", "params.selection")
+TEXTS = ("arm", "engine", "seed", "run", "run_id", "model_run", "weights", "command", "trained", "params.selection")
 TYPES = dict.fromkeys(TEXTS, str) | {"augment": bool, "suspect": bool, "eps": float, "value": float}
 
 

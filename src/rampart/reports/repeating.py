@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 import pandas as pd
@@ -45,27 +44,31 @@ def way(said: str) -> tuple[str, ...]:
     """What a command that repeats a run says, whatever its seed, wherever its data lie, however it is typed, and
     without what has no part in it."""
     words = [word.partition("=") for word in shlex.split(said)]
-    stages = ("contrastive", "=", "double") in words
-    idle = {*_ANY, *(("epochs",) if stages else ("encoder_epochs", "head_epochs"))}
-    return tuple(f"{name}={alike(value)}" for name, equals, value in words if equals and name not in idle)
-
-
-def trained_by(said: str) -> dict[str, Any]:
-    """The settings that have a part in the training that a command repeats, but for what tells its arm and seed, and
-    where its data lie; `epochs` are those of both stages. Empty where the command is none of this version's, or its
-    profile is gone."""
-    if said == UNKNOWN:
-        return {}
-    words = [word.partition("=") for word in shlex.split(said)]
+    given = {name: value for name, equals, value in words if equals and name not in _ANY}
     try:
-        settings = resolve("train", {name: text for name, equals, text in words if equals and name not in _ANY})
+        settings = resolve("train", given) if "-e train" in said else None
+    except RampartError:  # its profile is gone
+        settings = None
+    idle = settings.idle() if isinstance(settings, TrainSettings) else set()
+    return tuple(f"{name}={alike(value)}" for name, value in given.items() if name not in idle)
+
+
+def trained_by(params: Mapping[str, Any]) -> dict[str, str]:
+    """The settings that have a part in the training of a run with these parameters, but for what tells its arm and
+    seed, and where its data lie; ε in pixels, `epochs` are those of both stages. Empty where they are none of this
+    version's."""
+    # All by itself: its profile may have changed, or be gone.
+    known = {name: str(params[name]) for name in names("train") if name != "profile" and pd.notna(params.get(name))}
+    try:
+        settings = resolve("train", known)
     except RampartError:
         return {}
     assert isinstance(settings, TrainSettings)
-    left = {*ALWAYS, *MACHINE, *_ANY, "eps_space", "compile"} | settings.idle()
-    found = {name: value for name, value in asdict(settings).items() if name not in left}
-    stages = [found.pop(name) for name in ("encoder_epochs", "head_epochs") if name in found]
-    return ({"epochs": sum(stages)} if stages else {}) | found
+    idle, texts = settings.idle(), as_text(settings, {})
+    left = {*ALWAYS, *MACHINE, *_ANY, "eps_space", "compile", *idle}
+    found = {name: texts.get(f"{name}_pixel", texts[name]) for name in names("train") if name not in left}
+    stages = [int(found.pop(name)) for name in ("encoder_epochs", "head_epochs") if name in found]
+    return ({"epochs": str(sum(stages))} if stages else {}) | found
 
 
 def alike(text: Any) -> Any:

@@ -9,6 +9,7 @@ seeds. p-values are Holm's (1979), corrected for the number of claims in the tab
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
@@ -22,7 +23,6 @@ from statsmodels.stats.weightstats import DescrStatsW
 
 from rampart.ledger import PROVED, attacked_by, eps_key
 from rampart.reports.evidence import Evidence
-from rampart.reports.repeating import UNKNOWN, trained_by
 from rampart.reports.tables import marked
 from rampart.settings import eps_text
 
@@ -56,7 +56,7 @@ def claims(evidence: Evidence, eps: float | None) -> pd.DataFrame:
     where there is none in common); seeds, seed_low, seed_high, seed_p (NaN where it cannot be said); images, image_low,
     image_high, image_p; runs, the ids of those compared; finding; suspect, whether the attack behind it has failed a
     check."""
-    trained = evidence.of("train").set_index(["arm", "seed"])["command"].to_dict()
+    trained = _trained(evidence)
     distrusted = set(evidence.values.loc[evidence.values["suspect"], "run"])
     outcomes = {name: _outcomes(evidence, name, eps) for name in METRICS}
     rows = []
@@ -98,13 +98,21 @@ def _pairs(evidence: Evidence) -> Iterator[Claim]:
             yield Claim("method", f"{method}, not normal", among, arm, have["normal", augment, kind])
 
 
-def _also(trained: Mapping[Any, str], claim: Claim, pairs: list[tuple[str, str]]) -> str:
+def _trained(evidence: Evidence) -> dict[tuple[str, str], dict[str, str]]:
+    """What has a part in the training of each arm and seed, as far as it is known: older exports do not tell."""
+    runs = evidence.of("train")
+    told = runs.get("trained", pd.Series("", runs.index)).fillna("")
+    known = zip(runs["arm"], runs["seed"], told, strict=True)
+    return {(arm, seed): found for arm, seed, text in known if text and (found := json.loads(text))}
+
+
+def _also(trained: Mapping[Any, Mapping[str, str]], claim: Claim, pairs: list[tuple[str, str]]) -> str:
     """The settings, by name, that have a part in the trainings of both arms and are not the same, in any pair of seeds;
     ? where a training is not known."""
     names: dict[str, None] = {}
     for one, two in pairs:
-        ours, theirs = (trained_by(trained.get(key, UNKNOWN)) for key in ((claim.arm, one), (claim.other, two)))
-        if not ours or not theirs:
+        ours, theirs = trained.get((claim.arm, one)), trained.get((claim.other, two))
+        if ours is None or theirs is None:
             return UNSAID
         names |= dict.fromkeys(name for name in ours if name in theirs and ours[name] != theirs[name])
     return ", ".join(names)

@@ -1,8 +1,8 @@
 """From what the user gives as text, and the profile, to settings; and back to the text that a run logs.
 
-A value comes from, in this order: what the user gives, the profile's rule for the arm, the profile's section of the
-entry point, its `common` section, the default in code. Each of the first four may speak of ε on the study's scale
-(`eps_space: normalized`); settings hold pixels.
+A value comes from, in this order: what the user gives, the profile's rules for the arm (the last one that fits; each
+sees what those before it have set), the profile's section of the entry point, its `common` section, the default in
+code. Each of the first four may speak of ε on the study's scale (`eps_space: normalized`); settings hold pixels.
 """
 
 from __future__ import annotations

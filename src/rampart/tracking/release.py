@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Hashable, Mapping
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from rampart.console import said_if_it_fails
 from rampart.errors import ModelError, RampartError
 from rampart.models import Classifier, load_model, save_model, weights_digest
 from rampart.models.released import CLASSES, FOLDER, SEED, SUFFIX, enter
-from rampart.settings import TrainSettings, as_text, names, profile_name, resolve
+from rampart.settings import EPS_NAMES, TrainSettings, as_text, names, profile_name, resolve
 from rampart.tracking.models import fetch_model
 from rampart.tracking.queries import find_runs
 from rampart.tracking.runs import class_names
@@ -62,7 +61,8 @@ def release_all(profile: str, folder: Path) -> None:
     """
     known = {"step": "train", "profile": profile_name(profile), "seed": SEED}
     chosen: dict[str, dict[Hashable, Any]] = {}
-    for run in find_runs(experiment_id(create=False), known).to_dict("records"):
+    runs = find_runs(experiment_id(create=False), known)
+    for run in runs.to_dict("records"):
         arm = str(run["tags.rampart.arm"])
         if arm in chosen:
             continue
@@ -71,7 +71,8 @@ def release_all(profile: str, folder: Path) -> None:
         else:
             chosen[arm] = run
     if not chosen:
-        raise RampartError(f"no finished training of profile '{profile}' with seed {SEED}: train its arms first")
+        which = "none that was trained as it says" if len(runs) else "train its arms first"
+        raise RampartError(f"no finished training of profile '{profile}' with seed {SEED}: {which}")
     for run in chosen.values():
         # Of what `rampart:` finds it is said that it tells these apart.
         if folder.resolve() == FOLDER.resolve() and class_names(str(run["tags.rampart.class_names"])) != CLASSES:
@@ -99,9 +100,9 @@ def _beyond(run: Mapping[Any, Any], profile: str) -> str:
     except RampartError as error:
         return str(error)
     assert isinstance(trained, TrainSettings)
-    texts, others, left = as_text(trained, {}), asdict(usual), _FREE | trained.idle()
-    differ = [name for name, value in asdict(trained).items() if value != others[name] and name not in left]
-    return ", ".join(f"{name}={texts[name]}" for name in differ)
+    texts, others = as_text(trained, {}), as_text(usual, {})  # a run has its radii with as many digits, too
+    left = {*EPS_NAMES, *_FREE, *(name for idle in trained.idle() for name in (idle, f"{idle}_pixel"))}
+    return ", ".join(f"{name}={text}" for name, text in texts.items() if text != others[name] and name not in left)
 
 
 def main() -> int:

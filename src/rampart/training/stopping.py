@@ -26,8 +26,8 @@ class Stop:
 
 @contextmanager
 def stoppable() -> Iterator[Stop]:
-    """Catches Ctrl-C and SIGTERM meanwhile, where this is the process's main thread: others get no signals. Within
-    another one it is that one: nobody asks in vain."""
+    """Catches Ctrl-C and SIGTERM meanwhile, where this is the process's main thread (others get no signals), and where
+    it does not ignore them. Within another one it is that one: nobody asks in vain."""
     if threading.current_thread() is not threading.main_thread():
         yield Stop()
         return
@@ -36,7 +36,8 @@ def stoppable() -> Iterator[Stop]:
         yield outer
         return
     stop = Stop()
-    before = {number: signal.signal(number, stop.ask) for number in SIGNALS}
+    heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, stop.ask) for number in heard}
     try:
         yield stop
     finally:

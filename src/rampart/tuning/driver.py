@@ -74,7 +74,8 @@ def run_tuning(run: Run, settings: Settings, given: Mapping[str, str]) -> None:
     data = worker.data()
     run.dataset(data, settings.dataset, settings.val_fraction, settings.split_seed)
     study = worker.study(data, run.id)
-    if study.user_attrs.get(CODE) != code_version("train"):  # trials are expensive
+    code = study.user_attrs.get(CODE, "unknown")
+    if code != code_version("train"):  # trials are expensive
         more = "whose trials count, too: give another study_name to begin anew"
         log.warning("study '%s' was begun with other code, %s", study.study_name, more)
     home = _home(study, run)
@@ -86,7 +87,7 @@ def run_tuning(run: Run, settings: Settings, given: Mapping[str, str]) -> None:
         worker.work(study, data, home.id)
         found = publish(home, study, settings, worker.said, worker.objective)
     if found:  # the home's tags change with each command that goes on there
-        run.tags({"identity": worker.identity(data), **{FOUND + name: text for name, text in found.items()}})
+        run.tags({"identity": worker.identity(data, code), **{FOUND + name: text for name, text in found.items()}})
     if home is not run:
         home.close()
 
@@ -96,7 +97,7 @@ def tuning_identity(given: Mapping[str, str]) -> str:
     settings = resolve("tune", given)
     assert isinstance(settings, TuneSettings)
     worker = Worker(settings, dict(given), "")
-    return worker.identity(worker.data())
+    return worker.identity(worker.data(), code_version("train"))
 
 
 def check(given: Mapping[str, str]) -> None:
@@ -177,11 +178,12 @@ class Worker:
             "epochs": self.epochs,
         }
 
-    def identity(self, data: Dataset) -> str:
-        """A hash of what is tuned, and how, and in which Optuna study, and, behind a point, of the code that trains."""
+    def identity(self, data: Dataset, code: str) -> str:
+        """A hash of what is tuned, and how, and in which Optuna study, and, behind a point, the version of the code by
+        which its first trials were trained."""
         how = asked(self.settings, {*_WHEREABOUTS, "dataset", "workers"})
         parts = json.dumps([self.about(data), how], sort_keys=True)
-        return f"{hashlib.sha256(parts.encode()).hexdigest()[:32]}.{code_version('train')}"
+        return f"{hashlib.sha256(parts.encode()).hexdigest()[:32]}.{code}"
 
     def study(self, data: Dataset, home: str) -> Study:
         """The Optuna study, which must be about the very same thing as before."""

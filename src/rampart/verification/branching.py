@@ -95,7 +95,7 @@ def branch_and_bound(
 
     A domain is an output and signs of some neurons. The worst domains of all outputs are split together, on one neuron
     each, or on several while there are few; a child starts from its parent's slopes and multipliers. A domain whose
-    neurons are all split is a linear program, which HiGHS solves.
+    neurons are all split is a linear program, which HiGHS solves: the bound is that of the duals that it finds.
 
     Where that does not go well, all neurons of the ball get tighter bounds (`tightened`), and then the last hidden ones
     of the worst domains, in that part of each where the output is no more than the target: this is all that has to be

@@ -151,8 +151,8 @@ def _claims(given: Material) -> Iterator[Section]:
     yield Section(
         "claims",
         "What may be claimed",
-        "Arms of which one has SupCon, augmentation or another method than `normal`, each trained as its profile says: "
-        "in what else that differs stands beside it (`epochs`: of both stages together), and what differs there may "
+        "Arms of which one has SupCon, augmentation or another method than normal, each trained as its profile says: "
+        "in what else that differs stands beside it (epochs: of both stages together), and what differs there may "
         "be the cause as well. The difference in points of percent, its 95 % confidence interval over seeds "
         "(paired t-test), and over images (bootstrap of the mean over seeds; McNemar's exact test of the first "
         "common seed), on the images that both have. p-values are Holm's, corrected for all tests of a kind here. "

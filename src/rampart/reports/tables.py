@@ -18,7 +18,10 @@ ARM = ["method", "augmentation", "SupCon"]
 # Beside what comes from an attack that has failed a check, and beside that check.
 MARK = "†"
 # Columns of words; all others hold numbers.
-WORDS = {*ARM, "machine", "changed", "among", "metric", "finding", "n", "runs", "verifier", "step", "arm", "command"}
+WORDS = {
+    *(*ARM, "machine", "changed", "among", "differs also in", "metric", "finding", "n", "runs", "verifier"),
+    *("step", "arm", "command"),
+}
 # What tells the rows of a table apart.
 ROW = ["arm", "engine"]
 

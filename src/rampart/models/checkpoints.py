@@ -115,10 +115,10 @@ def load_model(path: str | Path) -> Classifier:
         else:
             raise ModelError(f"'{path}' is no model file: expected .safetensors or .npz")
         model.load_state_dict(state)
-        if not all(bool(value.isfinite().all()) for value in model.state_dict().values()):
+        taken = model.state_dict()
+        if not all(bool(value.isfinite().all()) for value in taken.values()):
             # No attack breaks an image of a network that gives NaN, and argmax makes a class of it.
             raise ModelError(f"'{path}' holds weights that are NaN or infinite: train or export it anew")
-        taken = model.state_dict()
         if any(not torch.equal(taken[name].to(value.dtype), value) for name, value in state.items()):
             log.warning("'%s' holds more than float32: figures and verdicts are of its weights as rounded", path)
     except ModelError:

@@ -135,8 +135,9 @@ def verify_split(
     chosen = choose(model, split, plan.images, plan.selection, plan.survive_eps, plan.selection_seed)
     if plan.export:
         exchange.export(model, split, chosen, plan.eps, plan.timeout, Path(plan.export))
-    exact = Exact.of(model, to_pixels(split.images[:1])) if plan.engine == "native" else None
-    double = exact.model if exact else double_copy(model, to_pixels(split.images[:1])) or model
+    first = to_pixels(split.images[:1])
+    exact = Exact.of(model, first) if plan.engine == "native" else None
+    double = exact.model if exact else double_copy(model, first) or model
     whole, chosen = chosen, chosen[part[0] :: part[1]]
     done = {row["image"] for row in progress.rows}
     left = [image for image in chosen if image not in done]

@@ -32,12 +32,11 @@ class Bounded:
     """What all objectives on bounds share: the network as a chain, its bounds, SupCon on them, regularisers."""
 
     score_name = "certified_accuracy"
-    # Of its weights those that may follow ε.
-    ramped: tuple[str, ...] = ()
 
     def __init__(self, model: Classifier, recipe: Recipe) -> None:
         self.model, self.recipe = model, recipe
-        pairs = [name for name in self.ramped if len(set(getattr(recipe, name))) > 1]
+        ramped = [name for name in ("clean_weight", "ibp_weight") if name not in recipe.idle()]
+        pairs = [name for name in ramped if len(set(getattr(recipe, name))) > 1]
         idle = ["ibp_regularizer does nothing"] if recipe.ibp_regularizer else []
         idle += [f"of two values of {name} the second counts" for name in pairs]
         if idle and not recipe.eps_warmup:
@@ -95,8 +94,6 @@ class Bounded:
 class Certified(Bounded):
     """Cross-entropy on CROWN-IBP bounds over the ball (Zhang et al. 2020, eq. 10), mixed with the clean loss by κ."""
 
-    ramped: tuple[str, ...] = ("clean_weight", "ibp_weight")
-
     def batch_loss(self, x: Tensor, y: Tensor, criterion: Criterion, eps: float, generator: Generator | None) -> Tensor:
         chain, box = self.encoder.resolve(x), pixel_box(x, eps)
         found = ibp.intervals(chain, box)
@@ -125,8 +122,6 @@ class Certified(Bounded):
 
 class Ibp(Certified):
     """Cross-entropy on interval bounds, the last maps merged with the margins (Gowal et al. 2018, eq. 12)."""
-
-    ramped = ("clean_weight",)
 
     def worst_cross_entropy(self, whole: Chain, box: Box, found: ibp.Intervals, y: Tensor, eps: float) -> Tensor:
         return self.interval_cross_entropy(whole, found, box.lower, y)

@@ -9,11 +9,10 @@ from typing import Any
 import pandas as pd
 
 from rampart.errors import RampartError
-from rampart.settings import TrainSettings, as_text, names, profile_name, resolve
+from rampart.settings import MACHINE, TrainSettings, as_text, names, profile_name, resolve
 
-# What a command names although the profile may say the same, and what is the machine's business alone.
+# What a command names although the profile may say the same.
 ALWAYS = ("profile", "method", "augment", "contrastive", "seed", "model")
-MACHINE = ("device", "threads", "data_root", "images_at_once", "export", "part")
 # Stands for the model that the training of an arm gave.
 MODEL = "runs:/<run id>/model"
 # Stands for the command of a run that is none of this version's, or whose profile is gone.

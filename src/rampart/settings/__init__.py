@@ -2,6 +2,7 @@
 
 from rampart.settings.kinds import (
     ARM_STEPS,
+    MACHINE,
     STEPS,
     Common,
     CompareSettings,
@@ -22,6 +23,7 @@ from rampart.settings.scale import EPS_NAMES, PIXELS, eps_text, parse_eps
 __all__ = [
     "ARM_STEPS",
     "EPS_NAMES",
+    "MACHINE",
     "PIXELS",
     "PROFILE_READERS",
     "SECTIONS",

@@ -273,6 +273,8 @@ STEPS: dict[str, type[Settings]] = {
 # The steps that a study runs for each arm, and what it decides for them itself.
 ARM_STEPS = ("train", "evaluate", "verify", "embed")
 DECIDED = {"model", "method", "augment", "contrastive", "seed", "profile", "workers", "part"}
+# Of all steps: where, and how fast, one runs, not what it finds. The one list of them.
+MACHINE = {"device", "threads", "data_root", "images_at_once", "export", "part"}
 
 
 def own_names(step: str) -> set[str]:

@@ -10,11 +10,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from rampart.settings import Settings
+from rampart.settings import MACHINE, Settings
 from rampart.verification.answers import EXAMPLE
 
-# They change where or how fast a step runs, not what it computes. Images may lie anywhere: their digest tells them.
-IRRELEVANT = {"device", "threads", "dataset", "data_root", "eps_space", "images_at_once", "export", "part"}
+# They do not change what a step computes. Images may lie anywhere: their digest tells them; ε is known in pixels.
+IRRELEVANT = MACHINE | {"dataset", "eps_space"}
 # The value by which a setting that came later leaves everything as it was before: studies finished then stay finished.
 IDLE = {"dropout": 0.0}
 _CORE = ("data", "models", "attacks", "bounds", "kernels.py")

@@ -17,7 +17,7 @@ from rampart.console import said_if_it_fails
 from rampart.errors import ModelError, RampartError
 from rampart.models import Classifier, load_model, save_model, weights_digest
 from rampart.models.released import CLASSES, FOLDER, SEED, SUFFIX, enter
-from rampart.settings import EPS_NAMES, TrainSettings, as_text, names, profile_name, resolve
+from rampart.settings import EPS_NAMES, MACHINE, TrainSettings, as_text, names, profile_name, resolve
 from rampart.tracking.models import fetch_model
 from rampart.tracking.queries import find_runs
 from rampart.tracking.runs import class_names
@@ -86,7 +86,7 @@ def release_all(profile: str, folder: Path) -> None:
 # What tells the models of a profile apart, and in what else they may differ from it: where and how fast they were
 # trained, and on which scale ε was given.
 _ARM = ("method", "augment", "contrastive", "seed", "dataset")
-_FREE = {"device", "threads", "data_root", "compile", "precision", "eps_space"}
+_FREE = MACHINE | {"compile", "precision", "eps_space"}
 
 
 def _beyond(run: Mapping[Any, Any], profile: str) -> str:

@@ -27,7 +27,7 @@ from rampart.arms import Arm
 from rampart.console import configure_logging
 from rampart.data import Dataset, Split
 from rampart.errors import RampartError
-from rampart.settings import Settings, TrainSettings, TuneSettings, names, resolve
+from rampart.settings import MACHINE, Settings, TrainSettings, TuneSettings, names, resolve
 from rampart.study.identity import asked, code_version
 from rampart.study.opening import data_of, prepare
 from rampart.study.workers import follow_parent, interrupt
@@ -173,7 +173,7 @@ class Worker:
             "space": {name: json.loads(distribution_to_json(d)) for name, d in self.space.items()},
             "objective": self.objective,
             "objective_eps": self.eps,
-            "settings": asked(self.training, {*self.space, *_WHEREABOUTS}),
+            "settings": asked(self.training, {*self.space, *MACHINE}),
             "dataset": data.digest,
             "epochs": self.epochs,
         }
@@ -181,7 +181,7 @@ class Worker:
     def identity(self, data: Dataset, code: str) -> str:
         """A hash of what is tuned, and how, and in which Optuna study, and, behind a point, the version of the code by
         which its first trials were trained."""
-        how = asked(self.settings, {*_WHEREABOUTS, "dataset", "workers"})
+        how = asked(self.settings, {*MACHINE, "dataset", "workers"})
         parts = json.dumps([self.about(data), how], sort_keys=True)
         return f"{hashlib.sha256(parts.encode()).hexdigest()[:32]}.{code}"
 
@@ -225,10 +225,6 @@ class Worker:
                 if not begun or study.trials[begun[-1]].state is not TrialState.FAIL:
                     raise
                 log.warning("trial %d was given up by another worker", begun[-1])
-
-
-# They say where something lies or runs, not what it is.
-_WHEREABOUTS = {"device", "threads", "data_root"}
 
 
 def _lost(trial: FrozenTrial) -> None:

@@ -15,7 +15,17 @@ from optuna.trial import FrozenTrial, TrialState
 
 from rampart.arms import Arm
 from rampart.errors import RampartError
-from rampart.settings import EPS_NAMES, PIXELS, SECTIONS, TrainSettings, TuneSettings, load_profile, parse_eps, resolve
+from rampart.settings import (
+    EPS_NAMES,
+    MACHINE,
+    PIXELS,
+    SECTIONS,
+    TrainSettings,
+    TuneSettings,
+    load_profile,
+    parse_eps,
+    resolve,
+)
 from rampart.tracking import Run
 from rampart.tracking.lifecycle import exists
 from rampart.tracking.models import register, registered_name
@@ -120,7 +130,7 @@ def tuned_profile(settings: TuneSettings, given: Mapping[str, str], trial: Froze
 
 # Of all arms, not of this one; and of the run, not of the training.
 DATA = ("dataset", "val_fraction", "split_seed")
-_ELSEWHERE = (*DATA, "profile", "data_root", "seed", "device", "threads", "eps_space")
+_ELSEWHERE = (*DATA, *MACHINE, "profile", "seed", "eps_space")
 
 
 def _table(home: Run, study: Study) -> None:
